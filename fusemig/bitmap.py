@@ -1,0 +1,126 @@
+"""ChunkBitmap: one bit for each 1 MiB chunk of a disk, over memory that the caller may supply.
+
+    byte  i >> 3 of the buffer, bit i & 7 (lowest first)  =  chunk i
+
+A 16 TiB disk needs 2 MiB. The buffer may be a mapped file, which then is the persistent form of the map. Not thread
+safe: its owner holds a lock. Searching skips clean stretches at memory speed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from mmap import mmap
+
+_WINDOW: Final = 4096
+_LOWEST: Final = bytes([8, *((value & -value).bit_length() - 1 for value in range(1, 256))])
+
+
+class ChunkBitmap:
+    """A fixed number of bits with a running count of those that are set."""
+
+    def __init__(self, n_bits: int, buffer: bytearray | mmap | None = None) -> None:
+        """Lay the map over ``buffer`` (at least ``n_bits / 8`` bytes, whose bits are taken as they are) or new memory.
+
+        Raises:
+            ValueError: the buffer is too short.
+        """
+        n_bytes = -(-n_bits // 8)
+        self._bits: bytearray | mmap = bytearray(n_bytes) if buffer is None else buffer
+        if len(self._bits) < n_bytes:
+            raise ValueError(f"{n_bits} bits need {n_bytes} bytes, not {len(self._bits)}")
+        self.n_bits = n_bits
+        self.count = 0 if buffer is None else self._count_all()
+
+    def _count_all(self) -> int:
+        n_bytes = -(-self.n_bits // 8)
+        return sum(
+            int.from_bytes(self._bits[at : min(at + _WINDOW, n_bytes)]).bit_count() for at in range(0, n_bytes, _WINDOW)
+        )
+
+    def __getitem__(self, index: int) -> bool:
+        return bool(self._bits[index >> 3] >> (index & 7) & 1)
+
+    def set(self, index: int) -> bool:
+        """Set a bit; return whether it was clear."""
+        at, bit = index >> 3, 1 << (index & 7)
+        if self._bits[at] & bit:
+            return False
+        self._bits[at] |= bit
+        self.count += 1
+        return True
+
+    def clear(self, index: int) -> bool:
+        """Clear a bit; return whether it was set."""
+        at, bit = index >> 3, 1 << (index & 7)
+        if not self._bits[at] & bit:
+            return False
+        self._bits[at] ^= bit
+        self.count -= 1
+        return True
+
+    def set_range(self, first: int, stop: int) -> None:
+        """Set the bits ``first`` to ``stop - 1``."""
+        self._fill(first, stop, ones=True)
+
+    def clear_range(self, first: int, stop: int) -> None:
+        """Clear the bits ``first`` to ``stop - 1``."""
+        self._fill(first, stop, ones=False)
+
+    def _fill(self, first: int, stop: int, *, ones: bool) -> None:
+        change = self.set if ones else self.clear
+        while first < stop and first & 7:
+            change(first)
+            first += 1
+        while first < stop and stop & 7:
+            stop -= 1
+            change(stop)
+        if first < stop:
+            for at in range(first >> 3, stop >> 3, _WINDOW):
+                end = min(at + _WINDOW, stop >> 3)
+                before = int.from_bytes(self._bits[at:end]).bit_count()
+                self._bits[at:end] = (b"\xff" if ones else b"\0") * (end - at)
+                self.count += (8 * (end - at) if ones else 0) - before
+
+    def next_set(self, start: int = 0) -> int | None:
+        """Return the first set bit at or after ``start``, or None."""
+        if start >= self.n_bits or not self.count:
+            return None
+        at = start >> 3
+        first = self._bits[at] >> (start & 7) << (start & 7)
+        if first:
+            return (at << 3) + _LOWEST[first]
+        at += 1
+        n_bytes = -(-self.n_bits // 8)
+        while at < n_bytes:
+            window = bytes(self._bits[at : min(at + _WINDOW, n_bytes)])
+            clean = len(window) - len(window.lstrip(b"\0"))
+            at += clean
+            if clean < len(window):
+                return (at << 3) + _LOWEST[window[clean]]
+        return None
+
+    def next_clear(self, start: int = 0) -> int | None:
+        """Return the first clear bit at or after ``start``, or None."""
+        n_bytes = -(-self.n_bits // 8)
+        while start < self.n_bits and self[start]:
+            if start & 7:
+                start += 1
+                continue
+            at = start >> 3
+            window = bytes(self._bits[at : min(at + _WINDOW, n_bytes)])
+            full = len(window) - len(window.lstrip(b"\xff"))
+            start += 8 * full if full else 1
+        return start if start < self.n_bits else None
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Yield ``(first, stop)`` of each run of set bits, in ascending order."""
+        first = self.next_set()
+        while first is not None:
+            stop = self.next_clear(first)
+            if stop is None:
+                stop = self.n_bits
+            yield first, stop
+            first = self.next_set(stop)

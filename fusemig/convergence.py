@@ -1,0 +1,162 @@
+"""When to switch over: rates, the pending estimate and the decision after each pass.
+
+QEMU's rule (migration/migration.c, migration_completion) is: switch when pending <= bandwidth * downtime_limit. Taken
+alone it freezes the guest for the whole limit even where one more pass would halve the rest. So passes go on while
+they still shrink the rest, and the limit is only the bound:
+
+    expected downtime > limit              another pass, always
+    rest shrank by a third or more         another pass: it makes the freeze shorter
+    otherwise                              switch over
+
+Pure: time comes in as ``now``, in seconds of a monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+SHRINK: Final = 2 / 3
+"""A pass that leaves more than this share of what the pass before it left has stopped helping."""
+
+SMALL_REST_S: Final = 0.002
+"""A rest that takes less than this to send, in seconds, is not worth another pass."""
+
+MAX_EXTRA_PASSES: Final = 50
+"""Passes made only to shorten the freeze, at most."""
+
+
+class Decision(Enum):
+    """What to do after a pass."""
+
+    CONTINUE = "continue"
+    SWITCH_OVER = "switch-over"
+
+
+class Rate:
+    """Bytes per second over a sliding window."""
+
+    def __init__(self, window_s: float = 2.0) -> None:
+        """Average over the last ``window_s`` seconds."""
+        self._window_s = window_s
+        self._samples: deque[tuple[float, int]] = deque()
+        self._total = 0
+        self._last = 0.0
+
+    def add(self, n_bytes: int, now: float) -> None:
+        """Count ``n_bytes`` at time ``now``."""
+        self._total += n_bytes
+        samples = self._samples
+        if samples and now - samples[-1][0] < self._window_s / 50:
+            samples[-1] = (samples[-1][0], self._total)
+        else:
+            samples.append((now, self._total))
+        while len(samples) > 2 and now - samples[0][0] > self._window_s:
+            samples.popleft()
+
+    def per_second(self, now: float) -> float:
+        """Return the average rate in bytes per second; the last known one while nothing is counted."""
+        samples = self._samples
+        if len(samples) >= 2 and now - samples[-1][0] < self._window_s:
+            span = samples[-1][0] - samples[0][0]
+            if span > 0:
+                self._last = (samples[-1][1] - samples[0][1]) / span
+        return self._last
+
+
+class Throughput:
+    """Bytes per second while there is something under way.
+
+    Unlike `Rate` it does not count idle time: what small passes and a rate limit leave unused is still there when the
+    guest is frozen, because the last pass is not limited.
+    """
+
+    def __init__(self, window_s: float = 1.0) -> None:
+        """Average over the last ``window_s`` busy seconds."""
+        self._window_s = window_s
+        self._samples: deque[tuple[int, float]] = deque()
+        self._bytes = 0
+        self._seconds = 0.0
+
+    def add(self, n_bytes: int, busy_s: float) -> None:
+        """Count ``n_bytes`` that took ``busy_s`` seconds."""
+        self._samples.append((n_bytes, busy_s))
+        self._bytes += n_bytes
+        self._seconds += busy_s
+        while self._seconds > self._window_s and len(self._samples) > 1:
+            old_bytes, old_s = self._samples.popleft()
+            self._bytes -= old_bytes
+            self._seconds -= old_s
+
+    @property
+    def per_second(self) -> float:
+        """The average in bytes per second; 0 before anything was counted."""
+        return self._bytes / self._seconds if self._seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a switchover at this moment would cost."""
+
+    pending_bytes: int
+    bandwidth: float
+    """Bytes per second that the destination acknowledges."""
+    expected_downtime_s: float
+
+
+class Convergence:
+    """Decides after each pass; one per migration."""
+
+    def __init__(self) -> None:
+        """Start before the first pass."""
+        self._previous_pending: int | None = None
+        self._n_extra = 0
+        self.n_passes_without_progress = 0
+        """Passes in a row after which no less was pending than before: the guest writes faster than the link sends."""
+
+    def forecast(self, pending_bytes: int, bandwidth: float) -> Forecast:
+        """Return the expected downtime for ``pending_bytes`` at ``bandwidth`` bytes per second."""
+        expected = pending_bytes / bandwidth if bandwidth > 0 else (0.0 if not pending_bytes else float("inf"))
+        return Forecast(pending_bytes, bandwidth, expected)
+
+    def after_pass(self, forecast: Forecast, downtime_limit_s: float) -> Decision:
+        """Decide what follows the pass that just ended."""
+        previous, self._previous_pending = self._previous_pending, forecast.pending_bytes
+        is_shrinking = previous is None or forecast.pending_bytes <= previous * SHRINK
+        if forecast.expected_downtime_s > downtime_limit_s:
+            made_progress = previous is None or forecast.pending_bytes < previous
+            self.n_passes_without_progress = 0 if made_progress else self.n_passes_without_progress + 1
+            return Decision.CONTINUE
+        self.n_passes_without_progress = 0
+        if forecast.expected_downtime_s <= SMALL_REST_S or self._n_extra >= MAX_EXTRA_PASSES:
+            return Decision.SWITCH_OVER
+        if is_shrinking:
+            self._n_extra += 1
+            return Decision.CONTINUE
+        return Decision.SWITCH_OVER
+
+
+class RateLimit:
+    """A token bucket: how long to wait before sending. The rate may change at any time; 0 is unlimited."""
+
+    def __init__(self, bytes_per_s: int, burst_s: float = 0.02) -> None:
+        """Allow ``bytes_per_s``, and what that is in ``burst_s`` seconds at once."""
+        self.bytes_per_s = bytes_per_s
+        self._burst_s = burst_s
+        self._free_at = 0.0
+
+    def delay_s(self, n_bytes: int, now: float) -> float:
+        """Account for ``n_bytes`` to be sent and return how many seconds to wait before sending them."""
+        if self.bytes_per_s <= 0:
+            return 0.0
+        start = max(self._free_at, now - self._burst_s)
+        self._free_at = start + n_bytes / self.bytes_per_s
+        return max(0.0, start - now)
+
+    def step_bytes(self, largest: int) -> int:
+        """Return how much to send in one step: about a hundredth of a second's worth, at most ``largest``."""
+        if self.bytes_per_s <= 0:
+            return largest
+        return max(64 * 1024, min(largest, self.bytes_per_s // 100))

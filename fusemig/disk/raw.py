@@ -1,0 +1,273 @@
+"""RawDisk: an image file or block device, used as it is.
+
+Locking: an exclusive open-file-description lock on the whole image for as long as it is open, and the bytes that QEMU
+locks when it has an image open (block/file-posix.c: RAW_LOCK_PERM_BASE 100, RAW_LOCK_SHARED_BASE 200) are inside it,
+so a running QEMU and fusemig refuse each other's images. Images are opened without following links.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fusemig.disk.base import Disk, Extent
+from fusemig.errors import ConfigError, DiskError
+from fusemig.units import BLOCK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fusemig.disk.base import Buffer
+
+_F_OFD_SETLK: Final = 37
+_FALLOC_FL_KEEP_SIZE: Final = 1
+_FALLOC_FL_PUNCH_HOLE: Final = 2
+_MEMORY_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class RawDisk(Disk):
+    """An open, locked image."""
+
+    def __init__(self, name: str, path: Path, *, read_only: bool = False) -> None:
+        """Open and lock ``path``.
+
+        Raises:
+            ConfigError: it does not exist, is no file or block device, is a link, has a size that is no multiple of
+                512 bytes or above 16 TiB, or is in use by another process.
+        """
+        self.name = name
+        self.path = path
+        self.read_only = read_only
+        self._fd = _open_image(name, path, read_only=read_only)
+        self._flush_error: DiskError | None = None
+        self._close_lock = threading.Lock()
+        try:
+            self.size = _image_size(name, path, self._fd)
+            _lock_image(name, path, self._fd, read_only=read_only)
+            self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+            self._is_memory = _file_system_of(self._fd) in _MEMORY_FILE_SYSTEMS
+            self._has_nowait = self._probe_nowait()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _probe_nowait(self) -> bool:
+        try:
+            os.preadv(self._fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from the image.
+
+        Raises:
+            DiskError: the store's error; EIO if the image has become shorter.
+        """
+        done, length = 0, len(buffer)
+        while done < length:
+            try:
+                n = os.preadv(self._fd, [buffer[done:] if done else buffer], offset + done)
+            except OSError as exc:
+                raise self._error(exc.errno or errno.EIO, "read", offset, length) from exc
+            if n == 0:
+                raise self._error(errno.EIO, "short read", offset, length)
+            done += n
+
+    def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
+        """Fill ``buffer`` if all of it is in memory."""
+        if not self._has_nowait:
+            if not self._is_memory:
+                return False
+            self.pread_into(buffer, offset)
+            return True
+        try:
+            return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
+        except OSError:
+            return False  # EAGAIN; or a real error, which the sleeping read will meet again and report
+
+    def pwrite_may_sleep(self, offset: int, length: int) -> bool:
+        """Tell whether the write covers a part of a page that is not in memory, which the kernel would have to read."""
+        if self._is_memory:
+            return False
+        first, last = offset - offset % BLOCK_SIZE, offset + length - 1
+        edges = {first, last - last % BLOCK_SIZE} if length % BLOCK_SIZE or offset != first else ()
+        probe = memoryview(bytearray(1))
+        return any(not self.pread_nowait(probe, edge) for edge in edges)
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        """Write all of ``data``.
+
+        Raises:
+            DiskError: the store's error; ENOSPC when it is full.
+        """
+        done, length = 0, len(data)
+        while done < length:
+            try:
+                done += os.pwrite(self._fd, memoryview(data)[done:] if done else data, offset + done)
+            except OSError as exc:
+                raise self._error(exc.errno or errno.EIO, "write", offset, length) from exc
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Punch a hole; where the store cannot, write zeros.
+
+        Raises:
+            DiskError: the store's error.
+        """
+        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+        while _libc.fallocate(self._fd, mode, offset, length):
+            code = ctypes.get_errno()
+            if code == errno.EINTR:
+                continue
+            if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL):
+                raise self._error(code, "punch hole", offset, length)
+            zeros = bytes(min(length, 1 << 20))
+            for at in range(offset, offset + length, len(zeros)):
+                self.pwrite(zeros[: offset + length - at], at)
+            return
+
+    def flush(self) -> None:
+        """Return when every finished write is durable (fdatasync).
+
+        Raises:
+            DiskError: it failed, now or earlier: a failed fdatasync may have dropped the pages, so its error stays.
+        """
+        if self._flush_error is not None:
+            raise self._flush_error
+        try:
+            os.fdatasync(self._fd)
+        except OSError as exc:
+            self._flush_error = self._error(exc.errno or errno.EIO, "fdatasync", 0, self.size)
+            raise self._flush_error from exc
+
+    @property
+    def io_error(self) -> DiskError | None:
+        """The failed fdatasync that made this disk untrustworthy, if one did."""
+        return self._flush_error
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield data and holes as SEEK_DATA and SEEK_HOLE tell them; all data where the store cannot."""
+        at, end = offset, offset + length
+        while at < end:
+            data = self._seek(at, os.SEEK_DATA, end)
+            if data > at:
+                yield Extent(at, min(data, end) - at, is_data=False)
+            if data >= end:
+                return
+            at = min(self._seek(data, os.SEEK_HOLE, end), end)
+            yield Extent(data, at - data, is_data=True)
+
+    def _seek(self, at: int, whence: int, end: int) -> int:
+        """Seek from ``at``; the file position this moves is used by nothing else."""
+        try:
+            return os.lseek(self._fd, at, whence)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return end
+            if exc.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return at if whence == os.SEEK_DATA else end
+            raise self._error(exc.errno or errno.EIO, "seek", at, 0) from exc
+
+    def stat(self) -> os.stat_result:
+        """Return the image's own stat."""
+        return os.fstat(self._fd)
+
+    def statvfs(self) -> os.statvfs_result:
+        """Return the statvfs of the file system that holds the image."""
+        return os.fstatvfs(self._fd)
+
+    def close(self) -> None:
+        """Close the image, which unlocks it; idempotent."""
+        with self._close_lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    def _error(self, code: int, what: str, offset: int, length: int) -> DiskError:
+        return DiskError(code, f"disk '{self.name}' ({self.path}): {what} at {offset}+{length}", offset, length)
+
+
+def create_image(path: Path, size: int) -> None:
+    """Create a sparse image of ``size`` bytes.
+
+    Raises:
+        ConfigError: it exists, or cannot be created.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as exc:
+        raise ConfigError(f"cannot create image {path}: {exc.strerror}") from exc
+    try:
+        os.ftruncate(fd, size)
+    except OSError as exc:
+        path.unlink()
+        raise ConfigError(f"cannot make image {path} {size} bytes large: {exc.strerror}") from exc
+    finally:
+        os.close(fd)
+
+
+def _open_image(name: str, path: Path, *, read_only: bool) -> int:
+    try:
+        return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as exc:
+        hint = {
+            errno.ENOENT: "create it first (truncate -s SIZE), or add --incoming to receive it",
+            errno.ELOOP: "it is a symbolic link: name the image itself",
+            errno.EACCES: "check its permissions, or serve it with --readonly",
+            errno.EROFS: "serve it with --readonly",
+        }.get(exc.errno or 0, "check the path")
+        raise ConfigError(f"cannot open image {path} of disk '{name}': {exc.strerror}; {hint}") from exc
+
+
+def _image_size(name: str, path: Path, fd: int) -> int:
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise ConfigError(f"image {path} of disk '{name}' is neither a regular file nor a block device")
+    size = os.lseek(fd, 0, os.SEEK_END)
+    if size == 0 or size % SECTOR_SIZE or size > MAX_DISK_SIZE:
+        raise ConfigError(
+            f"image {path} of disk '{name}' has {size} bytes: "
+            f"a disk is a multiple of {SECTOR_SIZE} bytes, larger than 0 and at most 16 TiB"
+        )
+    return size
+
+
+def _lock_image(name: str, path: Path, fd: int, *, read_only: bool) -> None:
+    """Take the OFD lock; a read-only image takes a shared one, so that several readers can serve it."""
+    kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
+    flock = struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
+    try:
+        fcntl.fcntl(fd, _F_OFD_SETLK, flock)
+    except OSError as exc:
+        if exc.errno in (errno.EAGAIN, errno.EACCES):
+            raise ConfigError(
+                f"image {path} of disk '{name}' is in use by another process (a running QEMU or fusemig); stop it first"
+            ) from exc
+        raise ConfigError(f"cannot lock image {path} of disk '{name}': {exc.strerror}") from exc
+
+
+def _file_system_of(fd: int) -> str:
+    """Return the type of the file system that holds an open file, or ``""`` where /proc does not tell."""
+    device = os.fstat(fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        fields = line.split()
+        if fields[2] == wanted and "-" in fields:
+            return fields[fields.index("-") + 1]
+    return ""

@@ -1,0 +1,292 @@
+"""TrackedDisk: the guest's side of a disk, where writes are admitted and marked.
+
+    guest (a FUSE lane) ──pwrite──> TrackedDisk ──> image
+                                     │   └─ marks ──> trackers of running migrations, `written` map
+                                     └─ write gate: open · closed (park) · read-only (EROFS)
+
+One lock guards the gate's state, the admission count and every map, so a write is marked *in the step that admits it*;
+it is marked again in the step that ends it, also if the store failed (rule 1 of `fusemig.tracker`). The lock is held
+for microseconds and never during I/O. Reads never take it.
+
+The write gate. A closed gate refuses a write with `GateClosedError`, and nothing has happened to it: the lane *parks*
+it, that is, keeps the data and asks `park` for a call when the gate has changed. A parked write is data held for a
+later reply, never a blocked thread. Whoever closes the gate owes every parked write an answer before a deadline.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from contextlib import contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from fusemig.bitmap import ChunkBitmap
+from fusemig.disk.base import Disk
+from fusemig.errors import DiskError, GateClosedError
+from fusemig.tracker import ChunkTracker
+from fusemig.units import chunks_of, n_chunks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from fusemig.disk.base import Buffer, Extent
+
+MAX_PARKED_WRITES: Final = 1024
+"""Parked writes per disk; further ones are answered EAGAIN so that one frozen disk cannot starve the others."""
+
+
+class Gate(Enum):
+    """What happens to a guest's write."""
+
+    OPEN = "open"
+    """It is admitted."""
+    CLOSED = "closed"
+    """It is parked until the gate changes: the disk is frozen for a switchover."""
+    READ_ONLY = "read-only"
+    """It is answered EROFS: the disk is not (yet, or no longer) ours to write."""
+
+
+class TrackedDisk(Disk):
+    """The layer that guests write through.
+
+    The migration reads and writes `image`, the layer below, directly: its own traffic is neither gated nor marked.
+    """
+
+    def __init__(self, image: Disk, *, gate: Gate = Gate.OPEN) -> None:
+        """Lay the guest's side over ``image``; `close` closes the image too."""
+        self.image = image
+        self.name = image.name
+        self._lock = threading.Lock()
+        self._drained = threading.Condition(self._lock)
+        # Guarded by _lock:
+        self._gate = gate
+        self._n_writing = 0
+        self._parked: list[Callable[[], None]] = []
+        self._trackers: tuple[ChunkTracker, ...] = ()
+        self._written = ChunkBitmap(n_chunks(image.size))
+        self._bytes_written = 0
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        """Size in bytes; 0 for a destination's image whose source has not come yet."""
+        return self.image.size
+
+    # The guest's requests
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from the image; never gated."""
+        self.image.pread_into(buffer, offset)
+
+    def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
+        """Fill ``buffer`` if that does not sleep; never gated."""
+        return self.image.pread_nowait(buffer, offset)
+
+    def pwrite_may_sleep(self, offset: int, length: int) -> bool:
+        """Ask the image."""
+        return self.image.pwrite_may_sleep(offset, length)
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        """Admit, mark, write, mark again.
+
+        Raises:
+            GateClosedError: nothing happened; park the write.
+            DiskError: EROFS where the disk is not ours to write, EINVAL outside the disk, or the store's own error.
+        """
+        length = len(data)
+        with self._admitted(offset, length):
+            self.image.pwrite(data, offset)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Admit, mark, zero, mark again; raises as `pwrite` does."""
+        with self._admitted(offset, length):
+            self.image.write_zeroes(offset, length)
+
+    def flush(self) -> None:
+        """Make finished writes durable; never gated, so that a frozen guest's fsync is answered."""
+        self.image.flush()
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield the image's allocation."""
+        return self.image.extents(offset, length)
+
+    def close(self) -> None:
+        """Close the image."""
+        self.image.close()
+
+    @contextmanager
+    def _admitted(self, offset: int, length: int) -> Iterator[None]:
+        self.check_range(offset, length)
+        with self._lock:
+            if self._gate is not Gate.OPEN:
+                self._refuse(offset, length)
+            self._n_writing += 1
+            self._mark(offset, length)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._mark(offset, length)
+                self._bytes_written += length
+                self._n_writing -= 1
+                if not self._n_writing and self._gate is not Gate.OPEN:
+                    self._drained.notify_all()
+
+    def _refuse(self, offset: int, length: int) -> None:
+        if self._gate is Gate.CLOSED:
+            raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is frozen", offset, length)
+        raise DiskError(errno.EROFS, f"write to disk '{self.name}'", offset, length)
+
+    def _mark(self, offset: int, length: int) -> None:
+        for chunk in chunks_of(offset, length):
+            self._written.set(chunk)
+        for tracker in self._trackers:
+            tracker.mark(offset, length)
+
+    def park(self, resume: Callable[[], None]) -> bool:
+        """Have ``resume`` called once when the gate changes; return False if it has changed already.
+
+        ``resume`` is called on the thread that changes the gate, must be quick and must not raise. The caller then
+        makes its write again, as if it were new.
+
+        Raises:
+            DiskError: EAGAIN, too many writes are parked already.
+        """
+        with self._lock:
+            if self._gate is not Gate.CLOSED:
+                return False
+            if len(self._parked) >= MAX_PARKED_WRITES:
+                raise DiskError(errno.EAGAIN, f"disk '{self.name}' has {MAX_PARKED_WRITES} parked writes")
+            self._parked.append(resume)
+            return True
+
+    # The gate, for the migration and the daemon
+
+    @property
+    def gate(self) -> Gate:
+        """What happens to a guest's write at this moment."""
+        return self._gate
+
+    def set_gate(self, gate: Gate) -> None:
+        """Change the gate and have every parked write tried again.
+
+        Once the gate is closed no write is admitted; those admitted before may still be running: `wait_drained`.
+        """
+        with self._lock:
+            self._gate = gate
+            if gate is Gate.CLOSED:
+                return
+            parked, self._parked = self._parked, []
+        for resume in parked:
+            resume()
+
+    def wait_drained(self, timeout_s: float) -> bool:
+        """Wait until no admitted write is running; False if one still is after ``timeout_s`` seconds."""
+        with self._lock:
+            return self._drained.wait_for(lambda: self._n_writing == 0, timeout_s)
+
+    @property
+    def parked_writes(self) -> int:
+        """How many writes wait for the gate."""
+        return len(self._parked)
+
+    # Tracking, for the migration
+
+    def start_tracking(self) -> Tracking:
+        """Attach a tracker, with nothing dirty yet; from now on every write is marked in it."""
+        tracker = ChunkTracker(self.size)
+        with self._lock:
+            self._trackers = (*self._trackers, tracker)
+        return Tracking(self, self._lock, tracker)
+
+    def stop_tracking(self, tracker: ChunkTracker) -> None:
+        """Detach a tracker; the others are untouched."""
+        with self._lock:
+            self._trackers = tuple(other for other in self._trackers if other is not tracker)
+
+    @property
+    def written_chunks(self) -> int:
+        """How many chunks guests have written since the disk was opened."""
+        return self._written.count
+
+    @property
+    def bytes_written(self) -> int:
+        """How many bytes guests have written since the disk was opened."""
+        return self._bytes_written
+
+
+class Tracking:
+    """The migration's side of a tracked disk: every call is one short step under the disk's lock."""
+
+    def __init__(self, disk: TrackedDisk, lock: threading.Lock, tracker: ChunkTracker) -> None:
+        """Made by `TrackedDisk.start_tracking`."""
+        self.disk = disk
+        self._lock = lock
+        self._tracker = tracker
+
+    def mark_chunks(self, first: int, stop: int) -> None:
+        """Mark chunks as wholes (the start of a migration)."""
+        with self._lock:
+            self._tracker.mark_chunks(first, stop)
+
+    def mark(self, offset: int, length: int) -> None:
+        """Mark a range that has to be sent again."""
+        with self._lock:
+            self._tracker.mark(offset, length)
+
+    def take_next(self, start: int) -> tuple[int, int] | None:
+        """Take the first dirty chunk at or after ``start`` that is not in flight; return it with its block mask."""
+        tracker = self._tracker
+        with self._lock:
+            chunk = tracker.next_dirty(start)
+            while chunk is not None and tracker.is_in_flight(chunk):
+                chunk = tracker.next_dirty(chunk + 1)
+            return None if chunk is None else (chunk, tracker.take(chunk))
+
+    def acknowledge(self, chunks: Sequence[int]) -> None:
+        """Forget chunks in flight: the destination holds what was taken."""
+        with self._lock:
+            for chunk in chunks:
+                self._tracker.acknowledge(chunk)
+
+    def restore(self, chunk: int) -> None:
+        """Make a chunk in flight dirty again: it could not be read or sent."""
+        with self._lock:
+            self._tracker.restore(chunk)
+
+    def restore_all(self) -> None:
+        """Make everything in flight dirty again: the connection is gone."""
+        with self._lock:
+            self._tracker.restore_all()
+
+    def stop(self) -> None:
+        """Detach from the disk; idempotent."""
+        self.disk.stop_tracking(self._tracker)
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Bytes to be sent."""
+        with self._lock:
+            return self._tracker.dirty_bytes
+
+    @property
+    def dirty_chunks(self) -> int:
+        """Chunks to be sent, wholly or in part."""
+        return self._tracker.dirty_chunks
+
+    @property
+    def in_flight_chunks(self) -> int:
+        """Chunks taken and not acknowledged."""
+        return self._tracker.in_flight_chunks
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes to be sent or acknowledged."""
+        with self._lock:
+            return self._tracker.pending_bytes
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the destination holds every byte that was ever marked."""
+        with self._lock:
+            return self._tracker.is_clean

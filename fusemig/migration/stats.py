@@ -1,0 +1,92 @@
+"""What a migration is told and what it tells: parameters and statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from fusemig.phase import MigrationPhase
+
+DEFAULT_DOWNTIME_LIMIT_S: Final = 0.3
+"""QEMU's default (migration/options.c: DEFAULT_MIGRATE_SET_DOWNTIME, 300 ms)."""
+FREEZE_DEADLINE_S: Final = 5.0
+"""Longest time that a guest's write is parked before the source thaws or answers it."""
+TAKEN_DEADLINE_S: Final = 10.0
+"""How long after COMMIT the source waits for TAKEN before it reports the hand-off as in doubt."""
+
+
+@dataclass
+class MigrationParameters:
+    """What may be changed while a migration runs."""
+
+    max_bandwidth: int = 0
+    """Bytes per second on the wire; 0 is unlimited."""
+    downtime_limit_s: float = DEFAULT_DOWNTIME_LIMIT_S
+    """Switch over only when the guest is expected to be frozen no longer than this, in seconds."""
+    pause_before_switchover: bool = False
+    """Wait for `proceed` when converged."""
+    freeze_deadline_s: float = FREEZE_DEADLINE_S
+    taken_deadline_s: float = TAKEN_DEADLINE_S
+
+
+@dataclass(frozen=True)
+class DiskStatistics:
+    """One disk of a migration; bytes and chunks."""
+
+    name: str
+    size: int
+    allocated_bytes: int
+    """Bytes of chunks that held data when the migration began."""
+    dirty_bytes: int
+    dirty_chunks: int
+    in_flight_chunks: int
+    sent_bytes: int
+    """Disk bytes read for sending, repeats and zeros included."""
+    parked_writes: int
+    digest: int
+
+
+@dataclass(frozen=True)
+class WindowStatistics:
+    """The chunks on their way, in QEMU's words (BlkMigState: submitted, read_done, transferred), in frames."""
+
+    submitted: int
+    """Being read."""
+    read_done: int
+    """Read, waiting to be sent."""
+    in_flight: int
+    """Sent, not acknowledged."""
+    transferred: int
+    """Acknowledged."""
+
+
+@dataclass(frozen=True)
+class MigrationStatistics:
+    """A migration at one moment; times in seconds, sizes in bytes."""
+
+    phase: MigrationPhase
+    session: str
+    peer: str
+    pass_number: int
+    disks: tuple[DiskStatistics, ...]
+    window: WindowStatistics
+    pending_bytes: int
+    wire_bytes: int
+    """Bytes sent, headers included."""
+    dirtied_bytes: int
+    """Bytes of blocks that guests dirtied after they had been taken for sending (or in holes)."""
+    bandwidth: float
+    """Bytes per second that the way to the destination carries while it is used."""
+    send_rate: float
+    """Bytes per second acknowledged lately, pauses included."""
+    dirty_rate: float
+    """Bytes per second dirtied lately."""
+    expected_downtime_s: float
+    setup_s: float
+    total_s: float
+    downtime_s: float | None
+    """From closing the write gate to TAKEN, once known."""
+    passes_without_progress: int
+    error: str | None
+    error_kind: str | None

@@ -1,0 +1,99 @@
+"""FrameWriter: puts received frames into images; the synchronous half of the destination, run in worker threads.
+
+A frame is checked against its hash and against the disk before a byte of it is written. One call runs at a time, so
+frames reach the images and the digests in the order in which they were sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fusemig.digest import DiskDigest
+from fusemig.errors import RemoteProtocolError
+from fusemig.units import format_size
+from fusemig.wire.native import DataFrame
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from fusemig.disk.tracked import TrackedDisk
+    from fusemig.epoch import EpochFile
+    from fusemig.migration.link import BufferPool
+    from fusemig.wire.native import ZeroFrame
+
+
+@dataclass
+class IncomingDisk:
+    """What the daemon lends for one disk, and what is known of it."""
+
+    disk: TrackedDisk
+    epoch_file: EpochFile
+    drop_pages: Callable[[], Awaitable[None]]
+    """Has the kernel forget the pages that early readers cached."""
+    received_bytes: int = 0
+    digest: DiskDigest = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start with nothing received."""
+        self.digest = DiskDigest(self.disk.size)
+
+    def missing(self) -> str:
+        """Describe the ranges that never came, for people; empty if none is missing."""
+        ranges = list(self.digest.missing())
+        if not ranges:
+            return ""
+        shown = ", ".join(f"{offset}+{length}" for offset, length in ranges[:4])
+        more = f" and {len(ranges) - 4} more" if len(ranges) > 4 else ""
+        return (
+            f"{format_size(sum(length for _, length in ranges))} of disk '{self.disk.name}' never came: {shown}{more}"
+        )
+
+
+class FrameWriter:
+    """Applies frames to a fixed list of disks."""
+
+    def __init__(self, disks: Sequence[IncomingDisk], pool: BufferPool) -> None:
+        """Write to ``disks``, known by their index; give payload buffers back to ``pool``."""
+        self._disks = disks
+        self._pool = pool
+
+    def apply(self, frames: Sequence[DataFrame | ZeroFrame]) -> None:
+        """Write frames in order.
+
+        Raises:
+            RemoteProtocolError: a frame is damaged or does not fit its disk; it was not written.
+            DiskError: the store failed.
+        """
+        for frame in frames:
+            disk = self._disk_of(frame)
+            if isinstance(frame, DataFrame):
+                self._write(disk, frame)
+            else:
+                for offset, length in frame.extents:
+                    disk.disk.image.write_zeroes(offset, length)
+                disk.digest.apply_zero(frame.extents)
+
+    def _disk_of(self, frame: DataFrame | ZeroFrame) -> IncomingDisk:
+        if frame.disk >= len(self._disks):
+            raise RemoteProtocolError(f"frame {frame.sequence} is for disk {frame.disk} of {len(self._disks)}")
+        disk = self._disks[frame.disk]
+        offset, length = frame.extents[-1]  # the extents ascend
+        if offset + length > disk.disk.size:
+            raise RemoteProtocolError(
+                f"frame {frame.sequence} ends at {offset + length}, "
+                f"beyond the {disk.disk.size} bytes of disk '{disk.disk.name}'"
+            )
+        return disk
+
+    def _write(self, disk: IncomingDisk, frame: DataFrame) -> None:
+        payload_hash = frame.verify()
+        image, payload, at = disk.disk.image, frame.payload, 0
+        for offset, length in frame.extents:
+            image.pwrite(payload[at : at + length], offset)
+            at += length
+        disk.digest.apply_data(frame.extents, payload_hash)
+        disk.received_bytes += at
+        buffer = payload.obj
+        assert isinstance(buffer, bytearray)
+        self._pool.give_back(buffer)

@@ -1,0 +1,122 @@
+"""A source and a destination in one loop, over memory, with nothing of the kernel between them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from fusemig.disk.memory import MemoryDisk
+from fusemig.disk.tracked import Gate, TrackedDisk
+from fusemig.epoch import EpochFile, EpochRecord, Ownership
+from fusemig.errors import PeerRefusedError
+from fusemig.migration.destination import DestinationMigration
+from fusemig.migration.source import SourceDisk, SourceMigration
+from fusemig.migration.stats import MigrationParameters
+from fusemig.migration.writer import IncomingDisk
+from support.streams import MemoryStream, memory_connection
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+    from typing import Any
+
+    from fusemig.phase import MigrationPhase
+    from fusemig.wire.native import DiskOffer
+
+
+async def inline(function: Any, *args: Any) -> Any:
+    """Run a call that may sleep in the loop: nothing sleeps here, and every run is the same."""
+    await trio.lowlevel.checkpoint()
+    return function(*args)
+
+
+async def nothing() -> None:
+    """Stand in for the kernel's page cache, which a memory disk has not."""
+
+
+class Side:
+    """The disks of one host."""
+
+    def __init__(self, directory: Path, sizes: dict[str, int], gate: Gate) -> None:
+        directory.mkdir(exist_ok=True)
+        self.images = {name: MemoryDisk(name, size) for name, size in sizes.items()}
+        self.disks = {name: TrackedDisk(image, gate=gate) for name, image in self.images.items()}
+        self.epochs = {name: EpochFile(directory / f"{name}.fusemig") for name in sizes}
+
+    async def claim(self, offers: Sequence[DiskOffer], session: str, peer: str) -> list[IncomingDisk]:
+        claimed = []
+        for offer in offers:
+            if offer.name not in self.disks:
+                raise PeerRefusedError(f"disk '{offer.name}' is not served here")
+            if offer.size != self.disks[offer.name].size:
+                raise PeerRefusedError(f"disk '{offer.name}' has {self.disks[offer.name].size} bytes, not {offer.size}")
+            record = EpochRecord(
+                state=Ownership.INCOMING, image_id=offer.image_id, epoch=offer.epoch + 1, session=session, peer=peer
+            )
+            self.epochs[offer.name].write(record)
+            claimed.append(IncomingDisk(self.disks[offer.name], self.epochs[offer.name], nothing))
+        return claimed
+
+    def release(self, disks: Sequence[IncomingDisk]) -> None:
+        pass
+
+
+class Pair:
+    """Two sides and one migration at a time between them."""
+
+    def __init__(self, directory: Path, sizes: dict[str, int], **parameters: Any) -> None:
+        self.source = Side(directory / "source", sizes, Gate.OPEN)
+        self.destination = Side(directory / "destination", sizes, Gate.READ_ONLY)
+        self.parameters = MigrationParameters(**parameters)
+        self.phases: list[MigrationPhase] = []
+        self.streams: tuple[MemoryStream, MemoryStream] = memory_connection()
+        self.outgoing = self._new_source()
+        self.incoming: DestinationMigration | None = None
+
+    def _new_source(self) -> SourceMigration:
+        lent = [SourceDisk(disk, self.source.epochs[name], nothing) for name, disk in self.source.disks.items()]
+
+        async def connect() -> MemoryStream:
+            await trio.lowlevel.checkpoint()
+            return self.streams[0]
+
+        return SourceMigration(lent, connect, self.parameters, inline, self.phases.append)
+
+    def renew(self) -> None:
+        """Make a new connection and a new migration over it."""
+        self.outgoing.forget()
+        self.phases.clear()
+        self.streams = memory_connection()
+        self.outgoing = self._new_source()
+
+    async def migrate(self) -> SourceMigration:
+        """Run both ends to their end."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._receive)
+            nursery.start_soon(self.outgoing.run)
+        return self.outgoing
+
+    async def _receive(self) -> None:
+        self.incoming = DestinationMigration(self.streams[1], self.destination, inline)
+        await self.incoming.run()
+        await self.streams[1].aclose()
+
+    def gates(self) -> tuple[set[Gate], set[Gate]]:
+        """Return the gates of the source's and of the destination's disks."""
+        return (
+            {disk.gate for disk in self.source.disks.values()},
+            {disk.gate for disk in self.destination.disks.values()},
+        )
+
+    def ownership(self) -> tuple[set[Ownership], set[Ownership]]:
+        """Return what the epoch files say, read anew from disk."""
+        source, destination = (
+            {record.state for record in (EpochFile(file.path).record for file in side.epochs.values()) if record}
+            for side in (self.source, self.destination)
+        )
+        return source, destination
+
+    def is_equal(self) -> bool:
+        """Whether both sides hold the same bytes."""
+        return all(self.source.images[n].content == self.destination.images[n].content for n in self.source.images)
