@@ -31,6 +31,8 @@ class ChunkBitmap:
         self._bits: bytearray | mmap = bytearray(n_bytes) if buffer is None else buffer
         if len(self._bits) < n_bytes:
             raise ValueError(f"{n_bits} bits need {n_bytes} bytes, not {len(self._bits)}")
+        if n_bits & 7 and self._bits[n_bytes - 1] >> (n_bits & 7):
+            self._bits[n_bytes - 1] &= (1 << (n_bits & 7)) - 1  # the padding of a damaged file is no chunk
         self.n_bits = n_bits
         self.count = 0 if buffer is None else self._count_all()
 

@@ -62,6 +62,16 @@ class _Slot(msgspec.Struct, frozen=True):
     record: msgspec.Raw
 
 
+class _Versioned(msgspec.Struct, frozen=True):
+    """All that a record of any version has to have."""
+
+    version: int = _VERSION
+
+
+class _LaterVersionError(Exception):
+    """A whole slot, written by a later version."""
+
+
 class EpochFile:
     """Reads and writes one image's record; calls sleep (fdatasync)."""
 
@@ -83,7 +93,12 @@ class EpochFile:
             return
         except OSError as exc:
             raise ConfigError(f"cannot read the epoch file {self.path}: {exc.strerror}") from exc
-        slots = [_parse(content[at : at + _SLOT_SIZE]) for at in (0, _SLOT_SIZE)]
+        try:
+            slots = [_parse(content[at : at + _SLOT_SIZE]) for at in (0, _SLOT_SIZE)]
+        except _LaterVersionError as exc:
+            raise ConfigError(
+                f"the epoch file {self.path} was written by a later version of fusemig; upgrade first"
+            ) from exc
         valid = [slot for slot in slots if slot is not None]
         if not valid:
             if not content.strip(b" \n\0"):
@@ -93,8 +108,6 @@ class EpochFile:
                 "find out which side wrote last, then remove the file on that side"
             )
         self._counter, self.record = max(valid, key=lambda slot: slot[0])
-        if self.record.version > _VERSION:
-            raise ConfigError(f"the epoch file {self.path} was written by a later version of fusemig; upgrade first")
 
     def write(self, record: EpochRecord) -> None:
         """Make ``record`` durable; on return it is.
@@ -112,12 +125,12 @@ class EpochFile:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 if is_new:
-                    os.pwrite(fd, b"\n".rjust(_SLOT_SIZE) * 2, 0)
-                os.pwrite(fd, slot, (counter % 2) * _SLOT_SIZE)
+                    _pwrite(fd, b"\n".rjust(_SLOT_SIZE) * 2, 0)
+                _pwrite(fd, slot, (counter % 2) * _SLOT_SIZE)
                 os.fdatasync(fd)
             finally:
                 os.close(fd)
-            if is_new:
+            if self.record is None:  # also after a first try that left the file behind
                 _sync_directory(self.path.parent)
         except OSError as exc:
             raise StateError(
@@ -132,9 +145,19 @@ def _parse(slot: bytes) -> tuple[int, EpochRecord] | None:
         parsed = msgspec.json.decode(slot, type=_Slot)
         if xxh3_64_hexdigest(bytes(parsed.record), seed=parsed.counter) != parsed.check:
             return None
+        # Before the rest, which may have words in it that are not known here.
+        if msgspec.json.decode(parsed.record, type=_Versioned).version > _VERSION:
+            raise _LaterVersionError
         return parsed.counter, msgspec.json.decode(parsed.record, type=EpochRecord)
-    except (msgspec.DecodeError, UnicodeDecodeError, OverflowError):
+    except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError):
         return None
+
+
+def _pwrite(fd: int, data: bytes, offset: int) -> None:
+    """Write all of ``data``; a store that runs full may take a part first and say so only the next time."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
 
 
 def _sync_directory(directory: Path) -> None:

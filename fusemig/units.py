@@ -44,8 +44,8 @@ def chunk_length(chunk: int, size: int) -> int:
 
 
 def chunks_of(offset: int, length: int) -> range:
-    """Return the chunks that a range of bytes touches."""
-    return range(offset // CHUNK_SIZE, -(-(offset + length) // CHUNK_SIZE))
+    """Return the chunks that a range of bytes touches; an empty one touches none."""
+    return range(offset // CHUNK_SIZE, -(-(offset + length) // CHUNK_SIZE) if length else 0)
 
 
 def chunk_mask(chunk: int, size: int) -> int:

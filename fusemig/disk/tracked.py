@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import threading
-from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -25,12 +24,14 @@ from fusemig.bitmap import ChunkBitmap
 from fusemig.disk.base import Disk
 from fusemig.errors import DiskError, GateClosedError
 from fusemig.tracker import ChunkTracker
-from fusemig.units import chunks_of, n_chunks
+from fusemig.units import CHUNK_SIZE, chunks_of, n_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from fusemig.disk.base import Buffer, Extent
+
+_CHUNK_SHIFT: Final = CHUNK_SIZE.bit_length() - 1
 
 MAX_PARKED_WRITES: Final = 1024
 """Parked writes per disk; further ones are answered EAGAIN so that one frozen disk cannot starve the others."""
@@ -94,13 +95,19 @@ class TrackedDisk(Disk):
             DiskError: EROFS where the disk is not ours to write, EINVAL outside the disk, or the store's own error.
         """
         length = len(data)
-        with self._admitted(offset, length):
+        self._admit(offset, length)
+        try:
             self.image.pwrite(data, offset)
+        finally:
+            self._end(offset, length)
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Admit, mark, zero, mark again; raises as `pwrite` does."""
-        with self._admitted(offset, length):
+        self._admit(offset, length)
+        try:
             self.image.write_zeroes(offset, length)
+        finally:
+            self._end(offset, length)
 
     def flush(self) -> None:
         """Make finished writes durable; never gated, so that a frozen guest's fsync is answered."""
@@ -114,34 +121,39 @@ class TrackedDisk(Disk):
         """Close the image."""
         self.image.close()
 
-    @contextmanager
-    def _admitted(self, offset: int, length: int) -> Iterator[None]:
-        self.check_range(offset, length)
+    def _admit(self, offset: int, length: int) -> None:
+        """Admit a write and mark it; whoever calls this owes an `_end`.
+
+        The two are plain calls because every guest write makes them: a context manager would cost as much as the write.
+        """
+        if offset < 0 or length < 0 or offset + length > self.image.size:
+            self.check_range(offset, length)
         with self._lock:
             if self._gate is not Gate.OPEN:
                 self._refuse(offset, length)
             self._n_writing += 1
-            self._mark(offset, length)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._mark(offset, length)
-                self._bytes_written += length
-                self._n_writing -= 1
-                if not self._n_writing and self._gate is not Gate.OPEN:
-                    self._drained.notify_all()
+            if length and offset >> _CHUNK_SHIFT == offset + length - 1 >> _CHUNK_SHIFT:
+                self._written.set(offset >> _CHUNK_SHIFT)
+            else:
+                for chunk in chunks_of(offset, length):
+                    self._written.set(chunk)
+            for tracker in self._trackers:
+                tracker.mark(offset, length)
+
+    def _end(self, offset: int, length: int) -> None:
+        """Mark a write again and count it out; ``_written`` is never cleared, so it needs no second mark."""
+        with self._lock:
+            for tracker in self._trackers:
+                tracker.mark(offset, length)
+            self._bytes_written += length
+            self._n_writing -= 1
+            if not self._n_writing and self._gate is not Gate.OPEN:
+                self._drained.notify_all()
 
     def _refuse(self, offset: int, length: int) -> None:
         if self._gate is Gate.CLOSED:
             raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is frozen", offset, length)
         raise DiskError(errno.EROFS, f"write to disk '{self.name}'", offset, length)
-
-    def _mark(self, offset: int, length: int) -> None:
-        for chunk in chunks_of(offset, length):
-            self._written.set(chunk)
-        for tracker in self._trackers:
-            tracker.mark(offset, length)
 
     def park(self, resume: Callable[[], None]) -> bool:
         """Have ``resume`` called once when the gate changes; return False if it has changed already.

@@ -243,6 +243,10 @@ class DestinationMigration:
             if missing := disk.missing():
                 raise MigrationError(f"incomplete: {missing}")
         await self._flush()
+        for disk in self.disks:
+            # Before the disk is ours, so that a kernel that will not let go is a failure and not a doubt. What early
+            # readers cache from here on is the final content.
+            await disk.drop_pages()
         proofs = [
             native.DiskProof(disk.digest.value, 0 if record is None else record.epoch)
             for disk in self.disks
@@ -260,8 +264,6 @@ class DestinationMigration:
         with trio.CancelScope(shield=True):
             await self._write_records(Ownership.OWNER)
             self._handoff.on(DestinationEvent.OWNER_DURABLE)
-            for disk in self.disks:
-                await disk.drop_pages()
             for disk in self.disks:
                 disk.disk.set_gate(Gate.OPEN)
             self._enter(MigrationPhase.COMPLETED)

@@ -118,6 +118,7 @@ class SourceMigration:
         self._is_cancel_requested = False
         self._failure: FusemigError | None = None
         self._proceed = trio.Event()
+        self._over = trio.Event()
         # Written by the sender and the receiver:
         self._unacknowledged: deque[SentFrame] = deque()
         self._unacknowledged_bytes = 0
@@ -149,6 +150,11 @@ class SourceMigration:
         """Where it is."""
         return self._machine.phase
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended; it may be in doubt then."""
+        return self._machine.is_over
+
     def cancel(self) -> None:
         """Call the migration off; `run` then ends as CANCELLED.
 
@@ -172,6 +178,14 @@ class SourceMigration:
         if self._machine.phase is not MigrationPhase.PRE_SWITCHOVER:
             raise StateError(f"Migration not in expected state: {self._machine.phase.value}")
         self._proceed.set()
+
+    async def wind_down(self) -> None:
+        """Call the migration off if that is still possible, and wait for its end; for the daemon's own end."""
+        try:
+            self.cancel()
+        except StateError:
+            pass  # committed or over: it ends by itself, within its deadlines
+        await self._over.wait()
 
     def forget(self) -> None:
         """Stop tracking for a resumption that will not come; after `run` has ended."""
@@ -203,6 +217,7 @@ class SourceMigration:
         finally:
             self._ended_at = trio.current_time()
             self._thaw()
+            self._over.set()
 
     def _raise_outcome(self) -> None:
         if self._failure is not None:

@@ -46,6 +46,8 @@ MAGIC: Final = 0xF5ED
 MAX_EXTENTS: Final = 256
 MAX_MESSAGE: Final = 256 * 1024
 """Longest JSON payload in bytes: a handshake of a thousand disks."""
+MAX_SEPARATORS: Final = 8192
+"""Most commas in a JSON payload: a value of two bytes becomes an object of sixty, and memory is bounded too."""
 
 _HEADER: Final = struct.Struct(">HBBHHQQQII")
 _CHECK: Final = struct.Struct(">Q")
@@ -478,6 +480,8 @@ class Decoder:
             return ZeroFrame(head.disk, head.sequence, self._extents)
         if head.frame_type is FrameType.ACK:
             return Ack(head.sequence)
+        if bytes(payload).count(b",") > MAX_SEPARATORS:
+            raise RemoteProtocolError(f"{head.frame_type.name} message with more than {MAX_SEPARATORS} separators")
         try:
             return _DECODERS[head.frame_type].decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:

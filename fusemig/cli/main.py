@@ -1,0 +1,178 @@
+"""The commands and their options: the contract that scripts rely on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fusemig import __version__
+from fusemig.cli.exits import EXIT_CODES, run
+from fusemig.cli.logs import set_up_logs
+from fusemig.errors import ConfigError
+from fusemig.units import parse_duration, parse_size
+
+
+class _Rate(click.ParamType[int]):
+    """Bytes per second, such as 100M."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value)
+        except ConfigError as exc:
+            self.fail(str(exc), param, ctx)
+
+
+class _Time(click.ParamType[float]):
+    """Seconds, written as 300ms or 2s."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_duration(value)
+        except ConfigError as exc:
+            self.fail(str(exc), param, ctx)
+
+
+SOCKET = click.argument("socket", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FUSEMIG"})
+@click.version_option(__version__, prog_name="fusemig")
+def cli() -> None:
+    """Serve VM disk images as files and move them to another host while they are being written."""
+
+
+@cli.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--disk", "disks", multiple=True, required=True, metavar="NAME=PATH", help="Serve PATH as NAME.")
+@click.option("--control", type=click.Path(path_type=Path), required=True, help="Control socket (QMP), mode 0600.")
+@click.option("--incoming", metavar="URI", help="Wait for disks at tcp:HOST:PORT or unix:PATH.")
+@click.option("--wire", type=click.Choice(["auto", "native", "qemu"]), default="auto", help="Stream format to accept.")
+@click.option("--readonly", "read_only", multiple=True, metavar="NAME", help="Serve this disk read-only.")
+@click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Keep epoch files here.")
+@click.option("--allow-other", is_flag=True, help="Let other users use the mount.")
+@click.option("--log-format", type=click.Choice(["console", "json"]), default="console")
+def serve(
+    mountpoint: Path,
+    disks: tuple[str, ...],
+    control: Path,
+    incoming: str | None,
+    wire: str,
+    read_only: tuple[str, ...],
+    state_dir: Path | None,
+    allow_other: bool,
+    log_format: str,
+) -> None:
+    """Serve disk images as files of MOUNTPOINT, in the foreground.
+
+    Ready when MOUNTPOINT/NAME can be stat'ed. Unmounts on SIGTERM and SIGINT.
+    """
+    set_up_logs(log_format)
+    from fusemig.cli.serve import serve_command  # pyfuse3 is only needed here
+
+    sys.exit(
+        run(
+            serve_command,
+            mountpoint,
+            disks,
+            control,
+            incoming,
+            wire,
+            read_only,
+            state_dir,
+            allow_other,
+        )
+    )
+
+
+@cli.command()
+@SOCKET
+@click.argument("uri")
+@click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
+@click.option("--max-bandwidth", type=_Rate(), metavar="RATE", help="Bytes per second, such as 100M; 0 is unlimited.")
+@click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
+@click.option("--mode", type=click.Choice(["precopy", "mirror", "postcopy"]), default="precopy")
+@click.option("--wire", type=click.Choice(["native", "qemu"]), default="native")
+@click.option("--compress", metavar="zstd[:LEVEL]")
+@click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
+@click.option("--resume", is_flag=True, help="Go on with a migration that failed.")
+@click.option("--progress", type=click.Choice(["auto", "plain", "json", "none"]), default="auto")
+@click.option("--detach", is_flag=True, help="Start it and return.")
+def migrate(socket: Path, uri: str, **options: Any) -> None:
+    """Move disks of the daemon at SOCKET to the destination at URI.
+
+    Exits 0 only when the destination has proved that it holds every byte and has taken over. Ctrl-C cancels: the disks
+    then stay here.
+    """
+    from fusemig.cli.migrate import MigrateRequest, migrate_command
+
+    request = MigrateRequest(socket=socket, uri=uri, **options)
+    sys.exit(run(migrate_command, request))
+
+
+@cli.command()
+@SOCKET
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def status(socket: Path, as_json: bool) -> None:
+    """Show the disks, the gates and the migration of the daemon at SOCKET."""
+    from fusemig.cli.status import status_command
+
+    sys.exit(run(status_command, socket, as_json))
+
+
+@cli.command()
+@SOCKET
+def cancel(socket: Path) -> None:
+    """Call the running migration off; the disks stay where they are."""
+    from fusemig.cli.status import cancel_command
+
+    sys.exit(run(cancel_command, socket))
+
+
+@cli.command("continue")
+@SOCKET
+def continue_(socket: Path) -> None:
+    """Let a migration that waits at pre-switchover switch over."""
+    from fusemig.cli.status import continue_command
+
+    sys.exit(run(continue_command, socket))
+
+
+@cli.command()
+@click.option("--size", type=_Rate(), default="256M", show_default=True, help="Size of the disk that moves.")
+@click.option("--seconds", type=float, default=3.0, show_default=True, help="How long to write before it moves.")
+@click.option("--directory", type=click.Path(path_type=Path), help="Where to put the images (default: temporary).")
+def demo(size: int, seconds: float, directory: Path | None) -> None:
+    """Move a busy disk between two mounts on this machine and show what happened."""
+    from fusemig.cli.demo import demo_command
+
+    sys.exit(run(demo_command, size, seconds, directory))
+
+
+def main() -> None:
+    """Run the command line; click's own usage errors become exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as exc:
+        if isinstance(exc, click.UsageError) and exc.ctx is not None:
+            print(exc.ctx.get_usage(), file=sys.stderr)
+        print(f"fusemig: {exc.format_message()}", file=sys.stderr)
+        sys.exit(EXIT_CODES["usage"])
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object as a line of its own, at once."""
+    print(json.dumps(value), flush=True)

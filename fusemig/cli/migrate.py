@@ -1,0 +1,121 @@
+"""``fusemig migrate``: start a migration, follow it, and say how it ended."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from fusemig.cli.exits import fail
+from fusemig.cli.progress import make_display
+from fusemig.control_client import open_control
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fusemig.cli.progress import Display
+    from fusemig.control_client import ControlClient
+
+POLL_INTERVAL_S: Final = 0.1
+_OVER: Final = frozenset({"completed", "failed", "cancelled"})
+
+
+@dataclass(frozen=True)
+class MigrateRequest:
+    """The options of ``fusemig migrate``."""
+
+    socket: Path
+    uri: str
+    disks: tuple[str, ...] = ()
+    max_bandwidth: int | None = None
+    downtime_limit: float | None = None
+    mode: str = "precopy"
+    wire: str = "native"
+    compress: str | None = None
+    incremental: bool = False
+    resume: bool = False
+    progress: str = "auto"
+    detach: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of QMP's ``migrate``."""
+        arguments: dict[str, Any] = {"uri": self.uri, "blk": True}
+        if self.disks:
+            arguments["x-fusemig-disks"] = list(self.disks)
+        if self.mode != "precopy":
+            arguments["x-fusemig-mode"] = self.mode
+        if self.wire != "native":
+            arguments["x-fusemig-wire"] = self.wire
+        if self.compress is not None:
+            arguments["x-fusemig-compress"] = self.compress
+        if self.incremental:
+            arguments["inc"] = True
+        if self.resume:
+            arguments["resume"] = True
+        return arguments
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the arguments of QMP's ``migrate-set-parameters``; empty if none is given."""
+        parameters: dict[str, Any] = {}
+        if self.max_bandwidth is not None:
+            parameters["max-bandwidth"] = self.max_bandwidth
+        if self.downtime_limit is not None:
+            parameters["downtime-limit"] = round(self.downtime_limit * 1000)
+        return parameters
+
+
+async def migrate_command(request: MigrateRequest) -> int:
+    """Migrate; return the exit code.
+
+    Cancellation by SIGINT: the first cancels the migration and waits for its end, the second gives up waiting.
+    """
+    async with open_control(request.socket) as control:
+        if parameters := request.parameters():
+            await control.execute("migrate-set-parameters", parameters)
+        await control.execute("migrate", request.arguments())
+        if request.detach:
+            return 0
+        with make_display(request.progress) as display:
+            info = await _follow(control, display)
+    return _outcome(info, is_quiet=request.progress == "json")
+
+
+async def _follow(control: ControlClient, display: Display) -> dict[str, Any]:
+    """Show the migration until it is over; return the last answer of ``query-migrate``."""
+    n_interrupts = 0
+    with trio.open_signal_receiver(signal.SIGINT) as interrupts:
+        while True:
+            info: dict[str, Any] = await control.execute("query-migrate")
+            display.show(info)
+            if info.get("status") in _OVER:
+                return info
+            with trio.move_on_after(POLL_INTERVAL_S):
+                await anext(interrupts)
+                n_interrupts += 1
+            if n_interrupts == 1:
+                n_interrupts += 1
+                print("fusemig: cancelling (interrupt again to stop waiting)", file=sys.stderr)
+                await control.execute("migrate_cancel")
+            elif n_interrupts > 2:
+                raise KeyboardInterrupt
+
+
+def _outcome(info: dict[str, Any], *, is_quiet: bool) -> int:
+    own = info["x-fusemig"]
+    if info["status"] == "completed":
+        if not is_quiet:
+            seconds = info["total-time"] / 1000
+            print(
+                f"fusemig: completed in {seconds:.2f} s, {own['pass']} passes, downtime {info['downtime']} ms",
+                file=sys.stderr,
+            )
+        return 0
+    kind = own.get("error-kind", "failed")
+    if info["status"] == "cancelled":
+        return fail(info.get("error-desc", "cancelled; the disks stay here"), "cancelled")
+    return fail(
+        info.get("error-desc", "the migration failed; see the daemon's log"), kind
+    )

@@ -1,0 +1,341 @@
+"""The daemon: disks, mount, control socket, incoming migrations and the outgoing one, in one trio program.
+
+    Daemon.run
+      ├ control socket (QMP)            fusemig.control with the table of fusemig.commands
+      ├ mount                           fusemig.fuse
+      ├ listener (--incoming)           one task per connection: DestinationMigration
+      ├ SourceMigration, if one runs
+      └ signals, unmount from outside   both ask for an orderly end
+
+The end: a migration that can still be called off is cancelled, one that is committed runs out; then every gate is open
+or read-only, so no write is parked when the file system is unmounted, and the images are synced and closed.
+"""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+import trio
+
+from fusemig.commands import command_table
+from fusemig.control import EventHub, serve_control
+from fusemig.disk.tracked import Gate
+from fusemig.errors import ConfigError, FusemigError, PeerRefusedError, StateError
+from fusemig.fuse.export import Exports
+from fusemig.fuse.mount import MountOptions, open_mount
+from fusemig.migration.destination import DestinationMigration
+from fusemig.migration.source import SourceDisk, SourceMigration
+from fusemig.migration.stats import MigrationParameters
+from fusemig.migration.writer import IncomingDisk
+from fusemig.phase import QMP_STATUS, MigrationPhase
+from fusemig.qmp import schema
+from fusemig.served import ServedDisk
+from fusemig.transport import connect, listening, parse_uri
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
+
+    from fusemig.fuse.mount import Mount
+    from fusemig.served import DiskSpec
+    from fusemig.transport import ByteStream, Listener
+    from fusemig.wire.native import DiskOffer
+
+CONNECT_DEADLINE_S: Final = 10.0
+MAX_CONNECTIONS: Final = 8
+"""Connections to the incoming port that are looked at at once."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What ``fusemig serve`` was asked for."""
+
+    mountpoint: Path
+    disks: tuple[DiskSpec, ...]
+    control: Path
+    incoming: str | None = None
+    state_dir: Path | None = None
+    allow_other: bool = False
+
+
+class Daemon:
+    """A serving daemon; `run` is its life."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        """Keep the options; nothing is opened yet."""
+        self.options = options
+        self.disks: dict[str, ServedDisk] = {}
+        self.parameters = MigrationParameters()
+        self.capabilities = set(schema.ALWAYS_ON_CAPABILITIES)
+        self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.capabilities)
+        self.mount: Mount | None = None
+        self.listener: Listener | None = None
+        self.outgoing: SourceMigration | None = None
+        self.incoming: DestinationMigration | None = None
+        self.n_rejected = 0
+        self.stop_reason = ""
+        self._exports = Exports()
+        self._nursery: trio.Nursery | None = None
+        self._stop = trio.Event()
+        self._is_stopped_for_guests = False
+        self._last_status = ""
+
+    async def run(self) -> None:
+        """Serve until asked to stop; on return nothing is mounted, listening or open.
+
+        Raises:
+            FusemigError: it could not be started, and why.
+        """
+        with ExitStack() as images:
+            self._open_disks(images)
+            try:
+                await self._serve()
+            except BaseExceptionGroup as group:
+                raise _most_telling(group) from group
+
+    def _open_disks(self, images: ExitStack) -> None:
+        if not self.options.disks:
+            raise ConfigError("no disk to serve: give at least one --disk NAME=PATH")
+        is_incoming = self.options.incoming is not None
+        for spec in self.options.disks:
+            served = ServedDisk(spec, self._exports, self.options.state_dir, is_incoming=is_incoming)
+            images.callback(served.close)
+            self.disks[served.name] = served
+
+    async def _serve(self) -> None:
+        async with trio.open_nursery() as control:
+            # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
+            await control.start(serve_control, self.options.control, command_table(self), self.events)
+            mount_options = MountOptions(allow_other=self.options.allow_other)
+            async with (
+                self._listening() as self.listener,
+                open_mount(self.options.mountpoint, self._exports, mount_options) as self.mount,
+                trio.open_nursery() as self._nursery,
+            ):
+                self._nursery.start_soon(self._watch_signals)
+                self._nursery.start_soon(self._watch_mount)
+                if self.listener is not None:
+                    self._nursery.start_soon(self.listener.serve, self._receive, MAX_CONNECTIONS)
+                log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
+                try:
+                    await self._stop.wait()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self._wind_down()
+                self._nursery.cancel_scope.cancel()
+            control.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def _listening(self) -> AsyncIterator[Listener | None]:
+        if self.options.incoming is None:
+            yield None
+            return
+        async with listening(parse_uri(self.options.incoming)) as listener:
+            yield listener
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                self.stop("host-signal")
+
+    async def _watch_mount(self) -> None:
+        assert self.mount is not None
+        await self.mount.wait_unmounted()
+        self.stop("unmounted")
+
+    def stop(self, reason: str) -> None:
+        """Ask for an orderly end; returns at once."""
+        if not self._stop.is_set():
+            self.stop_reason = reason
+            qmp_reason = reason if reason.startswith("host-") else "host-signal"
+            self.events.emit("SHUTDOWN", schema.ShutdownEvent(reason=qmp_reason))
+            self._stop.set()
+
+    async def _wind_down(self) -> None:
+        """Bring migrations to an end and the images to the disk, within deadlines."""
+        if self.outgoing is not None:
+            await self.outgoing.wind_down()
+        for served in self.disks.values():
+            if served.disk is not None and served.disk.gate is Gate.CLOSED:
+                served.disk.set_gate(Gate.OPEN)
+        for served in self.disks.values():
+            if served.disk is not None and not served.is_read_only:
+                try:
+                    await trio.to_thread.run_sync(served.disk.flush)
+                except FusemigError as exc:
+                    log.error("the image may not be durable", disk=served.name, reason=str(exc))
+
+    # Outgoing
+
+    def migrate(self, uri_text: str, names: Sequence[str] | None) -> None:
+        """Start a migration of the named disks, or of every writable one; returns at once.
+
+        Raises:
+            StateError: one is running, or a disk cannot be migrated now.
+            ConfigError: the URI or a name is wrong.
+        """
+        assert self._nursery is not None
+        uri = parse_uri(uri_text)
+        if self.outgoing is not None and self.outgoing.phase is MigrationPhase.IN_DOUBT:
+            raise StateError("the last migration is in doubt: find out who owns the disks first (`fusemig resolve`)")
+        if self.is_migrating:
+            raise StateError("There's a migration process in progress")
+        chosen = self._choose(names)
+        if self.outgoing is not None:
+            self.outgoing.forget()
+        lent = []
+        for served in chosen:
+            assert served.disk is not None
+            assert self.mount is not None
+            lent.append(SourceDisk(served.disk, served.epoch_file, _invalidator(self.mount, served)))
+
+        async def dial() -> ByteStream:
+            return await connect(uri, CONNECT_DEADLINE_S)
+
+        self.parameters.pause_before_switchover = (
+            schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
+        )
+        self._last_status = ""
+        self.outgoing = SourceMigration(
+            lent, dial, self.parameters, trio.to_thread.run_sync, self._on_phase, self._on_pass
+        )
+        for served in chosen:
+            served.busy = f"it is being migrated to {uri}"
+        self._nursery.start_soon(self._run_outgoing, self.outgoing, chosen)
+
+    def _choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
+        if names is None:
+            chosen = [served for served in self.disks.values() if served.is_writable and not served.is_read_only]
+            if not chosen:
+                raise StateError("no disk here is writable: there is nothing to migrate")
+        else:
+            for name in names:
+                if name not in self.disks:
+                    raise ConfigError(f"disk '{name}' is not served here; served are: {', '.join(sorted(self.disks))}")
+            chosen = [self.disks[name] for name in dict.fromkeys(names)]
+        for served in chosen:
+            if served.busy:
+                raise StateError(f"disk '{served.name}' is busy: {served.busy}")
+            if not served.is_writable:
+                raise StateError(f"disk '{served.name}' is read-only here, so there is nothing to hand off")
+            if served.image is not None and served.image.io_error is not None:
+                raise StateError(
+                    f"disk '{served.name}' has an I/O error and cannot be trusted: {served.image.io_error}"
+                )
+        return chosen
+
+    async def _run_outgoing(self, migration: SourceMigration, chosen: Sequence[ServedDisk]) -> None:
+        try:
+            await migration.run()
+        finally:
+            for served in chosen:
+                served.busy = ""
+
+    @property
+    def is_migrating(self) -> bool:
+        """Whether an outgoing migration has not ended."""
+        return self.outgoing is not None and not self.outgoing.is_over
+
+    def _on_phase(self, phase: MigrationPhase) -> None:
+        """Tell QMP clients, in QEMU's order: STOP before the freeze is announced, RESUME after a failure is."""
+        if phase is MigrationPhase.FROZEN:
+            self._is_stopped_for_guests = True
+            self.events.emit("STOP")
+        self._emit_status(phase)
+        if phase in (MigrationPhase.FAILED, MigrationPhase.CANCELLED) and self._is_stopped_for_guests:
+            self._is_stopped_for_guests = False
+            self.events.emit("RESUME")
+
+    def _emit_status(self, phase: MigrationPhase) -> None:
+        status = QMP_STATUS[phase]
+        if status != self._last_status:
+            self._last_status = status
+            self.events.emit("MIGRATION", schema.MigrationEvent(status=schema.MigrationStatus(status)))
+
+    def _on_pass(self, number: int) -> None:
+        self.events.emit("MIGRATION_PASS", schema.MigrationPassEvent(pass_=number))
+
+    # Incoming: this is the host of DestinationMigration
+
+    async def _receive(self, stream: ByteStream) -> None:
+        """Handle one connection; whatever it does, the others go on."""
+
+        def on_phase(phase: MigrationPhase) -> None:
+            self.incoming = migration
+            self._on_incoming_phase(phase)
+
+        migration = DestinationMigration(stream, self, trio.to_thread.run_sync, on_phase)
+        try:
+            await migration.run()
+        except FusemigError as exc:  # a cleanup that failed; the migration's own errors are in `error`
+            log.error("incoming connection", peer=stream.peer, reason=str(exc))
+        if migration.phase is MigrationPhase.NONE:
+            self.n_rejected += 1
+            log.warning("connection rejected", peer=stream.peer, reason=str(migration.error))
+
+    def _on_incoming_phase(self, phase: MigrationPhase) -> None:
+        if phase is MigrationPhase.SETUP:
+            self._last_status = ""
+        self._emit_status(phase)
+        if phase is MigrationPhase.COMPLETED:
+            self.events.emit("RESUME")
+
+    async def claim(self, offers: Sequence[DiskOffer], session: str, peer: str) -> list[IncomingDisk]:
+        """Reserve offered disks, all or none, and mark them `incoming` (`IncomingHost.claim`)."""
+        names = [offer.name for offer in offers]
+        if len(set(names)) < len(names):
+            raise PeerRefusedError("a disk is offered twice")
+        for offer in offers:
+            if offer.name not in self.disks:
+                awaited = ", ".join(sorted(name for name, disk in self.disks.items() if disk.is_waiting)) or "none"
+                raise PeerRefusedError(f"disk '{offer.name}' is not awaited there; awaited are: {awaited}")
+            self.disks[offer.name].check_offer(offer)
+        chosen = [self.disks[name] for name in names]
+        for served in chosen:
+            served.busy = f"it is being received from {peer}"
+        try:
+            return [
+                await self._prepare_incoming(served, offer, session, peer)
+                for served, offer in zip(chosen, offers, strict=True)
+            ]
+        except BaseException:
+            for served in chosen:
+                served.busy = ""
+            raise
+
+    async def _prepare_incoming(self, served: ServedDisk, offer: DiskOffer, session: str, peer: str) -> IncomingDisk:
+        assert self.mount is not None
+        had_size = served.disk is not None
+        disk = await trio.to_thread.run_sync(served.receive, offer, session, peer)
+        if not had_size:
+            await self.mount.invalidate(served.export, attributes_only=True)
+        return IncomingDisk(disk, served.epoch_file, _invalidator(self.mount, served))
+
+    def release(self, disks: Sequence[IncomingDisk]) -> None:
+        """End a reservation (`IncomingHost.release`)."""
+        for disk in disks:
+            served = self.disks[disk.disk.name]
+            served.busy = ""
+            served.is_waiting = not served.is_writable
+
+
+def _invalidator(mount: Mount, served: ServedDisk) -> Any:
+    async def invalidate() -> None:
+        await mount.invalidate(served.export)
+
+    return invalidate
+
+
+def _most_telling(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error that a person should see: ours if there is one, else the first."""
+    ours, rest = group.split(FusemigError)
+    error: BaseException | None = ours or rest
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return group if error is None else error

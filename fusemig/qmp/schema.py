@@ -1,0 +1,673 @@
+"""The vocabulary of the control socket: commands' arguments and results, events, capabilities; and their checking.
+
+Rules:
+
+1. Names and types are those of QEMU 7.2's QAPI (qapi/migration.json, qapi/block-core.json, qapi/run-state.json); what
+   is ours begins with ``x-fusemig-`` or lives inside a member of that name. Python names have underscores for hyphens.
+2. Arguments are checked whole before a command sees them (`check_arguments`), with QEMU's texts, in QEMU's order:
+   members in the order of their declaration, then unknown ones. A member that we do not honour is not declared, so it
+   is refused.
+3. An optional member that is absent is `UNSET`, in results too. Sizes are bytes, times milliseconds, rates bytes/s.
+4. Everything here is data. What a command does, and which value it can honour at the moment, is the daemon's.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import cache
+from typing import Annotated, Any, Final, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
+
+from fusemig.errors import ConfigError
+
+
+class ArgumentError(ConfigError):
+    """A command's arguments do not fit its declaration; nothing was done."""
+
+
+# Enumerations
+
+
+class MigrationStatus(StrEnum):
+    """QAPI MigrationStatus; where there was no migration, ``query-migrate`` has no ``status``."""
+
+    NONE = "none"
+    SETUP = "setup"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+    ACTIVE = "active"
+    POSTCOPY_ACTIVE = "postcopy-active"
+    POSTCOPY_PAUSED = "postcopy-paused"
+    POSTCOPY_RECOVER = "postcopy-recover"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    PRE_SWITCHOVER = "pre-switchover"
+    DEVICE = "device"
+
+
+class RunState(StrEnum):
+    """The QAPI RunStates that a disk server can be in."""
+
+    RUNNING = "running"
+    """Guests may write."""
+    PAUSED = "paused"
+    """``stop`` closed the gate."""
+    FINISH_MIGRATE = "finish-migrate"
+    """The switchover has closed the gate."""
+    POSTMIGRATE = "postmigrate"
+    """The disks were handed off."""
+    INMIGRATE = "inmigrate"
+    """The disks are not complete yet."""
+    IO_ERROR = "io-error"
+    SHUTDOWN = "shutdown"
+
+
+class MigrationCapability(StrEnum):
+    """QAPI MigrationCapability of QEMU 7.2, in its order; most of it is about guest memory and never supported."""
+
+    XBZRLE = "xbzrle"
+    RDMA_PIN_ALL = "rdma-pin-all"
+    AUTO_CONVERGE = "auto-converge"
+    ZERO_BLOCKS = "zero-blocks"
+    COMPRESS = "compress"
+    EVENTS = "events"
+    POSTCOPY_RAM = "postcopy-ram"
+    X_COLO = "x-colo"
+    RELEASE_RAM = "release-ram"
+    BLOCK = "block"
+    RETURN_PATH = "return-path"
+    PAUSE_BEFORE_SWITCHOVER = "pause-before-switchover"
+    MULTIFD = "multifd"
+    DIRTY_BITMAPS = "dirty-bitmaps"
+    POSTCOPY_BLOCKTIME = "postcopy-blocktime"
+    LATE_BLOCK_ACTIVATE = "late-block-activate"
+    X_IGNORE_SHARED = "x-ignore-shared"
+    VALIDATE_UUID = "validate-uuid"
+    BACKGROUND_SNAPSHOT = "background-snapshot"
+    ZERO_COPY_SEND = "zero-copy-send"
+    POSTCOPY_PREEMPT = "postcopy-preempt"
+
+
+SUPPORTED_CAPABILITIES: Final = frozenset(
+    {
+        MigrationCapability.EVENTS,
+        MigrationCapability.PAUSE_BEFORE_SWITCHOVER,
+        MigrationCapability.ZERO_BLOCKS,
+        MigrationCapability.BLOCK,
+        MigrationCapability.RETURN_PATH,
+    }
+)
+"""What may be switched on."""
+
+ALWAYS_ON_CAPABILITIES: Final = frozenset({MigrationCapability.ZERO_BLOCKS, MigrationCapability.BLOCK})
+"""What cannot be switched off: there is nothing to migrate but blocks, and zero chunks are never sent as bytes."""
+
+
+class Compression(StrEnum):
+    """QAPI MultiFDCompression."""
+
+    NONE = "none"
+    ZLIB = "zlib"
+    ZSTD = "zstd"
+
+
+class Mode(StrEnum):
+    """How a disk moves."""
+
+    PRECOPY = "precopy"
+    """Passes over what is dirty, then the switchover."""
+    MIRROR = "mirror"
+    """Guest writes go to both sides once the bulk is over."""
+    POSTCOPY = "postcopy"
+    """The destination takes over first and fetches what it lacks."""
+
+
+class WireName(StrEnum):
+    """The stream format."""
+
+    NATIVE = "native"
+    QEMU = "qemu"
+
+
+class Role(StrEnum):
+    """Which side of a migration this daemon is."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+# Arguments. The description of a range is what QEMU says the parameter "expects".
+
+UInt63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1, description="uint64")]
+"""QEMU's size type, without the upper half that nobody means."""
+DowntimeLimit = Annotated[
+    int, msgspec.Meta(ge=0, le=2_000_000, description="an integer in the range of 0 to (2000 * 1000) ms")
+]
+Channels = Annotated[int, msgspec.Meta(ge=1, le=255, description="a value between 1 and 255")]
+ZstdLevel = Annotated[int, msgspec.Meta(ge=0, le=20, description="a value between 0 and 20")]
+
+
+class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    """Base of all commands' arguments."""
+
+
+class NoArguments(Arguments, frozen=True, kw_only=True):
+    """For the commands that take none."""
+
+
+class QmpCapabilities(Arguments, frozen=True, kw_only=True):
+    """``qmp_capabilities``; none is offered, so only the empty list can be honoured."""
+
+    enable: list[str] = field(default_factory=list)
+
+
+class QueryBlockstats(Arguments, frozen=True, kw_only=True):
+    """``query-blockstats``."""
+
+    query_nodes: bool = False
+
+
+class Migrate(Arguments, frozen=True, kw_only=True):
+    """``migrate``: start, and return at once."""
+
+    uri: str
+    blk: bool | UnsetType = UNSET
+    """QEMU's way to ask for block migration; False cannot be honoured."""
+    inc: bool = False
+    """The destination has the shared base; send only what differs from it."""
+    detach: bool = True
+    """Of no meaning, in QEMU too: the command never waits."""
+    resume: bool = False
+    """Continue a failed migration: send only what the destination lacks."""
+    x_fusemig_disks: list[str] | UnsetType = UNSET
+    """Names of the disks to move; absent: all."""
+    x_fusemig_mode: Mode = Mode.PRECOPY
+    x_fusemig_wire: WireName = WireName.NATIVE
+    x_fusemig_compress: str | UnsetType = UNSET
+    """``zstd`` or ``zstd:LEVEL``; absent: as the parameters say."""
+
+
+class MigrateContinue(Arguments, frozen=True, kw_only=True):
+    """``migrate-continue``: leave the state, which the caller must name (pre-switchover)."""
+
+    state: MigrationStatus
+
+
+class MigrateSetParameters(Arguments, frozen=True, kw_only=True):
+    """``migrate-set-parameters``: what is absent stays as it is."""
+
+    block_incremental: bool | UnsetType = UNSET
+    tls_creds: str | UnsetType = UNSET
+    tls_hostname: str | UnsetType = UNSET
+    tls_authz: str | UnsetType = UNSET
+    max_bandwidth: UInt63 | UnsetType = UNSET
+    """Bytes per second, 0 for no limit. QEMU takes -1 for no limit; we refuse it."""
+    downtime_limit: DowntimeLimit | UnsetType = UNSET
+    multifd_channels: Channels | UnsetType = UNSET
+    multifd_compression: Compression | UnsetType = UNSET
+    multifd_zstd_level: ZstdLevel | UnsetType = UNSET
+
+
+class MigrationCapabilityStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """One capability and whether it is, or shall be, on."""
+
+    capability: MigrationCapability
+    state: bool
+
+
+class MigrateSetCapabilities(Arguments, frozen=True, kw_only=True):
+    """``migrate-set-capabilities``: what is not listed stays as it is."""
+
+    capabilities: list[MigrationCapabilityStatus]
+
+
+class MigrateIncoming(Arguments, frozen=True, kw_only=True):
+    """``migrate-incoming``: start to listen, where ``--incoming defer`` did not."""
+
+    uri: str
+
+
+class Estimate(Arguments, frozen=True, kw_only=True):
+    """``x-fusemig-estimate``: what a migration to ``uri`` would take."""
+
+    uri: str
+
+
+COMMANDS: Final[dict[str, type[Arguments]]] = {
+    "qmp_capabilities": QmpCapabilities,
+    "query-version": NoArguments,
+    "query-commands": NoArguments,
+    "query-events": NoArguments,
+    "query-name": NoArguments,
+    "query-status": NoArguments,
+    "query-block": NoArguments,
+    "query-blockstats": QueryBlockstats,
+    "query-migrate": NoArguments,
+    "query-migrate-parameters": NoArguments,
+    "query-migrate-capabilities": NoArguments,
+    "migrate": Migrate,
+    "migrate_cancel": NoArguments,
+    "migrate-continue": MigrateContinue,
+    "migrate-set-parameters": MigrateSetParameters,
+    "migrate-set-capabilities": MigrateSetCapabilities,
+    "migrate-incoming": MigrateIncoming,
+    "migrate-pause": NoArguments,
+    "stop": NoArguments,
+    "cont": NoArguments,
+    "quit": NoArguments,
+    "x-fusemig-status": NoArguments,
+    "x-fusemig-estimate": Estimate,
+}
+"""Every command and its arguments. The server itself answers the first four."""
+
+
+# Results
+
+
+class Result(msgspec.Struct, frozen=True, rename="kebab"):
+    """Base of what commands return."""
+
+
+def _underscores(name: str) -> str:
+    """Name the members of QAPI's older structs, which keep their underscores."""
+    return name
+
+
+class Name(Result, frozen=True, kw_only=True):
+    """An element of ``query-commands`` and ``query-events``, and ``query-name`` itself."""
+
+    name: str | UnsetType = UNSET
+
+
+class StatusInfo(Result, frozen=True, kw_only=True):
+    """``query-status``."""
+
+    running: bool
+    status: RunState
+    singlestep: bool = False
+
+
+class MigrationParameters(Result, frozen=True, kw_only=True):
+    """``query-migrate-parameters``, with the defaults."""
+
+    block_incremental: bool = False
+    tls_creds: str = ""
+    tls_hostname: str = ""
+    tls_authz: str = ""
+    max_bandwidth: int = 0
+    """0 is no limit, and our default. QEMU's default is 134217728 (128 MiB/s)."""
+    downtime_limit: int = 300
+    multifd_channels: int = 2
+    multifd_compression: Compression = Compression.NONE
+    multifd_zstd_level: int = 1
+
+
+class MigrationStats(Result, frozen=True, kw_only=True):
+    """``ram`` and ``disk`` of ``query-migrate``; what has no meaning for a disk is 0, as it is in QEMU."""
+
+    transferred: int = 0
+    remaining: int = 0
+    total: int = 0
+    duplicate: int = 0
+    """QEMU: pages of zeros. Here: chunks of zeros."""
+    skipped: int = 0
+    normal: int = 0
+    normal_bytes: int = 0
+    dirty_pages_rate: int = 0
+    mbps: float = 0
+    dirty_sync_count: int = 0
+    """How many passes were begun."""
+    postcopy_requests: int = 0
+    page_size: int = 0
+    multifd_bytes: int = 0
+    pages_per_second: int = 0
+    precopy_bytes: int = 0
+    downtime_bytes: int = 0
+    postcopy_bytes: int = 0
+    dirty_sync_missed_zero_copy: int = 0
+
+
+class MigratingDisk(Result, frozen=True, kw_only=True):
+    """One disk of a migration."""
+
+    name: str
+    size: int
+    dirty_bytes: int = 0
+    in_flight_chunks: int = 0
+    sent_bytes: int = 0
+    """Bytes of the disk that were sent, in all passes; what crossed the wire is in ``wire-bytes``."""
+    pass_progress: float = 0.0
+    """How much of the present pass is over, 0 to 1."""
+    digest: str | UnsetType = UNSET
+    """Digest of the whole disk, once both sides agree on it."""
+
+
+class MigrationWindow(Result, frozen=True, kw_only=True):
+    """The chunks between disk and wire, under the names of QEMU's migration/block.c."""
+
+    submitted: int = 0
+    """Being read."""
+    read_done: int = 0
+    """Read and not sent."""
+    in_flight: int = 0
+    """Sent and not acknowledged."""
+    transferred: int = 0
+    """Acknowledged, since the start."""
+
+
+class FusemigMigration(Result, frozen=True, kw_only=True):
+    """``x-fusemig`` of ``query-migrate``: what QEMU has no word for."""
+
+    role: Role
+    phase: str
+    """The phase's own name; ``status`` is the nearest word of QEMU's."""
+    mode: Mode
+    wire: WireName
+    pass_: int = field(name="pass", default=0)
+    """Number of the present pass; 1 is the bulk phase."""
+    disks: list[MigratingDisk] = field(default_factory=list)
+    window: MigrationWindow = MigrationWindow()
+    bandwidth: int = 0
+    """Measured."""
+    dirty_rate: int = 0
+    """Measured: bytes that guests make dirty per second."""
+    bytes_dirtied: int = 0
+    """Bytes that guests made dirty since the start."""
+    wire_bytes: int = 0
+    """Bytes that crossed the wire, framing included and compression counted."""
+    frozen_ms: float = 0.0
+    """How long the write gate has been closed, or was."""
+    error_kind: str | UnsetType = UNSET
+    """`FusemigError.kind` of what ended a failed migration."""
+
+
+class MigrationInfo(Result, frozen=True, kw_only=True):
+    """``query-migrate``; empty where there was no migration."""
+
+    status: MigrationStatus | UnsetType = UNSET
+    ram: MigrationStats | UnsetType = UNSET
+    disk: MigrationStats | UnsetType = UNSET
+    total_time: int | UnsetType = UNSET
+    setup_time: int | UnsetType = UNSET
+    expected_downtime: int | UnsetType = UNSET
+    downtime: int | UnsetType = UNSET
+    error_desc: str | UnsetType = UNSET
+    blocked_reasons: list[str] | UnsetType = UNSET
+    x_fusemig: FusemigMigration | UnsetType = UNSET
+
+
+class ImageInfo(Result, frozen=True, kw_only=True, rename=_underscores):
+    """``image`` of a node."""
+
+    filename: str
+    virtual_size: int = field(name="virtual-size")
+    actual_size: int = field(name="actual-size", default=0)
+    format: str = "raw"
+    dirty_flag: bool = field(name="dirty-flag", default=False)
+
+
+class CacheInfo(Result, frozen=True, kw_only=True):
+    """``cache`` of a node."""
+
+    writeback: bool = True
+    direct: bool = False
+    no_flush: bool = False
+
+
+class DirtyBitmapInfo(Result, frozen=True, kw_only=True, rename=_underscores):
+    """A dirty map as QEMU shows one."""
+
+    count: int
+    """Bytes that are dirty."""
+    granularity: int
+    recording: bool
+    busy: bool
+    persistent: bool
+    name: str | UnsetType = UNSET
+
+
+class BlockDeviceInfo(Result, frozen=True, kw_only=True, rename=_underscores):
+    """``inserted`` of ``query-block``; QEMU's own mixture of hyphens and underscores."""
+
+    file: str
+    ro: bool
+    image: ImageInfo
+    node_name: str = field(name="node-name")
+    drv: str = "raw"
+    backing_file_depth: int = 0
+    encrypted: bool = False
+    detect_zeroes: str = "off"
+    write_threshold: int = 0
+    bps: int = 0
+    bps_rd: int = 0
+    bps_wr: int = 0
+    iops: int = 0
+    iops_rd: int = 0
+    iops_wr: int = 0
+    cache: CacheInfo = CacheInfo()
+    dirty_bitmaps: list[DirtyBitmapInfo] | UnsetType = field(name="dirty-bitmaps", default=UNSET)
+
+
+class BlockInfo(Result, frozen=True, kw_only=True):
+    """An element of ``query-block``: one disk."""
+
+    device: str
+    inserted: BlockDeviceInfo | UnsetType = UNSET
+    """Absent while a destination does not know the disk yet."""
+    type: str = "unknown"
+    removable: bool = False
+    locked: bool = False
+    io_status: str | UnsetType = UNSET
+    """``ok``, ``failed`` or ``nospace``."""
+
+
+class BlockDeviceStats(Result, frozen=True, kw_only=True, rename=_underscores):
+    """``stats`` of ``query-blockstats``."""
+
+    rd_bytes: int = 0
+    wr_bytes: int = 0
+    unmap_bytes: int = 0
+    rd_operations: int = 0
+    wr_operations: int = 0
+    flush_operations: int = 0
+    unmap_operations: int = 0
+    rd_total_time_ns: int = 0
+    wr_total_time_ns: int = 0
+    flush_total_time_ns: int = 0
+    unmap_total_time_ns: int = 0
+    wr_highest_offset: int = 0
+    rd_merged: int = 0
+    wr_merged: int = 0
+    unmap_merged: int = 0
+    failed_rd_operations: int = 0
+    failed_wr_operations: int = 0
+    failed_flush_operations: int = 0
+    failed_unmap_operations: int = 0
+    invalid_rd_operations: int = 0
+    invalid_wr_operations: int = 0
+    invalid_flush_operations: int = 0
+    invalid_unmap_operations: int = 0
+    account_invalid: bool = False
+    account_failed: bool = False
+    timed_stats: list[Any] = field(default_factory=list)
+
+
+class BlockStats(Result, frozen=True, kw_only=True):
+    """An element of ``query-blockstats``: one disk."""
+
+    device: str
+    stats: BlockDeviceStats
+    node_name: str | UnsetType = UNSET
+
+
+class ServedDisk(Result, frozen=True, kw_only=True):
+    """One disk of ``x-fusemig-status``."""
+
+    name: str
+    size: int
+    path: str
+    state: str
+    """By its epoch file: ``owner``, ``incoming``, ``prepared``, ``handoff``, ``released``."""
+    gate: str
+    """``open`` or ``closed``."""
+    parked_writes: int = 0
+    read_only: bool = False
+    io_error: bool = False
+    """A flush failed; every later one fails too."""
+    dirty_bytes: int = 0
+    epoch: int | UnsetType = UNSET
+
+
+class Incoming(Result, frozen=True, kw_only=True):
+    """What this daemon waits for, or receives, as a destination."""
+
+    uri: str
+    status: MigrationStatus
+    error_desc: str | UnsetType = UNSET
+    rejected_connections: int = 0
+
+
+class DaemonStatus(Result, frozen=True, kw_only=True):
+    """``x-fusemig-status``."""
+
+    version: str
+    pid: int
+    mountpoint: str
+    status: RunState
+    disks: list[ServedDisk]
+    role: Role | UnsetType = UNSET
+    """Absent: neither; nothing migrates and nothing is awaited."""
+    gates_closed: int = 0
+    parked_writes: int = 0
+    handler_errors: int = 0
+    """Requests answered EIO because of a bug of ours; the log has them."""
+    incoming: Incoming | UnsetType = UNSET
+    migration: MigrationInfo | UnsetType = UNSET
+
+
+class EstimatedDisk(Result, frozen=True, kw_only=True):
+    """One disk of an estimate."""
+
+    name: str
+    size: int
+    data_bytes: int
+    """Allocated bytes, which the bulk phase reads."""
+    dirty_rate: int
+
+
+class EstimateInfo(Result, frozen=True, kw_only=True):
+    """``x-fusemig-estimate``."""
+
+    uri: str
+    disks: list[EstimatedDisk]
+    data_bytes: int
+    dirty_rate: int
+    bandwidth: int
+    converges: bool
+    """Whether the downtime limit can be met while guests write as they do now."""
+    expected_total_time: int | UnsetType = UNSET
+    expected_downtime: int | UnsetType = UNSET
+    expected_passes: int | UnsetType = UNSET
+
+
+# Events
+
+
+class MigrationEvent(Result, frozen=True, kw_only=True):
+    """Data of MIGRATION."""
+
+    status: MigrationStatus
+
+
+class MigrationPassEvent(Result, frozen=True, kw_only=True):
+    """Data of MIGRATION_PASS."""
+
+    pass_: int = field(name="pass")
+
+
+class ShutdownEvent(Result, frozen=True, kw_only=True):
+    """Data of SHUTDOWN."""
+
+    guest: bool = False
+    reason: str = "host-qmp-quit"
+    """``host-qmp-quit`` or ``host-signal``."""
+
+
+EVENTS: Final[dict[str, type[Result] | None]] = {
+    "MIGRATION": MigrationEvent,
+    "MIGRATION_PASS": MigrationPassEvent,
+    "STOP": None,
+    "RESUME": None,
+    "SHUTDOWN": ShutdownEvent,
+}
+"""Every event and its data."""
+
+MIGRATION_EVENTS: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
+"""The events that are sent only while the capability ``events`` is on."""
+
+
+# Checking
+
+ArgumentsT = TypeVar("ArgumentsT", bound=Arguments)
+
+
+def check_arguments(declared: type[ArgumentsT], arguments: dict[str, Any]) -> ArgumentsT:
+    """Return a client's arguments in their declared type.
+
+    Raises:
+        ArgumentError: they do not fit; the text is QEMU's.
+    """
+    _check(_type_info(declared), arguments, "")
+    return msgspec.convert(arguments, declared)
+
+
+@cache
+def _type_info(declared: type[Arguments]) -> msgspec.inspect.Type:
+    return msgspec.inspect.type_info(declared)
+
+
+def _check(declared: msgspec.inspect.Type, value: Any, path: str) -> None:
+    """Check a value against its declaration; `msgspec.convert` would find the same errors, in other words."""
+    match declared:
+        case msgspec.inspect.Metadata(type=msgspec.inspect.IntType(ge=low, le=high), extra_json_schema=schema):
+            assert low is not None
+            assert high is not None
+            assert schema is not None
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ArgumentError(f"Parameter '{path}' expects {schema['description']}")
+        case msgspec.inspect.StrType():
+            _expect(isinstance(value, str), path, "string")
+        case msgspec.inspect.BoolType():
+            _expect(isinstance(value, bool), path, "boolean")
+        case msgspec.inspect.EnumType(cls=cls):
+            _expect(isinstance(value, str), path, "string")
+            if value not in [member.value for member in cls]:
+                raise ArgumentError(f"Parameter '{path.rpartition('.')[2]}' does not accept value '{value}'")
+        case msgspec.inspect.ListType(item_type=item_type):
+            _expect(isinstance(value, list), path, "array")
+            for index, item in enumerate(value):
+                _check(item_type, item, f"{path}[{index}]")
+        case msgspec.inspect.StructType(fields=fields):
+            _expect(isinstance(value, dict), path, "object")
+            _check_members(fields, value, f"{path}." if path else "")
+        case _:
+            raise AssertionError(f"no check for {declared}: write one")
+
+
+def _check_members(fields: tuple[msgspec.inspect.Field, ...], value: dict[str, Any], prefix: str) -> None:
+    for member in fields:
+        if member.encode_name in value:
+            _check(member.type, value[member.encode_name], prefix + member.encode_name)
+        elif member.required:
+            raise ArgumentError(f"Parameter '{prefix}{member.encode_name}' is missing")
+    known = {member.encode_name for member in fields}
+    for name in value:
+        if name not in known:
+            raise ArgumentError(f"Parameter '{prefix}{name}' is unexpected")
+
+
+def _expect(is_right: bool, path: str, expected: str) -> None:
+    if not is_right:
+        raise ArgumentError(f"Invalid parameter type for '{path}', expected: {expected}")

@@ -1,0 +1,161 @@
+"""ServedDisk: one disk of the daemon, from its place on the command line to the file that guests see.
+
+What a disk may do when the daemon starts is decided by its epoch file alone (`fusemig.epoch`):
+
+    epoch file             plain serve                        serve --incoming
+    none, image exists     writable                           waits for a source; image must match in size
+    none, no image         refused                            waits for a source; image is created
+    owner                  writable                           writable, and never overwritten
+    incoming, prepared     refused: the image is incomplete   waits for a source
+    released               read-only                          waits for a source (the disk may come back)
+    handed-off             read-only: in doubt                read-only: in doubt
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from fusemig.disk.raw import RawDisk, create_image
+from fusemig.disk.tracked import Gate, TrackedDisk
+from fusemig.epoch import EpochFile, EpochRecord, Ownership
+from fusemig.errors import ConfigError, PeerRefusedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fusemig.fuse.export import Export, Exports
+    from fusemig.wire.native import DiskOffer
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class DiskSpec:
+    """A disk as the command line names it."""
+
+    name: str
+    path: Path
+    is_read_only: bool = False
+
+
+class ServedDisk:
+    """An image, its guest's side, its epoch file and the file of the mount."""
+
+    def __init__(self, spec: DiskSpec, exports: Exports, state_dir: Path | None, *, is_incoming: bool) -> None:
+        """Open the image, unless it is still to come, and export it.
+
+        Raises:
+            ConfigError: the image, its epoch file or the name cannot be used as asked; nothing is left open.
+        """
+        self.name = spec.name
+        self.path = spec.path
+        self.is_read_only = spec.is_read_only
+        self.busy = ""
+        """Why the disk must not be migrated, received or closed now; empty if nothing keeps it (an op blocker)."""
+        epoch_path = (state_dir or spec.path.parent) / f"{spec.path.name}.fusemig"
+        self.epoch_file = EpochFile(epoch_path)
+        self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in _RECEIVABLE
+        """Whether a source may fill this disk."""
+        self.image: RawDisk | None = None
+        self.disk: TrackedDisk | None = None
+        if not self.is_waiting or _exists(spec.path):
+            self._open(self._starting_gate())
+        try:
+            self.export: Export = exports.add(self.name, self.disk, read_only=spec.is_read_only)
+        except ConfigError:
+            self.close()
+            raise
+
+    @property
+    def ownership(self) -> Ownership | None:
+        """What the epoch file says; None where the disk never moved."""
+        record = self.epoch_file.record
+        return None if record is None else record.state
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether guests may write now or are only waiting for a switchover."""
+        return self.disk is not None and self.disk.gate is not Gate.READ_ONLY
+
+    def _starting_gate(self) -> Gate:
+        record = self.epoch_file.record
+        if self.is_waiting or self.is_read_only:
+            return Gate.READ_ONLY
+        if record is None or record.state is Ownership.OWNER:
+            return Gate.OPEN
+        if record.state in (Ownership.INCOMING, Ownership.PREPARED):
+            raise ConfigError(
+                f"image {self.path} of disk '{self.name}' is incomplete: a migration from {record.peer or 'elsewhere'} "
+                f"did not end; serve it with --incoming to receive it again, or delete the image and "
+                f"{self.epoch_file.path}"
+            )
+        if record.state is Ownership.HANDED_OFF:
+            log.warning(
+                "read-only: it is not known whether the destination took the disk; see `fusemig resolve`",
+                disk=self.name,
+                destination=record.peer,
+            )
+        else:
+            log.warning("read-only: the disk was handed off", disk=self.name, destination=record.peer)
+        return Gate.READ_ONLY
+
+    def _open(self, gate: Gate) -> None:
+        self.image = RawDisk(self.name, self.path, read_only=self.is_read_only)
+        self.disk = TrackedDisk(self.image, gate=gate)
+
+    def check_offer(self, offer: DiskOffer) -> None:
+        """Raise `PeerRefusedError` unless this disk can be received as offered; changes nothing."""
+        record = self.epoch_file.record
+        if self.busy:
+            raise PeerRefusedError(f"disk '{self.name}' is busy: {self.busy}")
+        if self.ownership is Ownership.HANDED_OFF:
+            raise PeerRefusedError(f"disk '{self.name}' is in doubt there: resolve that first (`fusemig resolve`)")
+        if not self.is_waiting:
+            raise PeerRefusedError(
+                f"disk '{self.name}' is owned there and would be overwritten; serve another image with --incoming"
+            )
+        if record is not None and record.image_id == offer.image_id and record.epoch > offer.epoch + 1:
+            raise PeerRefusedError(
+                f"disk '{self.name}' is known there in epoch {record.epoch}, and epoch {offer.epoch} was offered: "
+                "the offered copy is out of date"
+            )
+        if self.disk is not None and self.disk.size != offer.size:
+            raise PeerRefusedError(
+                f"disk '{self.name}' has {self.disk.size} bytes there and {offer.size} bytes at the source; "
+                "delete the image there, or make it the same size"
+            )
+
+    def receive(self, offer: DiskOffer, session: str, peer: str) -> TrackedDisk:
+        """Make ready for the bytes of an offer that was checked: create the image if need be, mark it `incoming`.
+
+        The mark is durable when this returns, before the first byte is written. May sleep.
+
+        Raises:
+            ConfigError: the image cannot be created or opened.
+            StateError: the epoch file cannot be written.
+        """
+        record = EpochRecord(
+            state=Ownership.INCOMING, image_id=offer.image_id, epoch=offer.epoch + 1, session=session, peer=peer
+        )
+        self.epoch_file.write(record)
+        if self.disk is None:
+            create_image(self.path, offer.size)
+            self._open(Gate.READ_ONLY)
+        assert self.disk is not None
+        self.export.disk = self.disk
+        return self.disk
+
+    def close(self) -> None:
+        """Close the image; idempotent."""
+        if self.disk is not None:
+            self.disk.close()
+
+
+_RECEIVABLE = frozenset({None, Ownership.INCOMING, Ownership.PREPARED, Ownership.RELEASED})
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
