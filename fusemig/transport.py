@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
 from contextlib import asynccontextmanager, suppress
@@ -67,16 +68,35 @@ def parse_uri(text: str) -> Uri:
 
 
 class ByteStream(Protocol):
-    """An ordered, two-way stream of bytes; one task sends and one receives at a time."""
+    """An ordered, two-way stream of bytes; one task or thread sends and one receives at a time.
+
+    The bytes move in the two ``_nowait`` calls, which may be made from any thread, so that a thread that reads a disk
+    can also send what it read. Waiting is for tasks (`wait_writable`, `wait_readable`) or, for moments, for the thread
+    itself (`poll`). Closing waits for nobody: the caller sees to it that no thread is inside.
+    """
 
     peer: str
     """The other end, for people."""
 
-    async def send(self, buffers: Sequence[Buffer]) -> None:
-        """Send all of ``buffers``; a send that raises or is cancelled leaves the stream unusable."""
+    def send_nowait(self, buffers: Sequence[Buffer]) -> int:
+        """Send some of ``buffers``, gathered, and return how many bytes; at least one.
 
-    async def receive_into(self, buffer: memoryview) -> int:
-        """Receive at least one byte into ``buffer``; return how many, 0 at the end of the stream."""
+        Raises:
+            trio.WouldBlock: the way is full.
+            ConnectionLostError: the peer is gone.
+        """
+
+    def receive_nowait(self, buffer: memoryview) -> int:
+        """Receive at least one byte into ``buffer``; return how many, 0 at the stream's end. Raises likewise."""
+
+    async def wait_writable(self) -> None:
+        """Wait until `send_nowait` may take something."""
+
+    async def wait_readable(self) -> None:
+        """Wait until `receive_nowait` has something."""
+
+    def poll(self, *, is_write: bool, timeout_s: float) -> bool:
+        """Block this thread until the stream is ready, at most ``timeout_s`` seconds; return whether it is."""
 
     async def aclose(self) -> None:
         """Close; always checkpoints and never raises but `trio.Cancelled`."""
@@ -86,55 +106,58 @@ class SocketStream:
     """A `ByteStream` over a connected socket."""
 
     def __init__(self, sock: trio.socket.SocketType, peer: str) -> None:
-        """Own ``sock``."""
-        self._socket = sock
+        """Take ``sock`` over; it must not be used any more."""
         self.peer = peer
-        if sock.family == socket.AF_UNIX:
+        self._socket = socket.socket(fileno=sock.detach())
+        self._socket.setblocking(False)
+        self._pollers = {False: select.poll(), True: select.poll()}
+        self._pollers[False].register(self._socket, select.POLLIN)
+        self._pollers[True].register(self._socket, select.POLLOUT)
+        if self._socket.family == socket.AF_UNIX:
             with suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
         else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
-    async def send(self, buffers: Sequence[Buffer]) -> None:
-        """Send all of ``buffers``, gathered.
-
-        Raises:
-            ConnectionLostError: the peer is gone.
-        """
-        rest = [memoryview(buffer) for buffer in buffers]
-        at = 0
+    def send_nowait(self, buffers: Sequence[Buffer]) -> int:
+        """Send what fits (`ByteStream.send_nowait`)."""
         try:
-            while at < len(rest):
-                n = await self._socket.sendmsg(rest[at : at + _MAX_SENDMSG_BUFFERS])
-                while at < len(rest) and n >= len(rest[at]):
-                    n -= len(rest[at])
-                    at += 1
-                if n:
-                    rest[at] = rest[at][n:]
-        except (OSError, trio.ClosedResourceError) as exc:
-            raise _lost(self.peer, exc) from exc
+            return self._socket.sendmsg(buffers[:_MAX_SENDMSG_BUFFERS])
+        except BlockingIOError as exc:
+            raise trio.WouldBlock from exc
+        except OSError as exc:
+            raise self._lost(exc) from exc
 
-    async def receive_into(self, buffer: memoryview) -> int:
-        """Receive what is there, at most ``buffer`` full.
-
-        Raises:
-            ConnectionLostError: the connection broke.
-        """
+    def receive_nowait(self, buffer: memoryview) -> int:
+        """Receive what is there (`ByteStream.receive_nowait`)."""
         try:
-            return await self._socket.recv_into(buffer)
-        except (OSError, trio.ClosedResourceError) as exc:
-            raise _lost(self.peer, exc) from exc
+            return self._socket.recv_into(buffer)
+        except BlockingIOError as exc:
+            raise trio.WouldBlock from exc
+        except OSError as exc:
+            raise self._lost(exc) from exc
+
+    async def wait_writable(self) -> None:
+        """Wait in the loop."""
+        await trio.lowlevel.wait_writable(self._socket)
+
+    async def wait_readable(self) -> None:
+        """Wait in the loop."""
+        await trio.lowlevel.wait_readable(self._socket)
+
+    def poll(self, *, is_write: bool, timeout_s: float) -> bool:
+        """Wait in this thread; an error counts as ready, the next call reports it."""
+        return bool(self._pollers[is_write].poll(timeout_s * 1000))
 
     async def aclose(self) -> None:
         """Close the socket."""
+        trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
         await trio.lowlevel.checkpoint()
 
-
-def _lost(peer: str, exc: BaseException) -> ConnectionLostError:
-    reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else "closed"
-    return ConnectionLostError(f"connection to {peer} lost: {reason}")
+    def _lost(self, exc: OSError) -> ConnectionLostError:
+        return ConnectionLostError(f"connection to {self.peer} lost: {exc.strerror or exc}")
 
 
 async def connect(uri: Uri, deadline_s: float) -> SocketStream:
@@ -162,9 +185,6 @@ async def connect(uri: Uri, deadline_s: float) -> SocketStream:
             f"cannot connect to {uri}: {reason}; is `fusemig serve --incoming {uri}` running there?"
         ) from exc
     return SocketStream(sock, str(uri))
-
-
-Handler = "Callable[[ByteStream], Awaitable[None]]"
 
 
 @asynccontextmanager
@@ -243,9 +263,11 @@ class Listener:
             stream = SocketStream(sock, peer)
             await handler(stream)
         except OSError:  # the peer left before its socket could be set up
-            pass
-        finally:
             sock.close()
+        finally:
+            if stream is not None:
+                with trio.CancelScope(shield=True):
+                    await stream.aclose()
             limit.release()
 
 

@@ -116,6 +116,4 @@ def _outcome(info: dict[str, Any], *, is_quiet: bool) -> int:
     kind = own.get("error-kind", "failed")
     if info["status"] == "cancelled":
         return fail(info.get("error-desc", "cancelled; the disks stay here"), "cancelled")
-    return fail(
-        info.get("error-desc", "the migration failed; see the daemon's log"), kind
-    )
+    return fail(info.get("error-desc", "the migration failed; see the daemon's log"), kind)

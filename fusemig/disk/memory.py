@@ -32,7 +32,7 @@ class MemoryDisk(Disk):
         self.pread_into(buffer, offset)
         return True
 
-    def pwrite_may_sleep(self, offset: int, length: int) -> bool:  # noqa: ARG002
+    def pwrite_may_sleep(self, offset: int, length: int) -> bool:
         """Memory never sleeps."""
         return False
 

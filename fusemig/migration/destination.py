@@ -1,12 +1,12 @@
 """DestinationMigration: receives disks over one connection, from HELLO to TAKEN.
 
-    receiver ─> queue ─> applier ─(worker thread)─> images
-        └ answers PROGRESS at once                    └ ACK after each step, SYNCED, PREPARED, TAKEN
+    stream ─> FrameReceiver (slices on a worker thread) ─> images
+                  └ control messages ─> this task ─> ACK, SYNCED, PREPARED, TAKEN
 
-The applier handles everything that has an order: frames, SYNC, FINAL, COMMIT. Until TAKEN the gates stay read-only
-and the epoch files say `incoming`; a migration that fails leaves them so, and the images wait for the next one. From
-the moment `prepared` is durable only the source's word ends the wait: its ABORT, its COMMIT, or its next HELLO, which
-a source that said COMMIT cannot send.
+One task does everything, so what follows a frame on the wire finds it in the image. Until TAKEN the gates stay
+read-only and the epoch files say `incoming`; a migration that fails leaves them so, and the images wait for the next
+one. From the moment `prepared` is durable only the source's word ends the wait: its ABORT, its COMMIT, or its next
+HELLO, which a source that said COMMIT cannot send.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from fusemig.disk.tracked import Gate
 from fusemig.epoch import EpochRecord, Ownership
 from fusemig.errors import FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
 from fusemig.handoff import DestinationEvent, DestinationHandoff, DestinationState
-from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
+from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink, Need
+from fusemig.migration.receiver import FrameReceiver
 from fusemig.migration.writer import FrameWriter
 from fusemig.phase import MigrationPhase
 from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from fusemig.migration.link import Offload
     from fusemig.migration.writer import IncomingDisk
     from fusemig.transport import ByteStream
 
-log = structlog.get_logger(__name__)
+_LINGER_S: Final = 2.0
+"""How long a refused source is given to read why, in seconds."""
 
-QUEUE_FRAMES: Final = 16
-"""Frames received and not taken by the applier, at most; as many again are being written."""
+log = structlog.get_logger(__name__)
 
 
 class IncomingHost(Protocol):
@@ -99,9 +100,6 @@ class DestinationMigration:
         self._offload = offload
         self._on_phase = on_phase
         self._handoff = DestinationHandoff()
-        self._scope = trio.CancelScope()
-        self._failure: FusemigError | None = None
-        self._applied = 0
         self._progress = native.Progress(0, 0, 0)
         self._log = log
 
@@ -142,6 +140,7 @@ class DestinationMigration:
             disks = await self._host.claim(hello.disks, hello.session, self.peer)
         except FusemigError as exc:
             await self._link.send_message(native.Refuse(str(exc)))
+            await self._link.linger(_LINGER_S)
             raise
         self.session = hello.session
         self._log = log.bind(migration=hello.session[:8])
@@ -150,10 +149,7 @@ class DestinationMigration:
     async def _run_claimed(self) -> None:
         self._enter(MigrationPhase.SETUP)
         try:
-            with self._scope:
-                await self._receive_disks()
-            if self._failure is not None:
-                raise self._failure
+            await self._receive_disks()
         except FusemigError as exc:
             self.error = exc
             await self._say_abort(exc)
@@ -168,52 +164,30 @@ class DestinationMigration:
     async def _receive_disks(self) -> None:
         await self._link.send_message(native.Welcome(native.VERSION))
         self._enter(MigrationPhase.BULK)
-        async with trio.open_nursery() as nursery:
-            queue, events = trio.open_memory_channel[native.Event](QUEUE_FRAMES)
-            nursery.start_soon(self._guard, self._receive, queue)
-            await self._guard(self._apply, events)
-            nursery.cancel_scope.cancel()
-
-    async def _guard(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
-        """Run a task; its failure ends the migration with this error rather than with a group of them."""
-        try:
-            await task(*args)
-        except FusemigError as exc:
-            if self._failure is None:
-                self._failure = exc
-            self._scope.cancel()
-
-    async def _receive(self, queue: trio.MemorySendChannel[native.Event]) -> None:
+        receiver = FrameReceiver(self._link, FrameWriter(self.disks, self._pool))
+        applied = 0
         while True:
-            event = await self._link.receive()
-            if isinstance(event, native.Progress):
-                self._progress = event
-                if self.phase is MigrationPhase.BULK and event.pass_number > 1:
-                    self._enter(MigrationPhase.DIRTY)
-                await self._link.send([native.encode_ack(self._applied)])
-            else:
-                await queue.send(event)
-
-    async def _apply(self, events: trio.MemoryReceiveChannel[native.Event]) -> None:
-        """Handle everything that has an order, until the disks are ours."""
-        writer = FrameWriter(self.disks, self._pool)
-        async for first in events:
-            event: native.Event | None = first
-            frames: list[native.DataFrame | native.ZeroFrame] = []
-            while isinstance(event, native.DataFrame | native.ZeroFrame):
-                frames.append(event)
-                try:
-                    event = events.receive_nowait() if len(frames) < QUEUE_FRAMES else None
-                except trio.WouldBlock:
-                    event = None
-            if frames:
+            event = await self._offload(receiver.run_slice)
+            if receiver.applied > applied:
+                applied = receiver.applied
                 if self._handoff.state is not DestinationState.INCOMING:
                     raise RemoteProtocolError(f"{self.peer} sent data after FINAL")
-                await self._offload(writer.apply, frames)
-                self._applied = frames[-1].sequence
-                await self._link.send([native.encode_ack(self._applied)])
-            if event is not None and await self._handle(event):
+            if applied > receiver.acknowledged:
+                receiver.acknowledged = applied
+                await self._link.send([native.encode_ack(applied)])
+            if event is Need.STREAM:
+                await self._link.wait_readable()
+            elif isinstance(event, native.Progress):
+                await self._note_progress(event, applied)
+            elif event is not Need.SLICE and await self._handle(event):
                 return
+
+    async def _note_progress(self, progress: native.Progress, applied: int) -> None:
+        """Show it, and prove that we are alive."""
+        self._progress = progress
+        if self.phase is MigrationPhase.BULK and progress.pass_number > 1:
+            self._enter(MigrationPhase.DIRTY)
+        await self._link.send([native.encode_ack(applied)])
 
     async def _handle(self, event: native.Event) -> bool:
         """Handle a control message; return whether the migration is complete."""
@@ -292,9 +266,10 @@ class DestinationMigration:
     async def _say_abort(self, reason: FusemigError) -> None:
         if self._handoff.state is DestinationState.PREPARED:
             return  # the source decides; it will hear of us when it asks
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _LINGER_S):
             try:
                 await self._link.send_message(native.Abort(str(reason)))
+                await self._link.linger(_LINGER_S)
             except FusemigError as exc:
                 self._log.info("the source could not be told", reason=str(exc))
 

@@ -3,11 +3,17 @@
 A link is used by several tasks: each whole send is one unit (a lock), receiving belongs to one task at a time.
 Receiving may be cancelled between frames and inside them, and goes on where it was; a send that is cancelled leaves
 half a frame behind, so the link then refuses to send again.
+
+What moves in bulk does not pass through the loop chunk by chunk: `fusemig.migration.sender` and
+`fusemig.migration.receiver` run in slices on a worker thread, where a chunk is read, hashed and sent, or received,
+checked and written, while it is warm in the cache. A slice comes back with a `Need` when only the loop can go on.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from contextlib import asynccontextmanager
+from enum import Enum
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
@@ -17,7 +23,7 @@ from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from typing import Any
 
     from fusemig.disk.base import Buffer
@@ -31,6 +37,36 @@ M = TypeVar("M", bound=native.Message)
 HANDSHAKE_DEADLINE_S: Final = 10.0
 IDLE_DEADLINE_S: Final = 30.0
 """Without a byte from the peer for this long the connection counts as lost; both sides say something every second."""
+
+
+class Need(Enum):
+    """Why a slice of work in a worker thread came back."""
+
+    SLICE = "slice"
+    """It has done its share; call it again."""
+    STREAM = "stream"
+    """The stream is full, or empty."""
+    ACKNOWLEDGEMENT = "acknowledgement"
+    """The window is full."""
+    NOTHING = "nothing"
+    """All is done."""
+
+
+SLICE_BYTES: Final = 16 << 20
+"""Disk bytes that one slice moves: long enough that the thread hop does not count, short enough to be cancelled."""
+POLL_S: Final = 0.002
+"""How long a slice waits for its stream by itself, which is cheaper than coming back."""
+
+
+def drop_sent(buffers: list[memoryview], n: int) -> None:
+    """Remove the first ``n`` bytes, which were sent, from ``buffers``."""
+    done = 0
+    while done < len(buffers) and n >= len(buffers[done]):
+        n -= len(buffers[done])
+        done += 1
+    del buffers[:done]
+    if n:
+        buffers[0] = buffers[0][n:]
 
 
 class BufferPool:
@@ -61,11 +97,14 @@ class NativeLink:
     def __init__(self, stream: ByteStream, decoder: native.Decoder, pool: BufferPool) -> None:
         """Use ``stream``, which the caller closes."""
         self.peer = stream.peer
-        self._stream = stream
+        self.stream = stream
+        self.sending = trio.Lock()
+        """Held by whoever sends, from the first byte of a frame to the last."""
         self._decoder = decoder
         self._pool = pool
-        self._send_lock = trio.Lock()
         self._is_broken = False
+        self._unsent: list[memoryview] = []
+        """The rest of a frame of `try_send`, which goes before whatever is sent next."""
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         """Send buffers that together are whole frames.
@@ -73,38 +112,100 @@ class NativeLink:
         Raises:
             ConnectionLostError: the peer is gone, or an earlier send was cut short.
         """
-        async with self._send_lock:
-            if self._is_broken:
-                raise ConnectionLostError(f"connection to {self.peer} was cut inside a frame")
-            self._is_broken = True
-            await self._stream.send(buffers)
-            self._is_broken = False
+        async with self.sending, self.frame():
+            rest = [*self._unsent, *(memoryview(buffer) for buffer in buffers)]
+            self._unsent = []
+            while rest:
+                try:
+                    drop_sent(rest, self.stream.send_nowait(rest))
+                except trio.WouldBlock:
+                    await self.stream.wait_writable()
+
+    def try_send(self, frame: bytes) -> bool:
+        """Send a small frame if that is possible at once; may be called from any thread that may send.
+
+        Raises:
+            ConnectionLostError: the peer is gone.
+        """
+        if self._unsent or self._is_broken:
+            return False
+        try:
+            n = self.stream.send_nowait([frame])
+        except trio.WouldBlock:
+            return False
+        if n < len(frame):
+            self._unsent = [memoryview(frame)[n:]]
+        return True
 
     async def send_message(self, message: native.Message) -> None:
         """Send one control message; raises as `send` does."""
         await self.send([native.encode_message(message)])
 
-    async def receive(self, deadline_s: float = IDLE_DEADLINE_S) -> native.Event:
-        """Return the next event.
+    @asynccontextmanager
+    async def frame(self) -> AsyncIterator[None]:
+        """Guard whole frames: a block that does not end leaves a link that refuses to send.
 
         Raises:
-            ConnectionLostError: the stream ended, broke, or was silent for ``deadline_s`` seconds.
+            ConnectionLostError: an earlier block did not end.
+        """
+        if self._is_broken:
+            raise ConnectionLostError(f"connection to {self.peer} was cut inside a frame")
+        self._is_broken = True
+        yield
+        self._is_broken = False
+
+    def receive_nowait(self) -> native.Event:
+        """Return the next event; may be called from any thread.
+
+        Raises:
+            trio.WouldBlock: it has not come yet, or not all of it.
+            ConnectionLostError: the stream ended or broke.
             RemoteProtocolError: the peer's bytes are wrong.
         """
         decoder = self._decoder
         while True:
             if decoder.needs_buffer:
                 decoder.give_buffer(self._pool.take())
-            with trio.move_on_after(deadline_s) as scope:
-                n = await self._stream.receive_into(decoder.wanted)
-            if scope.cancelled_caught:
-                raise ConnectionLostError(f"nothing heard from {self.peer} for {deadline_s:g} s")
+            n = self.stream.receive_nowait(decoder.wanted)
             if not n:
                 where = "" if decoder.is_between_frames else " inside a frame"
                 raise ConnectionLostError(f"{self.peer} closed the connection{where}")
             event = decoder.advance(n)
             if event is not None:
                 return event
+
+    async def wait_readable(self, deadline_s: float = IDLE_DEADLINE_S) -> None:
+        """Wait for bytes from the peer.
+
+        Raises:
+            ConnectionLostError: it was silent for ``deadline_s`` seconds.
+        """
+        with trio.move_on_after(deadline_s) as scope:
+            await self.stream.wait_readable()
+        if scope.cancelled_caught:
+            raise ConnectionLostError(f"nothing heard from {self.peer} for {deadline_s:g} s")
+
+    async def receive(self, deadline_s: float = IDLE_DEADLINE_S) -> native.Event:
+        """Return the next event; raises what `receive_nowait` and `wait_readable` raise."""
+        while True:
+            try:
+                return self.receive_nowait()
+            except trio.WouldBlock:
+                await self.wait_readable(deadline_s)
+
+    async def linger(self, deadline_s: float) -> None:
+        """Receive and forget until the peer closes, so that our last message is not lost with what it still sends.
+
+        A socket that is closed with unread bytes resets the connection, and the peer may never see what we said last.
+        """
+        scratch = memoryview(bytearray(1 << 16))
+        with trio.move_on_after(deadline_s):
+            while True:
+                try:
+                    if not self.stream.receive_nowait(scratch):
+                        return
+                except trio.WouldBlock:
+                    await self.stream.wait_readable()
 
     async def expect(self, message_type: type[M], deadline_s: float) -> M:
         """Return the next message, which must be of this type; acknowledgements may come before it.

@@ -1,7 +1,7 @@
 """SourceMigration: moves disks away while guests write them.
 
     run ── connect, handshake, tracking on, find allocated chunks            SETUP
-         ├ passes: reader thread ─> outbox ─> sender ─> wire                 BULK, DIRTY
+         ├ passes: PassSender in slices on a worker thread ─> wire           BULK, DIRTY
          │         receiver <─ acknowledgements     ticker: proof of life
          ├ (wait for `proceed`, with passes going on)                        PRE_SWITCHOVER
          ├ gate closed, drained, synced; last pass                           FROZEN
@@ -16,7 +16,7 @@ Tasks share this object's fields; each is written by one task only, between two 
 from __future__ import annotations
 
 import uuid
-from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -37,8 +37,9 @@ from fusemig.errors import (
     VerificationError,
 )
 from fusemig.handoff import SourceEvent, SourceHandoff, SourceState
-from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
-from fusemig.migration.reader import Batch, OutgoingDisk, PassReader
+from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
+from fusemig.migration.reader import OutgoingDisk, PassReader
+from fusemig.migration.sender import WINDOW_BYTES, PassSender
 from fusemig.migration.stats import DiskStatistics, MigrationStatistics, WindowStatistics
 from fusemig.phase import MigrationPhase, PhaseMachine
 from fusemig.units import CHUNK_SIZE
@@ -50,16 +51,11 @@ if TYPE_CHECKING:
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochFile
     from fusemig.migration.link import Offload
-    from fusemig.migration.reader import SentFrame
     from fusemig.migration.stats import MigrationParameters
     from fusemig.transport import ByteStream
 
 log = structlog.get_logger(__name__)
 
-BATCH_BYTES: Final = 4 << 20
-"""Disk bytes read in one step of the worker thread: large enough that the thread hop does not count."""
-WINDOW_BYTES: Final = 32 << 20
-"""Disk bytes read and not acknowledged, at most; also what a source and a destination hold in memory."""
 PROGRESS_INTERVAL_S: Final = 1.0
 _TICK_S: Final = 0.1
 
@@ -119,15 +115,8 @@ class SourceMigration:
         self._failure: FusemigError | None = None
         self._proceed = trio.Event()
         self._over = trio.Event()
-        # Written by the sender and the receiver:
-        self._unacknowledged: deque[SentFrame] = deque()
-        self._unacknowledged_bytes = 0
-        self._n_submitted = 0
-        self._n_read_done = 0
-        self._n_transferred = 0
-        self._last_sequence = 0
-        self._acknowledged_bytes = 0
-        self._wire_bytes = 0
+        self._sender = PassSender(self._pool)
+        # Set by the receiver:
         self._progress_made = trio.Event()
         self._synced = trio.Event()
         # Clocks and rates:
@@ -181,10 +170,8 @@ class SourceMigration:
 
     async def wind_down(self) -> None:
         """Call the migration off if that is still possible, and wait for its end; for the daemon's own end."""
-        try:
+        with suppress(StateError):  # committed or over: it ends by itself, within its deadlines
             self.cancel()
-        except StateError:
-            pass  # committed or over: it ends by itself, within its deadlines
         await self._over.wait()
 
     def forget(self) -> None:
@@ -248,7 +235,6 @@ class SourceMigration:
                 lent.disk.set_gate(Gate.OPEN)
         for disk in self._disks:
             disk.tracking.restore_all()
-        self._unacknowledged.clear()
 
     def _enter(self, phase: MigrationPhase) -> None:
         self._machine.enter(phase)
@@ -267,11 +253,9 @@ class SourceMigration:
             try:
                 await self._start_tracking()
                 async with trio.open_nursery() as nursery:
-                    outbox, to_send = trio.open_memory_channel[Batch](1)
-                    nursery.start_soon(self._guard, self._send_batches, link, to_send)
                     nursery.start_soon(self._guard, self._receive, link)
                     nursery.start_soon(self._guard, self._tick, link)
-                    await self._guard(self._stream, link, outbox)
+                    await self._guard(self._stream, link)
                     nursery.cancel_scope.cancel()
                 await self._hand_off(link)
             except BaseException as exc:
@@ -282,10 +266,10 @@ class SourceMigration:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await stream.aclose()
 
-    async def _stream(self, link: NativeLink, outbox: trio.MemorySendChannel[Batch]) -> None:
+    async def _stream(self, link: NativeLink) -> None:
         """Make the destination hold every byte: passes, and the last one behind the closed gate."""
-        await self._converge(link, outbox)
-        await self._freeze(outbox)
+        await self._converge(link)
+        await self._freeze(link)
 
     async def _guard(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         """Run a task of a nursery; its failure ends the migration with this error rather than with a group of them."""
@@ -332,12 +316,12 @@ class SourceMigration:
 
     # Passes
 
-    async def _converge(self, link: NativeLink, outbox: trio.MemorySendChannel[Batch]) -> None:
+    async def _converge(self, link: NativeLink) -> None:
         """Make passes until a switchover is worth it and allowed."""
         self._enter(MigrationPhase.BULK)
         is_synced = False
         while True:
-            await self._run_pass(outbox, is_limited=True)
+            await self._run_pass(link, is_limited=True)
             if self._machine.phase is MigrationPhase.BULK:
                 self._enter(MigrationPhase.DIRTY)
             forecast = self._convergence.forecast(self._pending_bytes(), self._bandwidth.per_second)
@@ -357,30 +341,28 @@ class SourceMigration:
                 continue
             return
 
-    async def _run_pass(self, outbox: trio.MemorySendChannel[Batch], *, is_limited: bool) -> None:
+    async def _run_pass(self, link: NativeLink, *, is_limited: bool) -> None:
         """Send everything that is dirty once, and wait until it is acknowledged."""
         self._pass_number += 1
         self._on_pass(self._pass_number)
         self._reader.begin_pass()
-        while True:
-            await self._wait_progress(lambda: self._unacknowledged_bytes < WINDOW_BYTES)
+        sender, need = self._sender, Need.SLICE
+        while need is not Need.NOTHING:
+            if need is Need.ACKNOWLEDGEMENT:
+                await self._wait_progress(lambda: sender.sent_bytes - sender.acknowledged_bytes < WINDOW_BYTES)
             self._limit.bytes_per_s = self._parameters.max_bandwidth if is_limited else 0
-            self._n_submitted += 1
-            try:
-                batch: Batch | None = await self._offload(self._reader.read_batch, self._limit.step_bytes(BATCH_BYTES))
-            finally:
-                self._n_submitted -= 1
-            if batch is None:
-                break
-            self._n_read_done += len(batch.frames)
-            await trio.sleep(self._limit.delay_s(batch.wire_bytes, trio.current_time()))
-            if not self._unacknowledged:
+            if not sender.unacknowledged:
                 self._busy_since = trio.current_time()
-            self._unacknowledged.extend(batch.frames)
-            self._unacknowledged_bytes += batch.disk_bytes
-            self._last_sequence = batch.frames[-1].sequence
-            await outbox.send(batch)
-        await self._wait_progress(lambda: not self._unacknowledged)
+            wire_bytes = sender.wire_bytes
+            async with link.sending, link.frame():
+                need = await self._offload(
+                    sender.run_slice, self._reader, link.stream, self._limit.step_bytes(SLICE_BYTES)
+                )
+                while need is Need.STREAM:
+                    await link.stream.wait_writable()
+                    need = await self._offload(sender.run_slice, self._reader, link.stream, 0)
+            await trio.sleep(self._limit.delay_s(sender.wire_bytes - wire_bytes, trio.current_time()))
+        await self._wait_progress(lambda: not sender.unacknowledged)
 
     async def _wait_progress(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -398,15 +380,6 @@ class SourceMigration:
 
     # Background tasks
 
-    async def _send_batches(self, link: NativeLink, batches: trio.MemoryReceiveChannel[Batch]) -> None:
-        async for batch in batches:
-            await link.send(batch.buffers)
-            self._n_read_done -= len(batch.frames)
-            self._wire_bytes += batch.wire_bytes
-            batch.buffers.clear()
-            for payload in batch.payloads:
-                self._pool.give_back(payload)
-
     async def _receive(self, link: NativeLink) -> None:
         while True:
             event = await link.receive()
@@ -421,17 +394,11 @@ class SourceMigration:
                     raise RemoteProtocolError(f"{link.peer} sent {type(event).__name__} during a pass")
 
     def _acknowledge(self, sequence: int) -> None:
-        if sequence > self._last_sequence:
-            raise RemoteProtocolError(f"frame {sequence} was acknowledged; the last one sent is {self._last_sequence}")
-        n_bytes = 0
-        while self._unacknowledged and self._unacknowledged[0].sequence <= sequence:
-            frame = self._unacknowledged.popleft()
-            frame.disk.tracking.acknowledge(frame.chunks)
-            self._n_transferred = frame.sequence
-            n_bytes += frame.n_bytes
+        sender = self._sender
+        if sequence > sender.last_sequence:
+            raise RemoteProtocolError(f"frame {sequence} was acknowledged; the last one sent is {sender.last_sequence}")
+        n_bytes = sender.acknowledge(sequence)
         if n_bytes:
-            self._acknowledged_bytes += n_bytes
-            self._unacknowledged_bytes -= n_bytes
             now = trio.current_time()
             self._send_rate.add(n_bytes, now)
             self._bandwidth.add(n_bytes, now - self._busy_since)
@@ -452,13 +419,13 @@ class SourceMigration:
     def _count_dirtied(self, now: float) -> None:
         """Derive what guests dirtied from what is left: all that was ever to be sent, less what there was to begin."""
         allocated = sum(disk.allocated_bytes for disk in self._disks)
-        dirtied = max(self._dirtied_bytes, self._pending_bytes() + self._acknowledged_bytes - allocated)
+        dirtied = max(self._dirtied_bytes, self._pending_bytes() + self._sender.acknowledged_bytes - allocated)
         self._dirty_rate.add(dirtied - self._dirtied_bytes, now)
         self._dirtied_bytes = dirtied
 
     # Switchover
 
-    async def _freeze(self, outbox: trio.MemorySendChannel[Batch]) -> None:
+    async def _freeze(self, link: NativeLink) -> None:
         """Close the gates, drain, sync and send the rest."""
         for lent in self._lent:
             await lent.push_out_pages()
@@ -477,15 +444,15 @@ class SourceMigration:
             async with trio.open_nursery() as nursery:
                 for disk in self._disks:
                     nursery.start_soon(self._guard, self._flush, disk)
-                nursery.start_soon(self._guard, self._last_pass, outbox)
+                nursery.start_soon(self._guard, self._last_pass, link)
             if not all(disk.tracking.is_clean for disk in self._disks):
                 raise MigrationError("blocks were dirtied behind the closed gate: this is a bug, please report it")
             self._count_dirtied(trio.current_time())
         if scope.cancelled_caught:
             raise self._freeze_deadline_error()
 
-    async def _last_pass(self, outbox: trio.MemorySendChannel[Batch]) -> None:
-        await self._run_pass(outbox, is_limited=False)
+    async def _last_pass(self, link: NativeLink) -> None:
+        await self._run_pass(link, is_limited=False)
 
     async def _flush(self, disk: OutgoingDisk) -> None:
         await self._offload(disk.disk.flush)
@@ -524,9 +491,9 @@ class SourceMigration:
                 await link.expect(native.Taken, self._parameters.taken_deadline_s)
         except (FusemigError, trio.TooSlowError) as exc:
             raise InDoubtError(
-                f"COMMIT was sent to {link.peer} and its answer is missing ({str(exc) or 'deadline passed'}); the disks are "
-                "read-only here until it is known who owns them: look at the destination with `fusemig status`, "
-                "then see `fusemig resolve --help`"
+                f"COMMIT was sent to {link.peer} and its answer is missing ({str(exc) or 'deadline passed'}); "
+                "the disks are read-only here until it is known who owns them: look at the destination with "
+                "`fusemig status`, then see `fusemig resolve --help`"
             ) from exc
         self._taken_at = trio.current_time()
         self._handoff.on(SourceEvent.TAKEN)
@@ -578,7 +545,7 @@ class SourceMigration:
         """Return what is known at this moment."""
         now = trio.current_time()
         end = self._ended_at or now
-        pending = self._pending_bytes()
+        pending, sender = self._pending_bytes(), self._sender
         return MigrationStatistics(
             phase=self._machine.phase,
             session=self.session,
@@ -599,13 +566,13 @@ class SourceMigration:
                 for disk in self._disks
             ),
             window=WindowStatistics(
-                submitted=self._n_submitted,
-                read_done=self._n_read_done,
-                in_flight=len(self._unacknowledged),
-                transferred=self._n_transferred,
+                submitted=int(sender.is_reading),
+                read_done=sender.n_read_done,
+                in_flight=len(sender.unacknowledged) - sender.n_read_done,
+                transferred=sender.n_transferred,
             ),
             pending_bytes=pending,
-            wire_bytes=self._wire_bytes,
+            wire_bytes=sender.wire_bytes,
             dirtied_bytes=self._dirtied_bytes,
             bandwidth=self._bandwidth.per_second,
             send_rate=self._send_rate.per_second(now),

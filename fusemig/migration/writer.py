@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fusemig.digest import DiskDigest
 from fusemig.errors import RemoteProtocolError
 from fusemig.units import format_size
-from fusemig.wire.native import DataFrame
+from fusemig.wire import native
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochFile
     from fusemig.migration.link import BufferPool
-    from fusemig.wire.native import ZeroFrame
 
 
 @dataclass
@@ -58,23 +57,22 @@ class FrameWriter:
         self._disks = disks
         self._pool = pool
 
-    def apply(self, frames: Sequence[DataFrame | ZeroFrame]) -> None:
-        """Write frames in order.
+    def apply(self, frame: native.DataFrame | native.ZeroFrame) -> int:
+        """Write a frame; return how many bytes it carried.
 
         Raises:
-            RemoteProtocolError: a frame is damaged or does not fit its disk; it was not written.
+            RemoteProtocolError: it is damaged or does not fit its disk; it was not written.
             DiskError: the store failed.
         """
-        for frame in frames:
-            disk = self._disk_of(frame)
-            if isinstance(frame, DataFrame):
-                self._write(disk, frame)
-            else:
-                for offset, length in frame.extents:
-                    disk.disk.image.write_zeroes(offset, length)
-                disk.digest.apply_zero(frame.extents)
+        disk = self._disk_of(frame)
+        if isinstance(frame, native.DataFrame):
+            return self._write(disk, frame)
+        for offset, length in frame.extents:
+            disk.disk.image.write_zeroes(offset, length)
+        disk.digest.apply_zero(frame.extents)
+        return 0
 
-    def _disk_of(self, frame: DataFrame | ZeroFrame) -> IncomingDisk:
+    def _disk_of(self, frame: native.DataFrame | native.ZeroFrame) -> IncomingDisk:
         if frame.disk >= len(self._disks):
             raise RemoteProtocolError(f"frame {frame.sequence} is for disk {frame.disk} of {len(self._disks)}")
         disk = self._disks[frame.disk]
@@ -86,7 +84,7 @@ class FrameWriter:
             )
         return disk
 
-    def _write(self, disk: IncomingDisk, frame: DataFrame) -> None:
+    def _write(self, disk: IncomingDisk, frame: native.DataFrame) -> int:
         payload_hash = frame.verify()
         image, payload, at = disk.disk.image, frame.payload, 0
         for offset, length in frame.extents:
@@ -97,3 +95,4 @@ class FrameWriter:
         buffer = payload.obj
         assert isinstance(buffer, bytearray)
         self._pool.give_back(buffer)
+        return at

@@ -1,11 +1,10 @@
-"""Byte streams in memory, and one that breaks on purpose."""
+"""Byte streams in memory, which can be told to break."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import trio
-import trio.testing
 
 from fusemig.errors import ConnectionLostError
 
@@ -14,52 +13,88 @@ if TYPE_CHECKING:
 
     from fusemig.disk.base import Buffer
 
+CAPACITY = 4 << 20
+
+
+class _Pipe:
+    """One direction: what was sent and not received, at most about `CAPACITY` bytes."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.is_closed = False
+        self.changed = trio.Event()
+
+    def note(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
+
 
 class MemoryStream:
     """One end of a connection in memory, with a bounded buffer as a socket has."""
 
-    def __init__(self, peer: str, outgoing: trio.MemorySendChannel[bytes], incoming: trio.MemoryReceiveChannel[bytes]):
+    def __init__(self, peer: str, outgoing: _Pipe, incoming: _Pipe) -> None:
         self.peer = peer
         self.sent_bytes = 0
         self.on_send: Callable[[bytes], bytes | None] = lambda data: data
         """Called with each piece before it is sent; may change it, or return None to cut the connection."""
         self._outgoing = outgoing
         self._incoming = incoming
-        self._rest = memoryview(b"")
 
-    async def send(self, buffers: Sequence[Buffer]) -> None:
-        for buffer in buffers:
-            data = self.on_send(bytes(buffer))
-            if data is None:
-                await self.aclose()
-                raise ConnectionLostError(f"connection to {self.peer} lost: cut by the test")
-            self.sent_bytes += len(data)
-            try:
-                await self._outgoing.send(data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-                raise ConnectionLostError(f"connection to {self.peer} lost") from exc
+    def send_nowait(self, buffers: Sequence[Buffer]) -> int:
+        self._check_open(self._outgoing)
+        if len(self._outgoing.data) >= CAPACITY:
+            raise trio.WouldBlock
+        piece = bytes(buffers[0])
+        data = self.on_send(piece)
+        if data is None:
+            self.close()
+            raise ConnectionLostError(f"connection to {self.peer} lost: cut by the test")
+        self._outgoing.data += data
+        self._outgoing.note()
+        self.sent_bytes += len(data)
+        return len(piece)
 
-    async def receive_into(self, buffer: memoryview) -> int:
-        if not self._rest:
-            try:
-                self._rest = memoryview(await self._incoming.receive())
-            except trio.EndOfChannel:
+    def receive_nowait(self, buffer: memoryview) -> int:
+        data = self._incoming.data
+        if not data:
+            if self._incoming.is_closed:
                 return 0
-            except trio.ClosedResourceError as exc:
-                raise ConnectionLostError(f"connection to {self.peer} lost") from exc
-        n = min(len(buffer), len(self._rest))
-        buffer[:n] = self._rest[:n]
-        self._rest = self._rest[n:]
+            raise trio.WouldBlock
+        n = min(len(buffer), len(data))
+        buffer[:n] = data[:n]
+        del data[:n]
+        self._incoming.note()
         return n
 
-    async def aclose(self) -> None:
-        self._outgoing.close()
-        self._incoming.close()
+    async def wait_writable(self) -> None:
+        while len(self._outgoing.data) >= CAPACITY and not self._outgoing.is_closed:
+            await self._outgoing.changed.wait()
         await trio.lowlevel.checkpoint()
+
+    async def wait_readable(self) -> None:
+        while not self._incoming.data and not self._incoming.is_closed:
+            await self._incoming.changed.wait()
+        await trio.lowlevel.checkpoint()
+
+    def poll(self, *, is_write: bool, timeout_s: float) -> bool:
+        """Say no: nothing changes while the one thread of a simulation waits."""
+        return False
+
+    def close(self) -> None:
+        for pipe in (self._outgoing, self._incoming):
+            pipe.is_closed = True
+            pipe.note()
+
+    async def aclose(self) -> None:
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    def _check_open(self, pipe: _Pipe) -> None:
+        if pipe.is_closed:
+            raise ConnectionLostError(f"connection to {self.peer} lost")
 
 
 def memory_connection() -> tuple[MemoryStream, MemoryStream]:
     """Return the source's and the destination's end of a new connection."""
-    to_destination, at_destination = trio.open_memory_channel[bytes](8)
-    to_source, at_source = trio.open_memory_channel[bytes](64)
-    return MemoryStream("destination", to_destination, at_source), MemoryStream("source", to_source, at_destination)
+    forth, back = _Pipe(), _Pipe()
+    return MemoryStream("destination", forth, back), MemoryStream("source", back, forth)

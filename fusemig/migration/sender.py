@@ -1,0 +1,110 @@
+"""PassSender: reads a pass and sends it; the bulk half of the source, run in slices on a worker thread.
+
+    chunk ── taken, read, hashed ──> frames ── registered as unacknowledged ──> stream
+
+A frame is registered before its first byte is sent, so an acknowledgement always finds it. The receiver, in the loop,
+takes frames off the other end of `unacknowledged`; each counter here has one writer, so no lock is needed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from fusemig.migration.link import POLL_S, Need, drop_sent
+from fusemig.units import CHUNK_SIZE
+
+if TYPE_CHECKING:
+    from fusemig.migration.link import BufferPool
+    from fusemig.migration.reader import Batch, PassReader, SentFrame
+    from fusemig.transport import ByteStream
+
+WINDOW_BYTES: Final = 32 << 20
+"""Disk bytes sent and not acknowledged, at most."""
+
+
+class PassSender:
+    """Sends what a `PassReader` reads, and keeps the account of it."""
+
+    def __init__(self, pool: BufferPool) -> None:
+        """Give sent buffers back to ``pool``."""
+        self._pool = pool
+        self._batch: Batch | None = None
+        self._rest: list[memoryview] = []
+        self.unacknowledged: deque[SentFrame] = deque()
+        self.last_sequence = 0
+        self.is_reading = False
+        # Written by run_slice only:
+        self.sent_bytes = 0
+        """Disk bytes of all registered frames."""
+        self.wire_bytes = 0
+        """Bytes handed to the stream, headers included."""
+        # Written by acknowledge only:
+        self.acknowledged_bytes = 0
+        self.n_transferred = 0
+
+    def run_slice(self, reader: PassReader, stream: ByteStream, limit_bytes: int) -> Need:
+        """Read and send about ``limit_bytes`` bytes of the wire; ends between frames unless it returns STREAM.
+
+        The caller holds the link's lock from the first slice of a frame to the last.
+
+        Raises:
+            MigrationError: a chunk could not be read.
+            ConnectionLostError: the peer is gone.
+        """
+        stop_at = self.wire_bytes + limit_bytes
+        while True:
+            if self._batch is not None and not self._send_rest(self._batch, stream):
+                return Need.STREAM
+            if self.wire_bytes >= stop_at:
+                return Need.SLICE
+            if self.sent_bytes - self.acknowledged_bytes >= WINDOW_BYTES:
+                return Need.ACKNOWLEDGEMENT
+            self.is_reading = True
+            try:
+                batch = reader.read_batch(CHUNK_SIZE)
+            finally:
+                self.is_reading = False
+            if batch is None:
+                return Need.NOTHING
+            self.unacknowledged.extend(batch.frames)
+            self.last_sequence = batch.frames[-1].sequence
+            self.sent_bytes += batch.disk_bytes
+            self._batch = batch
+            self._rest = [memoryview(buffer) for buffer in batch.buffers]
+
+    def _send_rest(self, batch: Batch, stream: ByteStream) -> bool:
+        """Send what is left of a batch; return whether all of it is sent."""
+        while self._rest:
+            try:
+                n = stream.send_nowait(self._rest)
+            except trio.WouldBlock:
+                if not stream.poll(is_write=True, timeout_s=POLL_S):
+                    return False
+                continue
+            self.wire_bytes += n
+            drop_sent(self._rest, n)
+        self._batch = None
+        batch.buffers.clear()
+        for payload in batch.payloads:
+            self._pool.give_back(payload)
+        return True
+
+    @property
+    def n_read_done(self) -> int:
+        """How many frames are read and not wholly sent."""
+        batch = self._batch
+        return 0 if batch is None else len(batch.frames)
+
+    def acknowledge(self, sequence: int) -> int:
+        """Take note that every frame up to ``sequence`` arrived; return how many disk bytes that adds."""
+        n_bytes = 0
+        while self.unacknowledged and self.unacknowledged[0].sequence <= sequence:
+            frame = self.unacknowledged.popleft()
+            frame.disk.tracking.acknowledge(frame.chunks)
+            self.n_transferred = frame.sequence
+            n_bytes += frame.n_bytes
+        self.acknowledged_bytes += n_bytes
+        return n_bytes
