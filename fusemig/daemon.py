@@ -27,8 +27,9 @@ from fusemig.disk.tracked import Gate
 from fusemig.errors import ConfigError, FusemigError, PeerRefusedError, StateError
 from fusemig.fuse.export import Exports
 from fusemig.fuse.mount import MountOptions, open_mount
+from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
-from fusemig.migration.source import SourceDisk, SourceMigration
+from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.writer import IncomingDisk
 from fusemig.phase import QMP_STATUS, MigrationPhase

@@ -5,7 +5,7 @@
          │         receiver <─ acknowledgements     ticker: proof of life
          ├ (wait for `proceed`, with passes going on)                        PRE_SWITCHOVER
          ├ gate closed, drained, synced; last pass                           FROZEN
-         └ FINAL, PREPARED, COMMIT, TAKEN                                    COMMITTED, COMPLETED
+         └ OutgoingHandoff: FINAL, PREPARED, COMMIT, TAKEN                   COMMITTED, COMPLETED
 
 Every way out before COMMITTED opens the gates again, however it is taken: an error, `cancel`, the daemon's end. The
 tracker then still knows what the destination does not hold. From COMMITTED on nothing opens a gate.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -25,7 +24,6 @@ import trio
 
 from fusemig.convergence import Convergence, Decision, Rate, RateLimit, Throughput
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import EpochRecord, Ownership
 from fusemig.errors import (
     CancelledByUserError,
     FusemigError,
@@ -34,9 +32,8 @@ from fusemig.errors import (
     PeerRefusedError,
     RemoteProtocolError,
     StateError,
-    VerificationError,
 )
-from fusemig.handoff import SourceEvent, SourceHandoff, SourceState
+from fusemig.migration.commit import OutgoingHandoff
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
 from fusemig.migration.reader import OutgoingDisk, PassReader
 from fusemig.migration.sender import WINDOW_BYTES, PassSender
@@ -48,8 +45,8 @@ from fusemig.wire import native
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from fusemig.disk.tracked import TrackedDisk
-    from fusemig.epoch import EpochFile
+    from fusemig.epoch import EpochRecord
+    from fusemig.migration.commit import SourceDisk
     from fusemig.migration.link import Offload
     from fusemig.migration.stats import MigrationParameters
     from fusemig.transport import ByteStream
@@ -58,16 +55,6 @@ log = structlog.get_logger(__name__)
 
 PROGRESS_INTERVAL_S: Final = 1.0
 _TICK_S: Final = 0.1
-
-
-@dataclass(frozen=True)
-class SourceDisk:
-    """What the daemon lends for one disk."""
-
-    disk: TrackedDisk
-    epoch_file: EpochFile
-    push_out_pages: Callable[[], Awaitable[None]]
-    """Has the kernel write back what guests stored through mmap; must be called while the gate is open."""
 
 
 class SourceMigration:
@@ -101,9 +88,8 @@ class SourceMigration:
         self._on_phase = on_phase
         self._on_pass = on_pass
         self._machine = PhaseMachine()
-        self._handoff = SourceHandoff()
+        self._handoff = OutgoingHandoff(disks, self.session, parameters, offload)
         self._disks: list[OutgoingDisk] = []
-        self._records: list[EpochRecord] = []
         self._pool = BufferPool()
         self._limit = RateLimit(0)
         self._convergence = Convergence()
@@ -152,7 +138,7 @@ class SourceMigration:
         """
         if self._machine.phase is MigrationPhase.CANCELLING:
             return
-        if not self._machine.may_cancel or self._handoff.state is SourceState.PEER_PREPARED:
+        if not self._machine.may_cancel or self._handoff.is_committing:
             raise StateError(f"the migration cannot be cancelled any more: it is {self._machine.phase.value}")
         self._is_cancel_requested = True
         self._enter(MigrationPhase.CANCELLING)
@@ -242,14 +228,13 @@ class SourceMigration:
         self._on_phase(phase)
 
     async def _migrate(self) -> None:
-        records = [await self._offload(self._own_record, lent) for lent in self._lent]
+        records = await self._handoff.own_records()
         stream = await self._connect()
         self._peer = stream.peer
         try:
             decoder = native.Decoder(native.FROM_DESTINATION, preface=False)
             link = NativeLink(stream, decoder, self._pool)
             await self._handshake(link, records)
-            self._records = records
             try:
                 await self._start_tracking()
                 async with trio.open_nursery() as nursery:
@@ -260,7 +245,7 @@ class SourceMigration:
                 await self._hand_off(link)
             except BaseException as exc:
                 if self._handoff.may_thaw:
-                    await self._abort(link, exc)
+                    await self._handoff.abort(link, self._reason(exc))
                 raise
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
@@ -279,19 +264,6 @@ class SourceMigration:
             if self._failure is None:
                 self._failure = exc
             self._scope.cancel()
-
-    def _own_record(self, lent: SourceDisk) -> EpochRecord:
-        """Return the disk's epoch record, giving it one if it never moved before."""
-        record = lent.epoch_file.record
-        if record is None:
-            record = EpochRecord(state=Ownership.OWNER, image_id=uuid.uuid4().hex, epoch=0)
-            lent.epoch_file.write(record)
-        if record.state is not Ownership.OWNER:
-            raise StateError(
-                f"disk '{lent.disk.name}' is not owned here: its epoch file says {record.state.value}; "
-                "migrate it from the host that owns it"
-            )
-        return record
 
     async def _handshake(self, link: NativeLink, records: Sequence[EpochRecord]) -> None:
         offers = [
@@ -464,74 +436,17 @@ class SourceMigration:
         )
 
     async def _hand_off(self, link: NativeLink) -> None:
-        """Run the two-phase commit (see `fusemig.handoff`)."""
-        proofs = [
-            native.DiskProof(disk.digest.value, record.epoch + 1)
-            for disk, record in zip(self._disks, self._records, strict=True)
-        ]
+        """Run the two-phase commit; it is shielded from the moment when it cannot be called off."""
+        digests = {disk.disk.name: disk.digest.value for disk in self._disks}
         with trio.move_on_at(self._freeze_ends_at) as scope:
-            self._handoff.on(SourceEvent.FROZEN_AND_SENT)
-            await link.send_message(native.FinalProofs(proofs))
-            prepared = await link.expect(native.PreparedProofs, self._parameters.freeze_deadline_s)
-            if prepared.disks != proofs:
-                raise VerificationError(_difference(self._disks, proofs, prepared.disks))
-            self._handoff.on(SourceEvent.PREPARED)
+            await self._handoff.prove(link, digests)
         if scope.cancelled_caught:
             raise self._freeze_deadline_error()
         with trio.CancelScope(shield=True):
-            await self._commit(link)
-
-    async def _commit(self, link: NativeLink) -> None:
-        await self._write_records(Ownership.HANDED_OFF, Ownership.OWNER)
-        self._handoff.on(SourceEvent.HANDOFF_DURABLE)
-        self._enter(MigrationPhase.COMMITTED)
-        try:
-            with trio.fail_after(self._parameters.taken_deadline_s):
-                await link.send_message(native.Commit())
-                await link.expect(native.Taken, self._parameters.taken_deadline_s)
-        except (FusemigError, trio.TooSlowError) as exc:
-            raise InDoubtError(
-                f"COMMIT was sent to {link.peer} and its answer is missing ({str(exc) or 'deadline passed'}); "
-                "the disks are read-only here until it is known who owns them: look at the destination with "
-                "`fusemig status`, then see `fusemig resolve --help`"
-            ) from exc
-        self._taken_at = trio.current_time()
-        self._handoff.on(SourceEvent.TAKEN)
-        self._thaw()  # answers the parked writes: EROFS
-        try:
-            await self._write_records(Ownership.RELEASED, None)
-            with trio.move_on_after(1):
-                await link.send_message(native.Released())
-        except FusemigError as exc:
-            # The destination owns the disks and `handed-off` is durable here: nothing can be written twice.
-            self._log.warning("could not note the release", reason=str(exc))
-
-    async def _write_records(self, state: Ownership, undo: Ownership | None) -> None:
-        """Make every disk's state durable; if one fails, take back those before it."""
-        done: list[tuple[SourceDisk, EpochRecord]] = []
-        for lent, record in zip(self._lent, self._records, strict=True):
-            new = EpochRecord(
-                state=state, image_id=record.image_id, epoch=record.epoch, session=self.session, peer=self._peer
-            )
-            try:
-                await self._offload(lent.epoch_file.write, new)
-            except StateError:
-                for other, old in done if undo else ():
-                    await self._offload(other.epoch_file.write, old)
-                raise
-            done.append((lent, record))
-
-    async def _abort(self, link: NativeLink, reason: BaseException) -> None:
-        """Tell the destination that it is over; if it may be prepared, first make durable that this side goes on."""
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-            may_be_prepared = self._handoff.state in (SourceState.FINAL_SENT, SourceState.PEER_PREPARED)
-            self._handoff.on(SourceEvent.FAILURE)
-            try:
-                if may_be_prepared:
-                    await self._write_records(Ownership.OWNER, None)
-                await link.send_message(native.Abort(self._reason(reason)))
-            except FusemigError as exc:
-                self._log.info("the destination could not be told", reason=str(exc))
+            await self._handoff.commit(link, lambda: self._enter(MigrationPhase.COMMITTED))
+            self._taken_at = trio.current_time()
+            self._thaw()  # answers the parked writes: EROFS
+            await self._handoff.release(link)
 
     def _reason(self, exc: BaseException) -> str:
         if self._is_cancel_requested:
@@ -585,17 +500,3 @@ class SourceMigration:
             error=None if self.error is None else str(self.error),
             error_kind=None if self.error is None else self.error.kind,
         )
-
-
-def _difference(
-    disks: Sequence[OutgoingDisk], ours: Sequence[native.DiskProof], theirs: Sequence[native.DiskProof]
-) -> str:
-    if len(ours) != len(theirs):
-        return f"the destination proved {len(theirs)} disks where {len(ours)} were sent"
-    for disk, mine, other in zip(disks, ours, theirs, strict=True):
-        if mine != other:
-            return (
-                f"disk '{disk.disk.name}' differs at the destination: digest {other.digest:016x} there, "
-                f"{mine.digest:016x} here; nothing was handed over"
-            )
-    return "the proofs differ"

@@ -10,8 +10,9 @@ from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.errors import PeerRefusedError
+from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
-from fusemig.migration.source import SourceDisk, SourceMigration
+from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.writer import IncomingDisk
 from support.streams import MemoryStream, memory_connection

@@ -1,0 +1,182 @@
+"""OutgoingHandoff: the source's half of the two-phase commit, with its messages and its epoch files.
+
+    prove     FINAL ──> PREPARED, proofs equal          may be called off: `abort`
+    commit    `handed-off` durable, COMMIT ──> TAKEN    may not; what fails here is in doubt
+    release   `released` durable, RELEASED ──>          whatever fails, the destination owns the disks
+
+The order of states is `fusemig.handoff`'s; here is what has to happen on the way from one to the next.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from fusemig.epoch import EpochRecord, Ownership
+from fusemig.errors import FusemigError, InDoubtError, StateError, VerificationError
+from fusemig.handoff import SourceEvent, SourceHandoff, SourceState
+from fusemig.wire import native
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from fusemig.disk.tracked import TrackedDisk
+    from fusemig.epoch import EpochFile
+    from fusemig.migration.link import NativeLink, Offload
+    from fusemig.migration.stats import MigrationParameters
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceDisk:
+    """What the daemon lends for one disk."""
+
+    disk: TrackedDisk
+    epoch_file: EpochFile
+    push_out_pages: Callable[[], Awaitable[None]]
+    """Has the kernel write back what guests stored through mmap; must be called while the gate is open."""
+
+
+class OutgoingHandoff:
+    """The hand-off of a group of disks, all or none."""
+
+    def __init__(
+        self, disks: Sequence[SourceDisk], session: str, parameters: MigrationParameters, offload: Offload
+    ) -> None:
+        """Prepare to hand ``disks`` off in migration ``session``."""
+        self._lent = disks
+        self._session = session
+        self._parameters = parameters
+        self._offload = offload
+        self._machine = SourceHandoff()
+        self._records: list[EpochRecord] = []
+        self._peer = ""
+        self._log = log.bind(migration=session[:8])
+
+    @property
+    def may_thaw(self) -> bool:
+        """Whether the source may let guests write again."""
+        return self._machine.may_thaw
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether the destination is prepared and nothing stands between here and the commit."""
+        return self._machine.state is SourceState.PEER_PREPARED
+
+    async def own_records(self) -> list[EpochRecord]:
+        """Return the disks' epoch records, giving one to each disk that never moved before.
+
+        Raises:
+            StateError: a disk is not owned here, or its epoch file cannot be written.
+        """
+        self._records = [await self._offload(_own_record, lent) for lent in self._lent]
+        return self._records
+
+    async def prove(self, link: NativeLink, digests: Mapping[str, int]) -> None:
+        """Ask the destination for its proofs and compare them with ours.
+
+        Args:
+            link: with nothing under way.
+            digests: of each disk, by name.
+
+        Raises:
+            VerificationError: they differ.
+            FusemigError: the destination refused or is gone.
+        """
+        self._peer = link.peer
+        proofs = [
+            native.DiskProof(digests[lent.disk.name], record.epoch + 1)
+            for lent, record in zip(self._lent, self._records, strict=True)
+        ]
+        self._machine.on(SourceEvent.FROZEN_AND_SENT)
+        await link.send_message(native.FinalProofs(proofs))
+        prepared = await link.expect(native.PreparedProofs, self._parameters.freeze_deadline_s)
+        if prepared.disks != proofs:
+            raise VerificationError(self._difference(proofs, prepared.disks))
+        self._machine.on(SourceEvent.PREPARED)
+
+    async def commit(self, link: NativeLink, on_committed: Callable[[], None]) -> None:
+        """Give the disks away; the caller shields this.
+
+        Raises:
+            StateError: `handed-off` could not be made durable: nothing was given away.
+            InDoubtError: COMMIT was sent, and no TAKEN came.
+        """
+        await self._write_records(Ownership.HANDED_OFF, may_undo=True)
+        self._machine.on(SourceEvent.HANDOFF_DURABLE)
+        on_committed()
+        try:
+            with trio.fail_after(self._parameters.taken_deadline_s):
+                await link.send_message(native.Commit())
+                await link.expect(native.Taken, self._parameters.taken_deadline_s)
+        except (FusemigError, trio.TooSlowError) as exc:
+            raise InDoubtError(
+                f"COMMIT was sent to {link.peer} and its answer is missing ({str(exc) or 'deadline passed'}); "
+                "the disks are read-only here until it is known who owns them: look at the destination with "
+                "`fusemig status`, then see `fusemig resolve --help`"
+            ) from exc
+        self._machine.on(SourceEvent.TAKEN)
+
+    async def release(self, link: NativeLink) -> None:
+        """Note that the destination owns the disks, and let it know that we know; never fails."""
+        try:
+            await self._write_records(Ownership.RELEASED)
+            with trio.move_on_after(1):
+                await link.send_message(native.Released())
+        except FusemigError as exc:
+            # `handed-off` is durable here: nothing can be written twice.
+            self._log.warning("could not note the release", reason=str(exc))
+
+    async def abort(self, link: NativeLink, reason: str) -> None:
+        """Tell the destination that it is over; if it may be prepared, first make durable that this side goes on."""
+        may_be_prepared = self._machine.state in (SourceState.FINAL_SENT, SourceState.PEER_PREPARED)
+        self._machine.on(SourceEvent.FAILURE)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+            try:
+                if may_be_prepared:
+                    await self._write_records(Ownership.OWNER)
+                await link.send_message(native.Abort(reason))
+            except FusemigError as exc:
+                self._log.info("the destination could not be told", reason=str(exc))
+
+    async def _write_records(self, state: Ownership, *, may_undo: bool = False) -> None:
+        """Make every disk's state durable; if one fails and it may be undone, take back those before it."""
+        done: list[tuple[SourceDisk, EpochRecord]] = []
+        for lent, record in zip(self._lent, self._records, strict=True):
+            new = EpochRecord(
+                state=state, image_id=record.image_id, epoch=record.epoch, session=self._session, peer=self._peer
+            )
+            try:
+                await self._offload(lent.epoch_file.write, new)
+            except StateError:
+                for other, old in done if may_undo else ():
+                    await self._offload(other.epoch_file.write, old)
+                raise
+            done.append((lent, record))
+
+    def _difference(self, ours: Sequence[native.DiskProof], theirs: Sequence[native.DiskProof]) -> str:
+        if len(ours) != len(theirs):
+            return f"the destination proved {len(theirs)} disks where {len(ours)} were sent"
+        lent, mine, other = next(entry for entry in zip(self._lent, ours, theirs, strict=True) if entry[1] != entry[2])
+        return (
+            f"disk '{lent.disk.name}' differs at the destination: digest {other.digest:016x} in epoch {other.epoch} "
+            f"there, {mine.digest:016x} in epoch {mine.epoch} here; nothing was handed over"
+        )
+
+
+def _own_record(lent: SourceDisk) -> EpochRecord:
+    record = lent.epoch_file.record
+    if record is None:
+        record = EpochRecord(state=Ownership.OWNER, image_id=uuid.uuid4().hex, epoch=0)
+        lent.epoch_file.write(record)
+    if record.state is not Ownership.OWNER:
+        raise StateError(
+            f"disk '{lent.disk.name}' is not owned here: its epoch file says {record.state.value}; "
+            "migrate it from the host that owns it"
+        )
+    return record
