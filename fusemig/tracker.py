@@ -16,7 +16,7 @@ The rules of tracking (each has a test that fails without it):
 1. A write is marked when it is admitted *and again* when it has ended, also badly: a read for sending may have fallen
    between the two and seen half of it. (Kept by `fusemig.disk.tracked`.)
 2. `take` clears the dirty bits, and is called *before* the chunk is read.
-3. A migration starts with every allocated chunk dirty, so the bulk phase is only the first pass and "done" has one
+3. A migration starts with every allocated block dirty, so the bulk phase is only the first pass and "done" has one
    definition: nothing dirty, nothing in flight. QEMU 7.2's early finish cannot be expressed.
 4. A chunk in flight is not taken again: its blocks would overtake or follow themselves.
 
@@ -26,8 +26,13 @@ its owner holds a lock.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fusemig.bitmap import ChunkBitmap
-from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, chunk_mask, n_blocks, n_chunks
+from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, chunk_mask, mask_extents, n_blocks, n_chunks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class ChunkTracker:
@@ -57,8 +62,7 @@ class ChunkTracker:
             return
         base = chunk * BLOCKS_PER_CHUNK
         self._mark_blocks(chunk, ((1 << (base + BLOCKS_PER_CHUNK - first)) - 1) << (first - base))
-        for middle in range(chunk + 1, last_chunk):
-            self._mark_blocks(middle, chunk_mask(middle, self.size))
+        self.mark_chunks(chunk + 1, last_chunk)
         self._mark_blocks(last_chunk, (1 << (stop - last_chunk * BLOCKS_PER_CHUNK)) - 1)
 
     def _mark_blocks(self, chunk: int, blocks: int) -> None:
@@ -82,7 +86,11 @@ class ChunkTracker:
         """Mark the chunks ``first`` to ``stop - 1`` as wholes, at the cost of a bitmap fill."""
         if first >= stop:
             return
-        for chunk in [chunk for chunk in self._masks if first <= chunk < stop]:
+        if stop - first < len(self._masks):
+            partial = [chunk for chunk in range(first, stop) if chunk in self._masks]
+        else:
+            partial = [chunk for chunk in self._masks if first <= chunk < stop]
+        for chunk in partial:
             self._n_dirty_blocks -= self._masks.pop(chunk).bit_count()
             self._dirty.clear(chunk)
         tail = self._dirty.n_bits - 1
@@ -161,6 +169,19 @@ class ChunkTracker:
     def is_clean(self) -> bool:
         """Whether the destination holds all that was ever marked."""
         return not self._dirty.count and not self._in_flight
+
+    def clean_extents(self) -> Iterator[tuple[int, int]]:
+        """Yield offset and length in bytes of what is not dirty, in ascending order; neighbours may touch."""
+        partial = sorted(self._masks)
+        first = self._dirty.next_clear(0)
+        for chunk in [*partial, self._dirty.n_bits]:
+            while first is not None and first < chunk:
+                stop = self._dirty.next_set(first)
+                stop = self._dirty.n_bits if stop is None else stop
+                yield first * CHUNK_SIZE, min(stop * CHUNK_SIZE, self.size) - first * CHUNK_SIZE
+                first = self._dirty.next_clear(stop)
+            if chunk < self._dirty.n_bits:
+                yield from mask_extents(chunk_mask(chunk, self.size) & ~self._masks[chunk], chunk, self.size)
 
     def dirty_mask(self, chunk: int) -> int:
         """Return the mask of a chunk's dirty blocks."""

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_intdigest
 
-from fusemig.bitmap import ChunkBitmap
 from fusemig.digest import DiskDigest
 from fusemig.errors import DiskError, MigrationError
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, chunk_mask, chunks_of, mask_extents, n_chunks
+from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, chunk_mask, mask_extents, n_blocks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -48,25 +47,23 @@ class OutgoingDisk:
         """Payload bytes taken for sending, zeros included."""
 
     def find_allocated(self) -> None:
-        """Mark every chunk that holds data and remember the rest as holes; may sleep.
+        """Mark every block that holds data and remember the rest as holes; may sleep.
 
         Tracking must have begun before, so that a write into a hole is not missed: it is marked, and sent after the
         hole.
         """
-        size = self.disk.size
-        allocated = ChunkBitmap(n_chunks(size))
+        size, end = self.disk.size, 0
         for extent in self.disk.image.extents(0, size):
-            if extent.is_data:
-                touched = chunks_of(extent.offset, extent.length)
-                allocated.set_range(touched.start, touched.stop)
-        end = 0
-        for first, stop in allocated.runs():
-            self.tracking.mark_chunks(first, stop)
+            if not extent.is_data:
+                continue
+            first = extent.offset - extent.offset % BLOCK_SIZE
+            stop = min(n_blocks(extent.offset + extent.length) * BLOCK_SIZE, size)
+            self.tracking.mark(first, stop - first)
             if first > end:
-                self.holes.append((end * CHUNK_SIZE, (first - end) * CHUNK_SIZE))
-            end = stop
-        if end < allocated.n_bits:
-            self.holes.append((end * CHUNK_SIZE, size - end * CHUNK_SIZE))
+                self.holes.append((end, first - end))
+            end = max(end, stop)
+        if end < size:
+            self.holes.append((end, size - end))
         self.allocated_bytes = self.tracking.dirty_bytes
 
 

@@ -1,0 +1,31 @@
+"""Settings: what a run was asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+MEMORY: Final = Path("/dev/shm")  # noqa: S108  (the tmpfs rows mean this file system)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, read."""
+
+    rounds: int
+    quick: bool
+    directory: Path
+    """Where the rows on a real file system keep their images."""
+    fusemig: tuple[str, ...]
+    """The command to measure."""
+    lanes: tuple[str | None, ...]
+    """Values for `serve --lane`, each a side of its own; None passes no option."""
+
+    def pick(self, full: T, quick: T) -> T:
+        """Return the value for this kind of run."""
+        return quick if self.quick else full
