@@ -65,7 +65,9 @@ class TrackedDisk(Disk):
         self._n_writing = 0
         self._parked: list[Callable[[], None]] = []
         self._trackers: tuple[ChunkTracker, ...] = ()
-        self._written = ChunkBitmap(n_chunks(image.size))
+        # The bits are shared with the map so that the usual case, a chunk written before, costs one look.
+        self._written_bits = bytearray(-(-n_chunks(image.size) // 8))
+        self._written = ChunkBitmap(n_chunks(image.size), self._written_bits)
         self._bytes_written = 0
 
     @property
@@ -126,17 +128,15 @@ class TrackedDisk(Disk):
 
         The two are plain calls because every guest write makes them: a context manager would cost as much as the write.
         """
-        if offset < 0 or length < 0 or offset + length > self.image.size:
+        if offset < 0 or offset + length > self.image.size:
             self.check_range(offset, length)
         with self._lock:
             if self._gate is not Gate.OPEN:
                 self._refuse(offset, length)
             self._n_writing += 1
-            if length and offset >> _CHUNK_SHIFT == offset + length - 1 >> _CHUNK_SHIFT:
-                self._written.set(offset >> _CHUNK_SHIFT)
-            else:
-                for chunk in chunks_of(offset, length):
-                    self._written.set(chunk)
+            chunk = offset >> _CHUNK_SHIFT
+            if not self._written_bits[chunk >> 3] >> (chunk & 7) & 1 or offset + length > chunk + 1 << _CHUNK_SHIFT:
+                self._note_written(offset, length)
             for tracker in self._trackers:
                 tracker.mark(offset, length)
 
@@ -149,6 +149,10 @@ class TrackedDisk(Disk):
             self._n_writing -= 1
             if not self._n_writing and self._gate is not Gate.OPEN:
                 self._drained.notify_all()
+
+    def _note_written(self, offset: int, length: int) -> None:
+        touched = chunks_of(offset, length)
+        self._written.set_range(touched.start, touched.stop)
 
     def _refuse(self, offset: int, length: int) -> None:
         if self._gate is Gate.CLOSED:
