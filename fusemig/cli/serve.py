@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import trio
@@ -31,6 +32,7 @@ async def serve_command(
     specs = _parse_disks(disks, read_only)
     if state_dir is not None:
         await trio.Path(state_dir).mkdir(parents=True, exist_ok=True)
+    gc.freeze()  # what is loaded by now stays: the collector need not look at it again while guests wait
     await Daemon(ServeOptions(mountpoint, specs, control, incoming, state_dir, allow_other)).run()
 
 

@@ -110,7 +110,7 @@ class NativeLink:
         """Send buffers that together are whole frames.
 
         Raises:
-            ConnectionLostError: the peer is gone, or an earlier send was cut short.
+            ConnectionLostError: the peer is gone or takes nothing, or an earlier send was cut short.
         """
         async with self.sending, self.frame():
             rest = [*self._unsent, *(memoryview(buffer) for buffer in buffers)]
@@ -119,7 +119,13 @@ class NativeLink:
                 try:
                     drop_sent(rest, self.stream.send_nowait(rest))
                 except trio.WouldBlock:
-                    await self.stream.wait_writable()
+                    await self._wait_writable()
+
+    async def _wait_writable(self) -> None:
+        with trio.move_on_after(IDLE_DEADLINE_S) as scope:
+            await self.stream.wait_writable()
+        if scope.cancelled_caught:
+            raise ConnectionLostError(f"{self.peer} took nothing for {IDLE_DEADLINE_S:g} s")
 
     def try_send(self, frame: bytes) -> bool:
         """Send a small frame if that is possible at once; may be called from any thread that may send.
@@ -153,6 +159,11 @@ class NativeLink:
         self._is_broken = True
         yield
         self._is_broken = False
+
+    @property
+    def n_wanted(self) -> int:
+        """How many bytes complete the part of a frame that is being received."""
+        return 1 if self._decoder.needs_buffer else len(self._decoder.wanted)
 
     def receive_nowait(self) -> native.Event:
         """Return the next event; may be called from any thread.

@@ -59,9 +59,9 @@ class FrameReceiver:
 
     def _wait_shortly(self) -> bool:
         """Wait for more in this thread; return whether there is. Meanwhile the source learns what is done."""
-        poll = self._link.stream.poll
-        if poll(is_write=False, timeout_s=_HESITATE_S):
+        poll, n_bytes = self._link.stream.poll_readable, self._link.n_wanted
+        if poll(n_bytes, _HESITATE_S):
             return True
         if self.applied > self.acknowledged and self._link.try_send(native.encode_ack(self.applied)):
             self.acknowledged = self.applied
-        return poll(is_write=False, timeout_s=POLL_S)
+        return poll(n_bytes, POLL_S)

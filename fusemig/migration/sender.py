@@ -81,7 +81,7 @@ class PassSender:
             try:
                 n = stream.send_nowait(self._rest)
             except trio.WouldBlock:
-                if not stream.poll(is_write=True, timeout_s=POLL_S):
+                if not stream.poll_writable(POLL_S):
                     return False
                 continue
             self.wire_bytes += n

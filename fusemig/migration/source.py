@@ -196,14 +196,18 @@ class SourceMigration:
         if self._failure is not None:
             raise self._failure
         if self._scope.cancelled_caught:
-            raise CancelledByUserError("the migration was cancelled; the disks stay here")
+            raise self._cancelled_error()
+
+    def _cancelled_error(self) -> CancelledByUserError:
+        return CancelledByUserError("the migration was cancelled; the disks stay here")
 
     def _end(self, phase: MigrationPhase, error: FusemigError | None) -> None:
         self._thaw()
+        if self._machine.phase is MigrationPhase.CANCELLING and phase is MigrationPhase.FAILED:
+            # Whatever else went wrong on the way out, the user asked for this end and is told so.
+            phase, error = MigrationPhase.CANCELLED, self._cancelled_error()
         if phase in (MigrationPhase.COMPLETED, MigrationPhase.CANCELLED):
             self.forget()
-        if self._machine.phase is MigrationPhase.CANCELLING and phase is MigrationPhase.FAILED:
-            phase = MigrationPhase.CANCELLED
         self.error = error
         self._ended_at = trio.current_time()
         if error is not None:
@@ -442,6 +446,8 @@ class SourceMigration:
             await self._handoff.prove(link, digests)
         if scope.cancelled_caught:
             raise self._freeze_deadline_error()
+        if self._is_cancel_requested:  # granted while PREPARED was on its way to this task
+            raise self._cancelled_error()
         with trio.CancelScope(shield=True):
             await self._handoff.commit(link, lambda: self._enter(MigrationPhase.COMMITTED))
             self._taken_at = trio.current_time()

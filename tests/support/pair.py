@@ -15,7 +15,7 @@ from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.writer import IncomingDisk
-from support.streams import MemoryStream, memory_connection
+from support.streams import memory_connection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from fusemig.phase import MigrationPhase
     from fusemig.wire.native import DiskOffer
+    from support.streams import MemoryStream
 
 
 async def inline(function: Any, *args: Any) -> Any:

@@ -76,8 +76,12 @@ class MemoryStream:
             await self._incoming.changed.wait()
         await trio.lowlevel.checkpoint()
 
-    def poll(self, *, is_write: bool, timeout_s: float) -> bool:
+    def poll_writable(self, timeout_s: float) -> bool:
         """Say no: nothing changes while the one thread of a simulation waits."""
+        return False
+
+    def poll_readable(self, n_bytes: int, timeout_s: float) -> bool:
+        """Say no, as above."""
         return False
 
     def close(self) -> None:
