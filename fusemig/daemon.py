@@ -26,7 +26,8 @@ from fusemig.control import EventHub, serve_control
 from fusemig.disk.tracked import Gate
 from fusemig.errors import ConfigError, FusemigError, PeerRefusedError, StateError
 from fusemig.fuse.export import Exports
-from fusemig.fuse.mount import MountOptions, open_mount
+from fusemig.fuse.lanes import Lane, open_lane
+from fusemig.fuse.mount import MountOptions
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.source import SourceMigration
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
-    from fusemig.fuse.mount import Mount
+    from fusemig.fuse.lanes import AnyMount
     from fusemig.served import DiskSpec
     from fusemig.transport import ByteStream, Listener
     from fusemig.wire.native import DiskOffer
@@ -63,6 +64,8 @@ class ServeOptions:
     incoming: str | None = None
     state_dir: Path | None = None
     allow_other: bool = False
+    lane: Lane = Lane.AUTO
+    lane_threads: int | None = None
 
 
 class Daemon:
@@ -75,7 +78,7 @@ class Daemon:
         self.parameters = MigrationParameters()
         self.capabilities = set(schema.ALWAYS_ON_CAPABILITIES)
         self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.capabilities)
-        self.mount: Mount | None = None
+        self.mount: AnyMount | None = None
         self.listener: Listener | None = None
         self.outgoing: SourceMigration | None = None
         self.incoming: DestinationMigration | None = None
@@ -113,10 +116,13 @@ class Daemon:
         async with trio.open_nursery() as control:
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
             await control.start(serve_control, self.options.control, command_table(self), self.events)
-            mount_options = MountOptions(allow_other=self.options.allow_other)
+            options = self.options
+            mount_options = MountOptions(allow_other=options.allow_other)
             async with (
                 self._listening() as self.listener,
-                open_mount(self.options.mountpoint, self._exports, mount_options) as self.mount,
+                open_lane(
+                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads
+                ) as self.mount,
                 trio.open_nursery() as self._nursery,
             ):
                 self._nursery.start_soon(self._watch_signals)
@@ -326,7 +332,7 @@ class Daemon:
             served.is_waiting = not served.is_writable
 
 
-def _invalidator(mount: Mount, served: ServedDisk) -> Any:
+def _invalidator(mount: AnyMount, served: ServedDisk) -> Any:
     async def invalidate() -> None:
         await mount.invalidate(served.export)
 

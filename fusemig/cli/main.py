@@ -62,6 +62,10 @@ def cli() -> None:
 @click.option("--readonly", "read_only", multiple=True, metavar="NAME", help="Serve this disk read-only.")
 @click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Keep epoch files here.")
 @click.option("--allow-other", is_flag=True, help="Let other users use the mount.")
+@click.option("--lane", type=click.Choice(["auto", "data", "pyfuse3"]), default="auto", help="How I/O is served.")
+@click.option(
+    "--lane-threads", type=click.IntRange(1, 64), help="Threads of the data lane (default: cores, at most 2)."
+)
 @click.option("--log-format", type=click.Choice(["console", "json"]), default="console")
 def serve(
     mountpoint: Path,
@@ -72,6 +76,8 @@ def serve(
     read_only: tuple[str, ...],
     state_dir: Path | None,
     allow_other: bool,
+    lane: str,
+    lane_threads: int | None,
     log_format: str,
 ) -> None:
     """Serve disk images as files of MOUNTPOINT, in the foreground.
@@ -92,6 +98,8 @@ def serve(
             read_only,
             state_dir,
             allow_other,
+            lane,
+            lane_threads,
         )
     )
 

@@ -9,6 +9,7 @@ import trio
 
 from fusemig.daemon import Daemon, ServeOptions
 from fusemig.errors import ConfigError
+from fusemig.fuse.lanes import Lane
 from fusemig.served import DiskSpec
 
 
@@ -21,6 +22,8 @@ async def serve_command(
     read_only: tuple[str, ...],
     state_dir: Path | None,
     allow_other: bool,
+    lane: str,
+    lane_threads: int | None,
 ) -> None:
     """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside.
 
@@ -33,7 +36,8 @@ async def serve_command(
     if state_dir is not None:
         await trio.Path(state_dir).mkdir(parents=True, exist_ok=True)
     gc.freeze()  # what is loaded by now stays: the collector need not look at it again while guests wait
-    await Daemon(ServeOptions(mountpoint, specs, control, incoming, state_dir, allow_other)).run()
+    options = ServeOptions(mountpoint, specs, control, incoming, state_dir, allow_other, Lane(lane), lane_threads)
+    await Daemon(options).run()
 
 
 def _parse_disks(disks: tuple[str, ...], read_only: tuple[str, ...]) -> tuple[DiskSpec, ...]:

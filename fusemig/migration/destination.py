@@ -226,6 +226,7 @@ class DestinationMigration:
             for disk in self.disks
             for record in [disk.epoch_file.record]
         ]
+        self._progress = native.Progress(self._progress.pass_number, 0, self._progress.total_bytes)
         if proofs == final.disks:
             await self._write_records(Ownership.PREPARED)
             self._handoff.on(DestinationEvent.PREPARED_DURABLE)

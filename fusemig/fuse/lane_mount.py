@@ -1,0 +1,435 @@
+"""DataLaneMount: the exports as a file system whose data requests are answered by a `DataLane`.
+
+    kernel <──/dev/fuse──> lane threads ─────────── requests that are not about data ───────────> pyfuse3
+       ^                                              (a SOCK_SEQPACKET pair)                        │
+       └──────────────────── link thread: edits the replies to INIT and OPEN <── replies ────────────┘
+
+pyfuse3 is unmodified: it is given one end of the pair as ``/dev/fd/N``, which libfuse takes for a mounted /dev/fuse,
+and its handlers are those of the other lane. What it cannot say is said by `MetadataLink`, in the replies.
+
+Tasks and threads. One nursery task runs `pyfuse3.main`; the lane threads, their pools and the link thread are plain
+threads. Nothing cancels the body: a file system that ends by itself is told through `wait_unmounted`.
+
+The end, whatever the body did, shielded and timed:
+
+1. Stores through ``mmap`` that the kernel still holds are pushed out, for disks whose gate is open.
+2. Held writes are answered EIO: their guests are told that they were not made.
+3. The file system is unmounted, which ends the lane threads; lazily if files are open. Then the threads are still
+   asleep in the kernel, so each is sent one last request (`_nudge`).
+4. Requests in the pools are finished and answered. pyfuse3 ends; the link thread ends with it.
+5. The descriptor is closed: guests that still have files open get ENOTCONN. Where a thread still uses its number,
+   because a store does not answer, /dev/null takes the number over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pyfuse3
+import structlog
+import trio
+
+from fusemig.disk.tracked import Gate
+from fusemig.errors import DiskError, FuseUnavailableError, StateError
+from fusemig.fuse import abi, device
+from fusemig.fuse.abi import AbiError, Opcode
+from fusemig.fuse.lane import MAX_WRITE, DataLane
+from fusemig.fuse.mount import INVALIDATE_TIMEOUT_S, START_TIMEOUT_S, STOP_TIMEOUT_S, MountOptions, _check, _session
+from fusemig.fuse.operations import DiskOperations, MountStatistics
+from fusemig.fuse.pool import SleepPool
+from fusemig.fuse.tuning import raise_limits
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from fusemig.fuse.export import Export, Exports
+    from fusemig.fuse.lane import LaneStatistics
+
+MAX_BACKGROUND: Final = 128
+"""Asynchronous requests that the kernel has in flight; its default of 12 leaves deep queues waiting."""
+CONGESTION_THRESHOLD: Final = 96
+NUDGE_TIMEOUT_S: Final = 0.1
+"""After which a request that woke no lane thread, because a guest's own request did, is followed by another."""
+LANE_THREADS: Final = 2
+"""More gain nothing: they wait for the interpreter's lock."""
+
+_SOCKET_BUFFER: Final = 4 << 20
+_SO_SNDBUFFORCE: Final = 32
+_MAX_MESSAGE: Final = (1 << 20) + 4096
+_GONE: Final = frozenset({errno.ENOENT, errno.ENOTCONN, errno.ENODEV, errno.ECONNABORTED})
+
+log = structlog.get_logger()
+
+
+class MetadataLink:
+    """The way of other requests to pyfuse3, and of its replies to the kernel."""
+
+    def __init__(self, device_fd: int) -> None:
+        """Make the socket pair."""
+        self._device = device_fd
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._ours, self._theirs):
+            try:
+                end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
+            except PermissionError:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+        self._sender = SleepPool("lane-link-send", 1)
+        self._thread = threading.Thread(target=self._run, name="lane-link", daemon=True)
+        # Requests whose reply will be edited, by unique; each is written by one thread and taken by another.
+        self._asked: dict[int, int] = {}
+        self._direct: set[int] = set()
+
+    def start(self) -> str:
+        """Start the thread; return the mount point to give to pyfuse3, whose session owns the descriptor from now."""
+        self._thread.start()
+        return f"/dev/fd/{self._theirs.detach()}"
+
+    def forward(self, opcode: int, unique: int, message: bytes) -> None:
+        """Send a request to pyfuse3; from any thread, does not wait."""
+        if opcode == Opcode.INIT:
+            self._asked[unique] = abi.parse_init(message).flags
+            message = abi.without_splice(message)
+        elif opcode == Opcode.OPEN and abi.parse_open(message).flags & os.O_DIRECT:
+            self._direct.add(unique)
+        try:
+            self._ours.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            self._sender.submit(partial(self._send_slowly, message))
+
+    def _send_slowly(self, message: bytes) -> None:
+        try:
+            self._ours.send(message, socket.MSG_NOSIGNAL)
+        except OSError as exc:
+            log.error("a request could not be passed to pyfuse3", error=str(exc))
+
+    def _run(self) -> None:
+        buffer = bytearray(_MAX_MESSAGE)
+        view = memoryview(buffer)
+        while True:
+            try:
+                n = self._ours.recv_into(buffer)
+                if n == 0:
+                    return
+                os.write(self._device, self._edited(view[:n]))
+            except AbiError:
+                log.exception("pyfuse3 sent a malformed reply")
+            except OSError as exc:
+                if exc.errno not in _GONE:
+                    log.exception("a reply of pyfuse3 was lost")
+
+    def _edited(self, message: memoryview) -> memoryview | bytes:
+        """Return the reply that the kernel gets for this one of pyfuse3."""
+        header = abi.parse_out_header(message)
+        if header.unique in self._direct:
+            self._direct.discard(header.unique)
+            if not header.error:
+                out = abi.parse_open_reply(message)
+                flags = out.open_flags | abi.FOPEN_DIRECT_IO | abi.FOPEN_PARALLEL_DIRECT_WRITES
+                return abi.open_reply(header.unique, out._replace(open_flags=flags))
+        elif header.unique in self._asked:
+            asked = self._asked.pop(header.unique)
+            if not header.error:
+                return abi.init_reply(header.unique, edited_init(asked, abi.parse_init_reply(message)))
+        return message
+
+    def close(self) -> None:
+        """End the thread; pyfuse3 must have closed its end, or never got it."""
+        self._sender.close()
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_RDWR)
+        self._thread.join(STOP_TIMEOUT_S)
+        self._ours.close()
+        self._theirs.close()
+
+
+def edited_init(asked: int, out: abi.InitOut) -> abi.InitOut:
+    """Return the INIT reply for a kernel that offers the flags ``asked``; never more flags than those.
+
+    Shared mappings of files opened with O_DIRECT are asked for where the kernel has them: without, an inode that is
+    open both ways would not be coherent.
+    """
+    flags = out.flags
+    if asked & abi.INIT_EXT and asked & abi.INIT_DIRECT_IO_ALLOW_MMAP:
+        flags |= abi.INIT_EXT | abi.INIT_DIRECT_IO_ALLOW_MMAP
+    return out._replace(
+        flags=flags & asked,
+        max_background=MAX_BACKGROUND,
+        congestion_threshold=CONGESTION_THRESHOLD,
+        max_write=min(out.max_write, MAX_WRITE),
+    )
+
+
+class DataLaneMount:
+    """A mounted file system with the interface of `fusemig.fuse.mount.Mount`; made by `open_data_lane_mount`."""
+
+    def __init__(self, mountpoint: Path, exports: Exports, device_fd: int, n_threads: int) -> None:
+        """Made by `open_data_lane_mount`, which also serves and ends it."""
+        self.mountpoint = mountpoint
+        self._exports = exports
+        self._operations = DiskOperations(exports)
+        self._device = device_fd
+        self._token = trio.lowlevel.current_trio_token()
+        self._link = MetadataLink(device_fd)
+        self._lane = DataLane(device_fd, exports, self._link.forward, n_threads=n_threads, ended=self._lane_ended)
+        self._serving = trio.CancelScope(shield=True)
+        self._metadata_ended = trio.Event()
+        self._ended = trio.Event()
+        self._failure: Exception | None = None
+        self._is_stopping = False
+        self._n_invalidating = 0
+
+    def _lane_ended(self) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._ended.set)
+
+    async def invalidate(self, export: Export, *, attributes_only: bool = False) -> None:
+        """Push out the kernel's dirty pages of an export, then drop its cached pages and attributes.
+
+        To be called *before* the gate is closed: dirty pages are pushed out as guest writes. Only what the kernel
+        knows of attributes is dropped with ``attributes_only``.
+
+        Raises:
+            DiskError: ETIMEDOUT, the kernel is still at it after `INVALIDATE_TIMEOUT_S` seconds; or its own errno.
+
+        Cancellation: the kernel goes on by itself; a later call waits for it again.
+        """
+        if self._ended.is_set():
+            return  # nothing is cached of what is not mounted
+        try:
+            with trio.fail_after(INVALIDATE_TIMEOUT_S):
+                await trio.to_thread.run_sync(
+                    self._invalidate, export.inode, -1 if attributes_only else 0, abandon_on_cancel=True
+                )
+        except trio.TooSlowError as exc:
+            what = f"disk '{export.name}': push out the pages that the kernel holds"
+            raise DiskError(errno.ETIMEDOUT, what) from exc
+        except OSError as exc:
+            if exc.errno not in _GONE:  # ENOENT: the kernel knows nothing of this inode
+                what = f"disk '{export.name}': invalidate the kernel's pages"
+                raise DiskError(exc.errno or errno.EIO, what) from exc
+
+    def _invalidate(self, inode: int, offset: int) -> None:
+        self._n_invalidating += 1  # only ever seen as zero or not, after the last call
+        try:
+            os.write(self._device, abi.invalidate_inode(inode, offset))
+        finally:
+            self._n_invalidating -= 1
+
+    async def wait_unmounted(self) -> None:
+        """Wait until the file system is served no longer; return at once if it has been unmounted already.
+
+        Raises:
+            FuseUnavailableError: the loop that serves its metadata has failed.
+        """
+        await self._ended.wait()
+        if self._failure is not None:
+            raise FuseUnavailableError(
+                f"serving {self.mountpoint} failed ({self._failure}); see the log, then start again"
+            ) from self._failure
+
+    def is_busy(self, export: Export | None = None) -> bool:
+        """Tell whether a file of the mount, or of this export, is open."""
+        exports = self._exports if export is None else (export,)
+        return any(self._operations.open_handles(one) for one in exports)
+
+    def statistics(self) -> MountStatistics:
+        """Return the counters as they are now."""
+        lane, metadata = self._lane.statistics(), self._operations.statistics()
+        return MountStatistics(
+            reads=lane.requests.get("read", 0),
+            read_bytes=lane.read_bytes,
+            writes=lane.requests.get("write", 0),
+            written_bytes=lane.written_bytes,
+            flushes=lane.requests.get("fsync", 0),
+            parked_total=lane.held,
+            thread_requests=lane.handed_over,
+            handler_errors=lane.bugs + metadata.handler_errors,
+            open_handles=metadata.open_handles,
+        )
+
+    def lane_statistics(self) -> LaneStatistics:
+        """Return the lane's own counters: requests by opcode, errors, what was handed over."""
+        return self._lane.statistics()
+
+    @property
+    def init_request(self) -> bytes | None:
+        """The kernel's INIT request, which a successor gives to its own pyfuse3."""
+        return self._lane.init_request
+
+    async def _serve_metadata(self) -> None:
+        """Run pyfuse3's loop until it ends; its failure is kept for `wait_unmounted`."""
+        try:
+            with self._serving:
+                await pyfuse3.main()
+        except Exception as exc:
+            self._failure = exc
+            self._ended.set()
+            log.exception("the file system's metadata is served no longer", mountpoint=str(self.mountpoint))
+        finally:
+            self._metadata_ended.set()
+
+    async def _wait_ready(self) -> int:
+        """Wait for the first answer; return the device number of the mount."""
+        results: list[os.stat_result] = []
+        with trio.move_on_after(START_TIMEOUT_S):
+            results.append(await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True))
+        if not results:
+            raise FuseUnavailableError(
+                f"{self.mountpoint} was mounted, but answered nothing for {START_TIMEOUT_S:.0f} s; "
+                "see the kernel's log (dmesg)"
+            )
+        return results[0].st_dev
+
+    def _start(self) -> None:
+        """Give pyfuse3 its end of the link, then let the requests come."""
+        try:
+            pyfuse3.init(self._operations, self._link.start(), set())
+        except BaseException:
+            self._link.close()
+            raise
+        self._lane.start()
+
+    async def _push_out(self) -> None:
+        for export in self._exports:
+            if export.disk is not None and export.disk.gate is Gate.OPEN and self.is_busy(export):
+                try:
+                    await self.invalidate(export)
+                except DiskError as exc:
+                    log.warning("stores through mmap may be lost at unmount", disk=export.name, error=str(exc))
+
+    async def _stop(self, device_number: int | None) -> None:
+        """End everything, in the caller's shield; see the steps at the top."""
+        self._is_stopping = True
+        if not self._ended.is_set():
+            await self._push_out()
+        self._lane.refuse_held()
+        is_clean = False
+        with trio.move_on_after(2 * STOP_TIMEOUT_S):
+            is_clean = await trio.to_thread.run_sync(self._stop_threads, device_number, abandon_on_cancel=True)
+        if not self._metadata_ended.is_set():
+            pyfuse3.terminate()
+        with trio.move_on_after(STOP_TIMEOUT_S):
+            await self._metadata_ended.wait()
+        self._serving.cancel()
+        await self._metadata_ended.wait()
+        pyfuse3.close(unmount=False)
+        await trio.to_thread.run_sync(self._link.close)
+        if is_clean and not self._n_invalidating:
+            os.close(self._device)
+        else:
+            log.error("a store does not answer: ending the mount without it", mountpoint=str(self.mountpoint))
+            _replace_by_null(self._device)
+
+    def _stop_threads(self, device_number: int | None) -> bool:
+        """Unmount and wait for the lane; False if something still uses the descriptor."""
+        if device_number is None or device.is_mounted(device_number):
+            self._unmount()
+        return self._lane.join(STOP_TIMEOUT_S)
+
+    def _unmount(self) -> None:
+        if device.unmount(self.mountpoint):
+            return
+        root = -1
+        with contextlib.suppress(OSError):
+            root = os.open(self.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if not device.unmount(self.mountpoint, lazily=True):
+                log.error("cannot unmount; unmount by hand: fusermount3 -u -z", mountpoint=str(self.mountpoint))
+            self._lane.stop()
+            if root >= 0:
+                self._nudge(root)
+        finally:
+            if root >= 0:
+                os.close(root)
+
+    def _nudge(self, root: int) -> None:
+        """Wake the lane threads, which sleep in a read, by a request each; a stopping lane answers it ENOTCONN.
+
+        A request that finds no lane any more waits until the descriptor is closed, so each has a thread of its own.
+        """
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while (n_alive := self._lane.n_alive) and time.monotonic() < deadline:
+            threading.Thread(target=_ask, args=(root,), name="lane-nudge", daemon=True).start()
+            patience = time.monotonic() + NUDGE_TIMEOUT_S
+            while self._lane.n_alive == n_alive and time.monotonic() < patience:
+                time.sleep(0.0005)
+
+
+def _started(mountpoint: Path, exports: Exports, device_fd: int, n_threads: int) -> DataLaneMount:
+    try:
+        mount = DataLaneMount(mountpoint, exports, device_fd, n_threads)
+        mount._start()  # noqa: SLF001
+    except BaseException as exc:
+        os.close(device_fd)  # first: nobody is there to answer what an unmount might ask
+        device.unmount(mountpoint, lazily=True)
+        if isinstance(exc, RuntimeError):
+            raise FuseUnavailableError(
+                f"cannot serve {mountpoint}: {exc} (libfuse has written the reason to stderr); libfuse 3.3 or later is "
+                "needed for the data lane"
+            ) from exc
+        raise
+    return mount
+
+
+def _replace_by_null(descriptor: int) -> None:
+    """Close a descriptor whose number must not be used again: a late answer to it shall reach nobody."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, descriptor, inheritable=False)
+    os.close(null)
+
+
+def _ask(root: int) -> None:
+    with contextlib.suppress(OSError):
+        os.fstatvfs(root)
+
+
+@asynccontextmanager
+async def open_data_lane_mount(
+    mountpoint: Path, exports: Exports, options: MountOptions | None = None, *, n_threads: int | None = None
+) -> AsyncIterator[DataLaneMount]:
+    """Mount ``exports`` at ``mountpoint`` and serve them while the body runs, their data by lane threads.
+
+    The body starts when the file system has answered its first request.
+
+    Raises:
+        FuseUnavailableError: it cannot be mounted here, with the cause and what to do about it.
+        StateError: this process has a mount already.
+
+    Resource handling: no mount is left behind, also if the body raises or is cancelled. Nothing below is closed: the
+    disks are their owner's.
+    """
+    options = MountOptions() if options is None else options
+    if n_threads is None:
+        n_threads = min(LANE_THREADS, len(os.sched_getaffinity(0)))
+    if not _session.acquire(blocking=False):
+        raise StateError("this process has a mount already: serve all disks in one mount, or start another process")
+    try:
+        mountpoint = Path(os.path.abspath(mountpoint))  # noqa: ASYNC240  (no link is followed, no file touched)
+        await trio.to_thread.run_sync(_check, mountpoint, options)
+        device_fd = await trio.to_thread.run_sync(device.mount_device, mountpoint, options)
+        mount = _started(mountpoint, exports, device_fd, n_threads)
+        error: BaseException | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mount._serve_metadata)  # noqa: SLF001
+            device_number = None
+            try:
+                device_number = await mount._wait_ready()  # noqa: SLF001
+                await trio.to_thread.run_sync(raise_limits, device_number, MAX_BACKGROUND)
+                yield mount
+            except BaseException as exc:
+                error = exc
+            with trio.CancelScope(shield=True):
+                await mount._stop(device_number)  # noqa: SLF001
+        if error is not None:
+            raise error
+    finally:
+        _session.release()

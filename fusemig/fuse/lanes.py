@@ -1,0 +1,60 @@
+"""Which lane serves the mount: the data lane where it can, the pyfuse3 lane where it cannot or is asked for."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import structlog
+
+from fusemig.errors import FuseUnavailableError
+from fusemig.fuse.lane_mount import DataLaneMount, open_data_lane_mount
+from fusemig.fuse.mount import Mount, open_mount
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from fusemig.fuse.export import Exports
+    from fusemig.fuse.mount import MountOptions
+
+AnyMount = Mount | DataLaneMount
+
+log = structlog.get_logger(__name__)
+
+
+class Lane(Enum):
+    """How guest I/O reaches the disks; the words of ``--lane``."""
+
+    AUTO = "auto"
+    """The data lane; if it cannot be had, the pyfuse3 lane, and a line in the log that says why."""
+    DATA = "data"
+    """Threads that answer reads and writes straight from /dev/fuse."""
+    PYFUSE3 = "pyfuse3"
+    """A handler of pyfuse3's for every request."""
+
+
+@asynccontextmanager
+async def open_lane(
+    lane: Lane, mountpoint: Path, exports: Exports, options: MountOptions, n_threads: int | None = None
+) -> AsyncIterator[AnyMount]:
+    """Mount and serve while the body runs; ``n_threads`` is the data lane's, None for as many as cores, at most 2.
+
+    Raises:
+        FuseUnavailableError: it cannot be mounted here, with the cause and what to do about it.
+        StateError: this process has a mount already.
+    """
+    async with AsyncExitStack() as stack:
+        if lane is Lane.PYFUSE3:
+            mount: AnyMount = await stack.enter_async_context(open_mount(mountpoint, exports, options))
+        else:
+            try:
+                data_lane = open_data_lane_mount(mountpoint, exports, options, n_threads=n_threads)
+                mount = await stack.enter_async_context(data_lane)
+            except FuseUnavailableError as exc:
+                if lane is Lane.DATA:
+                    raise
+                log.warning("the pyfuse3 lane serves this mount, the data lane cannot", reason=str(exc))
+                mount = await stack.enter_async_context(open_mount(mountpoint, exports, options))
+        yield mount
