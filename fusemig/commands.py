@@ -14,6 +14,7 @@ from msgspec import UNSET, UnsetType
 from fusemig import __version__
 from fusemig.control import Command, CommandError
 from fusemig.disk.tracked import Gate
+from fusemig.migration.source import SourceMigration
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import schema
 from fusemig.units import CHUNK_SIZE
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from fusemig.control import Session
     from fusemig.daemon import Daemon
     from fusemig.migration.destination import DestinationMigration
-    from fusemig.migration.source import SourceMigration
     from fusemig.migration.stats import DiskStatistics
     from fusemig.served import ServedDisk
 
@@ -188,7 +188,7 @@ def _run_state(daemon: Daemon) -> schema.RunState:
 
 
 def _role(daemon: Daemon) -> schema.Role | UnsetType:
-    if daemon.outgoing is not None:
+    if isinstance(daemon.shown, SourceMigration):
         return schema.Role.SOURCE
     if daemon.listener is not None:
         return schema.Role.DESTINATION
@@ -258,11 +258,10 @@ def _incoming(daemon: Daemon) -> schema.Incoming | UnsetType:
 
 
 def _migration_info(daemon: Daemon) -> schema.MigrationInfo:
-    if daemon.outgoing is not None and daemon.outgoing.phase is not MigrationPhase.NONE:
-        return _outgoing_info(daemon.outgoing)
-    if daemon.incoming is not None:
-        return _incoming_info(daemon.incoming)
-    return schema.MigrationInfo()
+    shown = daemon.shown
+    if shown is None or shown.phase is MigrationPhase.NONE:
+        return schema.MigrationInfo()
+    return _outgoing_info(shown) if isinstance(shown, SourceMigration) else _incoming_info(shown)
 
 
 _RUNNING = frozenset({"setup", "active", "pre-switchover", "device", "cancelling"})

@@ -27,6 +27,14 @@ SMALL_REST_S: Final = 0.002
 MAX_EXTRA_PASSES: Final = 50
 """Passes made only to shorten the freeze, at most."""
 
+BUSY_REQUESTS_PER_S: Final = 20_000
+"""Guests that make so many requests a second get all the courtesy there is."""
+
+REST_SHARE: Final = 3.0
+"""Rest per time worked, for busy guests: the bulk phase then takes a quarter of a core."""
+
+LONGEST_REST_S: Final = 0.005
+
 
 class Decision(Enum):
     """What to do after a pass."""
@@ -160,3 +168,29 @@ class RateLimit:
         if self.bytes_per_s <= 0:
             return largest
         return max(64 * 1024, min(largest, self.bytes_per_s // 100))
+
+
+class Courtesy:
+    """How long the bulk phase rests so that guests are served first.
+
+    The rule: for each millisecond that a chunk took, the sender rests up to three, in proportion to how busy guests
+    are. A guest that makes 20,000 requests a second or more gets the whole rest; dirty passes and the last one do not
+    rest, because there a slow sender would only make the guest's work longer.
+    """
+
+    def __init__(self) -> None:
+        """Start with guests that have done nothing."""
+        self._n_requests: int | None = None
+
+    def rest_s(self, n_requests: int, took_s: float) -> float:
+        """Return how many seconds to rest after a chunk that took ``took_s`` seconds.
+
+        Args:
+            n_requests: how many requests guests have ever made.
+            took_s: since the last rest ended.
+        """
+        before, self._n_requests = self._n_requests, n_requests
+        if before is None or took_s <= 0:
+            return 0.0
+        busyness = min(1.0, (n_requests - before) / took_s / BUSY_REQUESTS_PER_S)
+        return min(LONGEST_REST_S, took_s * REST_SHARE * busyness)

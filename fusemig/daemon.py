@@ -24,6 +24,7 @@ import trio
 from fusemig.commands import command_table
 from fusemig.control import EventHub, serve_control
 from fusemig.disk.tracked import Gate
+from fusemig.epoch import Ownership
 from fusemig.errors import ConfigError, FusemigError, PeerRefusedError, StateError
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lanes import Lane, open_lane
@@ -82,6 +83,8 @@ class Daemon:
         self.listener: Listener | None = None
         self.outgoing: SourceMigration | None = None
         self.incoming: DestinationMigration | None = None
+        self.shown: SourceMigration | DestinationMigration | None = None
+        """What ``query-migrate`` tells of: the last one that began, but an outgoing one until it is over."""
         self.n_rejected = 0
         self.stop_reason = ""
         self._exports = Exports()
@@ -209,8 +212,8 @@ class Daemon:
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
         )
         self._last_status = ""
-        self.outgoing = SourceMigration(
-            lent, dial, self.parameters, trio.to_thread.run_sync, self._on_phase, self._on_pass
+        self.shown = self.outgoing = SourceMigration(
+            lent, dial, self.parameters, trio.to_thread.run_sync, self._on_phase, self._on_pass, self._count_requests
         )
         for served in chosen:
             served.busy = f"it is being migrated to {uri}"
@@ -243,11 +246,17 @@ class Daemon:
         finally:
             for served in chosen:
                 served.busy = ""
+                # A daemon that listens gets the disk back into the image that it released.
+                served.is_waiting = self.listener is not None and served.ownership is Ownership.RELEASED
 
     @property
     def is_migrating(self) -> bool:
         """Whether an outgoing migration has not ended."""
         return self.outgoing is not None and not self.outgoing.is_over
+
+    def _count_requests(self) -> int:
+        assert self.mount is not None
+        return self.mount.count_requests()
 
     def _on_phase(self, phase: MigrationPhase) -> None:
         """Tell QMP clients, in QEMU's order: STOP before the freeze is announced, RESUME after a failure is."""
@@ -275,6 +284,8 @@ class Daemon:
 
         def on_phase(phase: MigrationPhase) -> None:
             self.incoming = migration
+            if phase is MigrationPhase.SETUP and not self.is_migrating:
+                self.shown = migration
             self._on_incoming_phase(phase)
 
         migration = DestinationMigration(stream, self, trio.to_thread.run_sync, on_phase)

@@ -29,7 +29,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusemig.bitmap import ChunkBitmap
-from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, chunk_mask, mask_extents, n_blocks, n_chunks
+from fusemig.units import (
+    BLOCK_SIZE,
+    BLOCKS_PER_CHUNK,
+    CHUNK_SIZE,
+    FULL_MASK,
+    chunk_mask,
+    mask_extents,
+    n_blocks,
+    n_chunks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,18 +75,16 @@ class ChunkTracker:
         self._mark_blocks(last_chunk, (1 << (stop - last_chunk * BLOCKS_PER_CHUNK)) - 1)
 
     def _mark_blocks(self, chunk: int, blocks: int) -> None:
-        if self._dirty.set(chunk):
+        old = self._masks.get(chunk)
+        if old is None:
+            if not self._dirty.set(chunk):
+                return  # dirty as a whole
             old = 0
-        else:
-            known = self._masks.get(chunk)
-            if known is None:
-                return
-            old = known
         new = old | blocks
         if new == old:
             return
         self._n_dirty_blocks += new.bit_count() - old.bit_count()
-        if new == chunk_mask(chunk, self.size):
+        if new == FULL_MASK or new == chunk_mask(chunk, self.size):
             self._masks.pop(chunk, None)
         else:
             self._masks[chunk] = new

@@ -14,6 +14,7 @@ import os
 import select
 import socket
 import stat
+import struct
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 _BACKLOG: Final = 8
 _UNIX_BUFFER_BYTES: Final = 4 << 20
 _MAX_SENDMSG_BUFFERS: Final = 64
-_LOW_WATER_BYTES: Final = 256 * 1024
+_MOMENT: Final = struct.pack("ll", 0, 5000)
+"""5 ms, as a struct timeval: how long the ``_shortly`` calls block."""
 _OVERLOAD_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 """What `accept` may fail with without anything being wrong with the listener (as in `trio.serve_listeners`)."""
 
@@ -71,9 +73,9 @@ def parse_uri(text: str) -> Uri:
 class ByteStream(Protocol):
     """An ordered, two-way stream of bytes; one task or thread sends and one receives at a time.
 
-    The bytes move in the two ``_nowait`` calls, which may be made from any thread, so that a thread that reads a disk
+    The bytes move in calls that may be made from any thread, so that a thread that reads a disk
     can also send what it read. Waiting is for tasks (`wait_writable`, `wait_readable`) or, for moments, for the thread
-    itself (`poll_writable`, `poll_readable`). Closing waits for nobody: the caller sees to it that no thread is inside.
+    itself (``_shortly``, `poll_readable`). Closing waits for nobody: the caller sees to it that no thread is inside.
     """
 
     peer: str
@@ -96,11 +98,14 @@ class ByteStream(Protocol):
     async def wait_readable(self) -> None:
         """Wait until `receive_nowait` has something."""
 
-    def poll_writable(self, timeout_s: float) -> bool:
-        """Block this thread until `send_nowait` may take something, at most ``timeout_s`` seconds; return whether."""
+    def send_shortly(self, buffers: Sequence[Buffer]) -> int:
+        """Send as `send_nowait` does, but block this thread for moments to send more at once."""
 
-    def poll_readable(self, n_bytes: int, timeout_s: float) -> bool:
-        """Block this thread until about ``n_bytes`` are there, at most ``timeout_s`` seconds; return whether."""
+    def receive_shortly(self, buffer: memoryview) -> int:
+        """Receive as `receive_nowait` does, but block this thread for moments to fill ``buffer``."""
+
+    def poll_readable(self, timeout_s: float) -> bool:
+        """Block this thread until something is there, at most ``timeout_s`` seconds; return whether it is."""
 
     async def aclose(self) -> None:
         """Close; always checkpoints and never raises but `trio.Cancelled`."""
@@ -113,10 +118,12 @@ class SocketStream:
         """Take ``sock`` over; it must not be used any more."""
         self.peer = peer
         self._socket = socket.socket(fileno=sock.detach())
-        self._socket.setblocking(False)
-        self._pollers = {False: select.poll(), True: select.poll()}
-        self._pollers[False].register(self._socket, select.POLLIN)
-        self._pollers[True].register(self._socket, select.POLLOUT)
+        # Blocking, for moments: the calls that must not block say so themselves.
+        self._socket.setblocking(True)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _MOMENT)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _MOMENT)
+        self._poller = select.poll()
+        self._poller.register(self._socket, select.POLLIN)
         if self._socket.family == socket.AF_UNIX:
             with suppress(OSError):
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
@@ -126,8 +133,15 @@ class SocketStream:
 
     def send_nowait(self, buffers: Sequence[Buffer]) -> int:
         """Send what fits (`ByteStream.send_nowait`)."""
+        return self._send(buffers, socket.MSG_DONTWAIT)
+
+    def send_shortly(self, buffers: Sequence[Buffer]) -> int:
+        """Send what goes in a moment (`ByteStream.send_shortly`): one call of the kernel for a whole chunk."""
+        return self._send(buffers, 0)
+
+    def _send(self, buffers: Sequence[Buffer], flags: int) -> int:
         try:
-            return self._socket.sendmsg(buffers[:_MAX_SENDMSG_BUFFERS])
+            return self._socket.sendmsg(buffers[:_MAX_SENDMSG_BUFFERS], (), flags)
         except BlockingIOError as exc:
             raise trio.WouldBlock from exc
         except OSError as exc:
@@ -135,8 +149,15 @@ class SocketStream:
 
     def receive_nowait(self, buffer: memoryview) -> int:
         """Receive what is there (`ByteStream.receive_nowait`)."""
+        return self._receive(buffer, socket.MSG_DONTWAIT)
+
+    def receive_shortly(self, buffer: memoryview) -> int:
+        """Receive what comes in a moment (`ByteStream.receive_shortly`): one call of the kernel for a whole chunk."""
+        return self._receive(buffer, socket.MSG_WAITALL)
+
+    def _receive(self, buffer: memoryview, flags: int) -> int:
         try:
-            return self._socket.recv_into(buffer)
+            return self._socket.recv_into(buffer, 0, flags)
         except BlockingIOError as exc:
             raise trio.WouldBlock from exc
         except OSError as exc:
@@ -150,18 +171,9 @@ class SocketStream:
         """Wait in the loop."""
         await trio.lowlevel.wait_readable(self._socket)
 
-    def poll_writable(self, timeout_s: float) -> bool:
+    def poll_readable(self, timeout_s: float) -> bool:
         """Wait in this thread; an error counts as ready, the next call reports it."""
-        return bool(self._pollers[True].poll(timeout_s * 1000))
-
-    def poll_readable(self, n_bytes: int, timeout_s: float) -> bool:
-        """Wait in this thread for so much that being woken pays: on a virtual machine that costs as much as a copy."""
-        low_water = min(n_bytes, _LOW_WATER_BYTES)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
-        try:
-            return bool(self._pollers[False].poll(timeout_s * 1000))
-        finally:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        return bool(self._poller.poll(timeout_s * 1000))
 
     async def aclose(self) -> None:
         """Close the socket."""

@@ -5,8 +5,8 @@
                                      └─ write gate: open · closed (park) · read-only (EROFS)
 
 One lock guards the gate's state, the admission count and every map, so a write is marked *in the step that admits it*;
-it is marked again in the step that ends it, also if the store failed (rule 1 of `fusemig.tracker`). The lock is held
-for microseconds and never during I/O. Reads never take it.
+it is marked again in the step that ends it, also if the store failed, unless nothing was taken for sending in between
+(rule 1 of `fusemig.tracker`). The lock is held for microseconds and never during I/O. Reads never take it.
 
 The write gate. A closed gate refuses a write with `GateClosedError`, and nothing has happened to it: the lane *parks*
 it, that is, keeps the data and asks `park` for a call when the gate has changed. A parked write is data held for a
@@ -65,6 +65,8 @@ class TrackedDisk(Disk):
         self._n_writing = 0
         self._parked: list[Callable[[], None]] = []
         self._trackers: tuple[ChunkTracker, ...] = ()
+        self._n_taken = 0
+        """Counts what makes marks disappear from a tracker, or a tracker appear without them."""
         # The bits are shared with the map so that the usual case, a chunk written before, costs one look.
         self._written_bits = bytearray(-(-n_chunks(image.size) // 8))
         self._written = ChunkBitmap(n_chunks(image.size), self._written_bits)
@@ -97,19 +99,19 @@ class TrackedDisk(Disk):
             DiskError: EROFS where the disk is not ours to write, EINVAL outside the disk, or the store's own error.
         """
         length = len(data)
-        self._admit(offset, length)
+        n_taken = self._admit(offset, length)
         try:
             self.image.pwrite(data, offset)
         finally:
-            self._end(offset, length)
+            self._end(offset, length, n_taken)
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Admit, mark, zero, mark again; raises as `pwrite` does."""
-        self._admit(offset, length)
+        n_taken = self._admit(offset, length)
         try:
             self.image.write_zeroes(offset, length)
         finally:
-            self._end(offset, length)
+            self._end(offset, length, n_taken)
 
     def flush(self) -> None:
         """Make finished writes durable; never gated, so that a frozen guest's fsync is answered."""
@@ -123,8 +125,8 @@ class TrackedDisk(Disk):
         """Close the image."""
         self.image.close()
 
-    def _admit(self, offset: int, length: int) -> None:
-        """Admit a write and mark it; whoever calls this owes an `_end`.
+    def _admit(self, offset: int, length: int) -> int:
+        """Admit a write and mark it; whoever calls this owes an `_end` and what this returned.
 
         The two are plain calls because every guest write makes them: a context manager would cost as much as the write.
         """
@@ -139,12 +141,18 @@ class TrackedDisk(Disk):
                 self._note_written(offset, length)
             for tracker in self._trackers:
                 tracker.mark(offset, length)
+            return self._n_taken
 
-    def _end(self, offset: int, length: int) -> None:
-        """Mark a write again and count it out; ``_written`` is never cleared, so it needs no second mark."""
+    def _end(self, offset: int, length: int, n_taken: int) -> None:
+        """Mark a write again and count it out.
+
+        The marks of `_admit` are all there if nothing was taken and no tracker was attached since, so in the usual case
+        there is nothing to mark; ``_written`` is never cleared.
+        """
         with self._lock:
-            for tracker in self._trackers:
-                tracker.mark(offset, length)
+            if self._n_taken != n_taken:
+                for tracker in self._trackers:
+                    tracker.mark(offset, length)
             self._bytes_written += length
             self._n_writing -= 1
             if not self._n_writing and self._gate is not Gate.OPEN:
@@ -213,7 +221,19 @@ class TrackedDisk(Disk):
         tracker = ChunkTracker(self.size)
         with self._lock:
             self._trackers = (*self._trackers, tracker)
+            self._n_taken += 1
         return Tracking(self, self._lock, tracker)
+
+    def take_next(self, tracker: ChunkTracker, start: int) -> tuple[int, int] | None:
+        """Take a tracker's first dirty chunk at or after ``start`` that is not in flight; return it with its mask."""
+        with self._lock:
+            chunk = tracker.next_dirty(start)
+            while chunk is not None and tracker.is_in_flight(chunk):
+                chunk = tracker.next_dirty(chunk + 1)
+            if chunk is None:
+                return None
+            self._n_taken += 1
+            return chunk, tracker.take(chunk)
 
     def stop_tracking(self, tracker: ChunkTracker) -> None:
         """Detach a tracker; the others are untouched."""
@@ -252,12 +272,7 @@ class Tracking:
 
     def take_next(self, start: int) -> tuple[int, int] | None:
         """Take the first dirty chunk at or after ``start`` that is not in flight; return it with its block mask."""
-        tracker = self._tracker
-        with self._lock:
-            chunk = tracker.next_dirty(start)
-            while chunk is not None and tracker.is_in_flight(chunk):
-                chunk = tracker.next_dirty(chunk + 1)
-            return None if chunk is None else (chunk, tracker.take(chunk))
+        return self.disk.take_next(self._tracker, start)
 
     def acknowledge(self, chunks: Sequence[int]) -> None:
         """Forget chunks in flight: the destination holds what was taken."""

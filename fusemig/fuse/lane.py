@@ -223,6 +223,10 @@ class DataLane:
                 return False
         return True
 
+    def count_requests(self) -> int:
+        """Return how many reads and writes were read from the kernel."""
+        return sum(one.requests[_READ] + one.requests[_WRITE] for one in self._counters)
+
     def statistics(self) -> LaneStatistics:
         """Return the counters as they are now."""
         requests = [sum(column) for column in zip(*(one.requests for one in self._counters), strict=True)]

@@ -241,6 +241,10 @@ class DataLaneMount:
         exports = self._exports if export is None else (export,)
         return any(self._operations.open_handles(one) for one in exports)
 
+    def count_requests(self) -> int:
+        """Return how many reads and writes guests have made; cheap, and callable from any thread."""
+        return self._lane.count_requests()
+
     def statistics(self) -> MountStatistics:
         """Return the counters as they are now."""
         lane, metadata = self._lane.statistics(), self._operations.statistics()

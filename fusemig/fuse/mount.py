@@ -151,6 +151,10 @@ class Mount:
         exports = self._exports if export is None else (export,)
         return any(self._operations.open_handles(one) for one in exports)
 
+    def count_requests(self) -> int:
+        """Return how many reads and writes guests have made; cheap, and callable from any thread."""
+        return self._operations.count_requests()
+
     def statistics(self) -> MountStatistics:
         """Return the counters as they are now."""
         return self._operations.statistics()

@@ -144,6 +144,10 @@ class DiskOperations(pyfuse3.Operations):
         """Return how many open files of this export the kernel has not released."""
         return self._n_handles[export.inode]
 
+    def count_requests(self) -> int:
+        """Return how many reads and writes guests have made."""
+        return self._n_reads + self._n_writes
+
     def statistics(self) -> MountStatistics:
         """Return the counters as they are now."""
         return MountStatistics(

@@ -282,7 +282,7 @@ class DestinationMigration:
             peer=self.peer,
             pass_number=self._progress.pass_number,
             received_bytes=sum(disk.received_bytes for disk in self.disks),
-            pending_bytes=self._progress.pending_bytes,
+            pending_bytes=0 if self.phase is MigrationPhase.COMPLETED else self._progress.pending_bytes,
             total_bytes=self._progress.total_bytes,
             error=None if self.error is None else str(self.error),
             error_kind=None if self.error is None else self.error.kind,

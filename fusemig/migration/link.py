@@ -55,7 +55,7 @@ class Need(Enum):
 SLICE_BYTES: Final = 16 << 20
 """Disk bytes that one slice moves: long enough that the thread hop does not count, short enough to be cancelled."""
 POLL_S: Final = 0.002
-"""How long a slice waits for its stream by itself, which is cheaper than coming back."""
+"""How long a slice waits for the next frame by itself, which is cheaper than coming back."""
 
 
 def drop_sent(buffers: list[memoryview], n: int) -> None:
@@ -160,11 +160,6 @@ class NativeLink:
         yield
         self._is_broken = False
 
-    @property
-    def n_wanted(self) -> int:
-        """How many bytes complete the part of a frame that is being received."""
-        return 1 if self._decoder.needs_buffer else len(self._decoder.wanted)
-
     def receive_nowait(self) -> native.Event:
         """Return the next event; may be called from any thread.
 
@@ -173,11 +168,19 @@ class NativeLink:
             ConnectionLostError: the stream ended or broke.
             RemoteProtocolError: the peer's bytes are wrong.
         """
+        return self._receive(self.stream.receive_nowait)
+
+    def receive_shortly(self) -> native.Event:
+        """Return the next event, blocking this thread for moments while one is under way; raises as above."""
+        return self._receive(self.stream.receive_shortly)
+
+    def _receive(self, receive_in_frame: Callable[[memoryview], int]) -> native.Event:
         decoder = self._decoder
         while True:
             if decoder.needs_buffer:
                 decoder.give_buffer(self._pool.take())
-            n = self.stream.receive_nowait(decoder.wanted)
+            receive = self.stream.receive_nowait if decoder.is_between_frames else receive_in_frame
+            n = receive(decoder.wanted)
             if not n:
                 where = "" if decoder.is_between_frames else " inside a frame"
                 raise ConnectionLostError(f"{self.peer} closed the connection{where}")

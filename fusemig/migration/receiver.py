@@ -46,7 +46,7 @@ class FrameReceiver:
         done = 0
         while done < SLICE_BYTES:
             try:
-                event = self._link.receive_nowait()
+                event = self._link.receive_shortly()
             except trio.WouldBlock:
                 if self._wait_shortly():
                     continue
@@ -59,9 +59,9 @@ class FrameReceiver:
 
     def _wait_shortly(self) -> bool:
         """Wait for more in this thread; return whether there is. Meanwhile the source learns what is done."""
-        poll, n_bytes = self._link.stream.poll_readable, self._link.n_wanted
-        if poll(n_bytes, _HESITATE_S):
+        poll = self._link.stream.poll_readable
+        if poll(_HESITATE_S):
             return True
         if self.applied > self.acknowledged and self._link.try_send(native.encode_ack(self.applied)):
             self.acknowledged = self.applied
-        return poll(n_bytes, POLL_S)
+        return poll(POLL_S)

@@ -8,15 +8,19 @@ takes frames off the other end of `unacknowledged`; each counter here has one wr
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from fusemig.migration.link import POLL_S, Need, drop_sent
+from fusemig.convergence import Courtesy
+from fusemig.migration.link import Need, drop_sent
 from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fusemig.migration.link import BufferPool
     from fusemig.migration.reader import Batch, PassReader, SentFrame
     from fusemig.transport import ByteStream
@@ -28,9 +32,12 @@ WINDOW_BYTES: Final = 32 << 20
 class PassSender:
     """Sends what a `PassReader` reads, and keeps the account of it."""
 
-    def __init__(self, pool: BufferPool) -> None:
-        """Give sent buffers back to ``pool``."""
+    def __init__(self, pool: BufferPool, count_requests: Callable[[], int]) -> None:
+        """Give sent buffers back to ``pool``; ``count_requests`` tells how many requests guests have ever made."""
         self._pool = pool
+        self._count_requests = count_requests
+        self._courtesy = Courtesy()
+        self._worked_since = 0.0
         self._batch: Batch | None = None
         self._rest: list[memoryview] = []
         self.unacknowledged: deque[SentFrame] = deque()
@@ -45,19 +52,23 @@ class PassSender:
         self.acknowledged_bytes = 0
         self.n_transferred = 0
 
-    def run_slice(self, reader: PassReader, stream: ByteStream, limit_bytes: int) -> Need:
+    def run_slice(self, reader: PassReader, stream: ByteStream, limit_bytes: int, *, is_courteous: bool) -> Need:
         """Read and send about ``limit_bytes`` bytes of the wire; ends between frames unless it returns STREAM.
 
-        The caller holds the link's lock from the first slice of a frame to the last.
+        The caller holds the link's lock from the first slice of a frame to the last. If it is courteous, the thread
+        rests between chunks as `Courtesy` says.
 
         Raises:
             MigrationError: a chunk could not be read.
             ConnectionLostError: the peer is gone.
         """
         stop_at = self.wire_bytes + limit_bytes
+        self._worked_since = time.monotonic()
         while True:
             if self._batch is not None and not self._send_rest(self._batch, stream):
                 return Need.STREAM
+            if is_courteous:
+                self._rest_for_guests()
             if self.wire_bytes >= stop_at:
                 return Need.SLICE
             if self.sent_bytes - self.acknowledged_bytes >= WINDOW_BYTES:
@@ -75,15 +86,19 @@ class PassSender:
             self._batch = batch
             self._rest = [memoryview(buffer) for buffer in batch.buffers]
 
+    def _rest_for_guests(self) -> None:
+        rest_s = self._courtesy.rest_s(self._count_requests(), time.monotonic() - self._worked_since)
+        if rest_s:
+            time.sleep(rest_s)
+        self._worked_since = time.monotonic()
+
     def _send_rest(self, batch: Batch, stream: ByteStream) -> bool:
         """Send what is left of a batch; return whether all of it is sent."""
         while self._rest:
             try:
-                n = stream.send_nowait(self._rest)
+                n = stream.send_shortly(self._rest)
             except trio.WouldBlock:
-                if not stream.poll_writable(POLL_S):
-                    return False
-                continue
+                return False
             self.wire_bytes += n
             drop_sent(self._rest, n)
         self._batch = None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import uuid
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -68,6 +69,7 @@ class SourceMigration:
         offload: Offload,
         on_phase: Callable[[MigrationPhase], None] = lambda _phase: None,
         on_pass: Callable[[int], None] = lambda _number: None,
+        count_requests: Callable[[], int] = lambda: 0,
     ) -> None:
         """Prepare to move ``disks`` as one group.
 
@@ -78,6 +80,7 @@ class SourceMigration:
             offload: runs calls that may sleep.
             on_phase: called at once at each change of phase.
             on_pass: called at the start of each pass with its number, from 1.
+            count_requests: tells how many requests guests have ever made; the bulk phase makes room for them.
         """
         self.session = uuid.uuid4().hex
         self.error: FusemigError | None = None
@@ -101,7 +104,7 @@ class SourceMigration:
         self._failure: FusemigError | None = None
         self._proceed = trio.Event()
         self._over = trio.Event()
-        self._sender = PassSender(self._pool)
+        self._sender = PassSender(self._pool, count_requests)
         # Set by the receiver:
         self._progress_made = trio.Event()
         self._synced = trio.Event()
@@ -323,6 +326,8 @@ class SourceMigration:
         self._on_pass(self._pass_number)
         self._reader.begin_pass()
         sender, need = self._sender, Need.SLICE
+        is_bulk = self._machine.phase is MigrationPhase.BULK
+        run_slice = partial(sender.run_slice, self._reader, link.stream, is_courteous=is_bulk)
         while need is not Need.NOTHING:
             if need is Need.ACKNOWLEDGEMENT:
                 await self._wait_progress(lambda: sender.sent_bytes - sender.acknowledged_bytes < WINDOW_BYTES)
@@ -331,12 +336,10 @@ class SourceMigration:
                 self._busy_since = trio.current_time()
             wire_bytes = sender.wire_bytes
             async with link.sending, link.frame():
-                need = await self._offload(
-                    sender.run_slice, self._reader, link.stream, self._limit.step_bytes(SLICE_BYTES)
-                )
+                need = await self._offload(run_slice, self._limit.step_bytes(SLICE_BYTES))
                 while need is Need.STREAM:
                     await link.stream.wait_writable()
-                    need = await self._offload(sender.run_slice, self._reader, link.stream, 0)
+                    need = await self._offload(run_slice, 0)
             await trio.sleep(self._limit.delay_s(sender.wire_bytes - wire_bytes, trio.current_time()))
         await self._wait_progress(lambda: not sender.unacknowledged)
 

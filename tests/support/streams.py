@@ -76,11 +76,15 @@ class MemoryStream:
             await self._incoming.changed.wait()
         await trio.lowlevel.checkpoint()
 
-    def poll_writable(self, timeout_s: float) -> bool:
-        """Say no: nothing changes while the one thread of a simulation waits."""
-        return False
+    def send_shortly(self, buffers: Sequence[Buffer]) -> int:
+        """Do not wait: nothing changes while the one thread of a simulation does."""
+        return self.send_nowait(buffers)
 
-    def poll_readable(self, n_bytes: int, timeout_s: float) -> bool:
+    def receive_shortly(self, buffer: memoryview) -> int:
+        """Do not wait, as above."""
+        return self.receive_nowait(buffer)
+
+    def poll_readable(self, timeout_s: float) -> bool:
         """Say no, as above."""
         return False
 
