@@ -1,0 +1,33 @@
+# syntax=docker/dockerfile:1
+# Serves a disk image as a file that other containers and the host can use, and moves it.
+#
+#   docker build -t fusemig .
+#   docker run --rm --init --name vda-source \
+#       --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined \
+#       --mount type=bind,source=/srv/disks,target=/disks,bind-propagation=rshared \
+#       fusemig serve /disks/mnt --disk vda=/disks/images/vda.img --control /disks/control --allow-other
+#
+# /srv/disks/mnt/vda is then the disk on the host; /srv/disks must lie on a mount that is shared
+# (findmnt -o TARGET,PROPAGATION). To receive, publish a port and add: --incoming tcp:0.0.0.0:4444
+# To migrate: docker exec vda-source fusemig migrate /disks/control tcp:OTHER-HOST:4444
+
+FROM python:3.12-slim-bookworm AS build
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev libfuse3-dev pkg-config \
+    && rm -rf /var/lib/apt/lists/*
+RUN python -m venv /opt/fusemig
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY fusemig fusemig
+RUN /opt/fusemig/bin/pip install --no-cache-dir .
+
+FROM python:3.12-slim-bookworm
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends fuse3 \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=build /opt/fusemig /opt/fusemig
+ENV PATH=/opt/fusemig/bin:$PATH
+# SIGTERM unmounts in order; a committed hand-off may take its deadlines to end.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["fusemig"]
+CMD ["--help"]
