@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CAPACITY = 4 << 20
 
 
-class _Pipe:
+class Pipe:
     """One direction: what was sent and not received, at most about `CAPACITY` bytes."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class _Pipe:
 class MemoryStream:
     """One end of a connection in memory, with a bounded buffer as a socket has."""
 
-    def __init__(self, peer: str, outgoing: _Pipe, incoming: _Pipe) -> None:
+    def __init__(self, peer: str, outgoing: Pipe, incoming: Pipe) -> None:
         self.peer = peer
         self.sent_bytes = 0
         self.on_send: Callable[[bytes], bytes | None] = lambda data: data
@@ -97,12 +97,12 @@ class MemoryStream:
         self.close()
         await trio.lowlevel.checkpoint()
 
-    def _check_open(self, pipe: _Pipe) -> None:
+    def _check_open(self, pipe: Pipe) -> None:
         if pipe.is_closed:
             raise ConnectionLostError(f"connection to {self.peer} lost")
 
 
 def memory_connection() -> tuple[MemoryStream, MemoryStream]:
     """Return the source's and the destination's end of a new connection."""
-    forth, back = _Pipe(), _Pipe()
+    forth, back = Pipe(), Pipe()
     return MemoryStream("destination", forth, back), MemoryStream("source", back, forth)

@@ -1,0 +1,42 @@
+"""What holds for every test: stacks of a hang, leaks shown where they arise, ``--nightly``."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import signal
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--nightly``."""
+    parser.addoption(
+        "--nightly", action="store_true", help="also run what takes too long for every run, and more of it"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have SIGUSR1 print the stacks of all threads: `kill -USR1` tells where a test hangs."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked ``nightly`` unless it was asked for."""
+    if config.getoption("--nightly"):
+        return
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker(pytest.mark.skip(reason="only with --nightly"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Collect garbage, so that a ResourceWarning (an error here) belongs to the test that leaked."""
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def nightly(pytestconfig: pytest.Config) -> bool:
+    """Tell whether this run may take its time."""
+    return bool(pytestconfig.getoption("--nightly"))
