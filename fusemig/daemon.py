@@ -116,7 +116,13 @@ class Daemon:
             self.disks[served.name] = served
 
     async def _serve(self) -> None:
+        # Heard from before the mount until after it, so that no signal ends us with the mount left behind.
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            await self._serve_until_stopped(signals)
+
+    async def _serve_until_stopped(self, signals: AsyncIterator[int]) -> None:
         async with trio.open_nursery() as control:
+            control.start_soon(self._watch_signals, signals)
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
             await control.start(serve_control, self.options.control, command_table(self), self.events)
             options = self.options
@@ -128,7 +134,6 @@ class Daemon:
                 ) as self.mount,
                 trio.open_nursery() as self._nursery,
             ):
-                self._nursery.start_soon(self._watch_signals)
                 self._nursery.start_soon(self._watch_mount)
                 if self.listener is not None:
                     self._nursery.start_soon(self.listener.serve, self._receive, MAX_CONNECTIONS)
@@ -149,10 +154,9 @@ class Daemon:
         async with listening(parse_uri(self.options.incoming)) as listener:
             yield listener
 
-    async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
-                self.stop("host-signal")
+    async def _watch_signals(self, signals: AsyncIterator[int]) -> None:
+        async for _ in signals:
+            self.stop("host-signal")
 
     async def _watch_mount(self) -> None:
         assert self.mount is not None
