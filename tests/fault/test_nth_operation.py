@@ -16,6 +16,7 @@ import trio
 
 from fusemig.disk.fault import Fault, Operation
 from fusemig.epoch import Ownership
+from fusemig.errors import ConnectionLostError
 from fusemig.phase import MigrationPhase as P
 from support.world import cancel_if_possible, run
 
@@ -157,3 +158,21 @@ def test_cancel(fast_directory: Path) -> None:
     assert set(outcomes) <= {P.CANCELLED, P.COMPLETED}
     first_refused = outcomes.index(P.COMPLETED)
     assert set(outcomes[first_refused:]) == {P.COMPLETED}
+
+
+def test_cancel_and_failure_at_once(fast_directory: Path) -> None:
+    """The connection breaks in the step in which the user cancels: cancelled all the same, with no tracking left."""
+
+    def arm(world: World, number: int) -> Callable[[], bool]:
+        stream = world.streams[0]
+
+        def cancel_and_break(n: int) -> None:
+            if n == number:
+                cancel_if_possible(world)
+                raise ConnectionLostError("cut by the test")
+
+        stream.on_receive = cancel_and_break
+        return lambda: stream.n_receives >= number
+
+    outcomes = fail_each(fast_directory, arm)
+    assert set(outcomes) == {P.CANCELLED, P.IN_DOUBT}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SLOT = 4096
+DEEP = b'{"counter":1,"check":"","record":' + b"[" * 4000
 
 
 def record(state: Ownership, epoch: int = 1) -> EpochRecord:
@@ -146,7 +147,9 @@ def test_a_file_created_and_never_written_says_nothing(path: Path) -> None:
         assert EpochFile(path).record == record(Ownership.OWNER)
 
 
-@given(garbage=st.binary(max_size=2 * SLOT + 10) | st.sampled_from([b"[" * 9000, b'{"record":' * 900, b'{"a":1}']))
+@given(
+    garbage=st.binary(max_size=2 * SLOT + 10) | st.sampled_from([b"[" * 9000, DEEP, b'{"record":' * 900, b'{"a":1}'])
+)
 @settings(deadline=None)
 def test_garbage_is_damage(tmp_path_factory: pytest.TempPathFactory, garbage: bytes) -> None:
     """Nothing but `ConfigError` comes of any content."""
