@@ -28,7 +28,7 @@ from fusemig.epoch import Ownership
 from fusemig.errors import ConfigError, FusemigError, PeerRefusedError, StateError
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lanes import Lane, open_lane
-from fusemig.fuse.mount import MountOptions
+from fusemig.fuse.preflight import MountOptions
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.source import SourceMigration

@@ -55,8 +55,7 @@ class ServedDisk:
         self.is_read_only = spec.is_read_only
         self.busy = ""
         """Why the disk must not be migrated, received or closed now; empty if nothing keeps it (an op blocker)."""
-        epoch_path = (state_dir or spec.path.parent) / f"{spec.path.name}.fusemig"
-        self.epoch_file = EpochFile(epoch_path)
+        self.epoch_file = EpochFile(_state_directory(spec, state_dir) / f"{spec.path.name}.fusemig")
         self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in _RECEIVABLE
         """Whether a source may fill this disk."""
         self.image: RawDisk | None = None
@@ -159,3 +158,15 @@ _RECEIVABLE = frozenset({None, Ownership.INCOMING, Ownership.PREPARED, Ownership
 
 def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()
+
+
+def _state_directory(spec: DiskSpec, state_dir: Path | None) -> Path:
+    """Return where the epoch file lies: beside an image, but never beside a device, in a /dev that a reboot empties."""
+    if state_dir is not None:
+        return state_dir
+    if spec.path.is_block_device():
+        raise ConfigError(
+            f"image {spec.path} of disk '{spec.name}' is a block device: what must outlive a reboot cannot lie beside "
+            "it; name a directory for it with --state-dir"
+        )
+    return spec.path.parent

@@ -205,11 +205,22 @@ async def connect(uri: Uri, deadline_s: float) -> SocketStream:
     except trio.TooSlowError as exc:
         raise ConnectError(f"no answer from {uri} within {deadline_s:g} s; is the host reachable?") from exc
     except (OSError, ExceptionGroup) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
         raise ConnectError(
-            f"cannot connect to {uri}: {reason}; is `fusemig serve --incoming {uri}` running there?"
+            f"cannot connect to {uri}: {_reason(exc)}; is `fusemig serve --incoming {uri}` running there?"
         ) from exc
     return SocketStream(sock, str(uri))
+
+
+def _reason(exc: BaseException) -> str:
+    """Return the operating system's own words, which trio wraps: one error for each address that it tried."""
+    while not (isinstance(exc, OSError) and exc.strerror):
+        if isinstance(exc, BaseExceptionGroup):
+            exc = exc.exceptions[0]
+        elif exc.__cause__ is not None:
+            exc = exc.__cause__
+        else:
+            return str(exc)
+    return exc.strerror
 
 
 @asynccontextmanager

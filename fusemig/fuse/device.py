@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from fusemig.errors import FuseUnavailableError
 
 if TYPE_CHECKING:
-    from fusemig.fuse.mount import MountOptions
+    from fusemig.fuse.preflight import MountOptions
 
 NAME: Final = "fusemig"
 """File system name and subtype: what mount(8) shows as source, and as type after ``fuse.``."""

@@ -24,7 +24,6 @@ The end, whatever the body did, shielded and timed:
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import threading
@@ -38,20 +37,20 @@ import pyfuse3
 import structlog
 import trio
 
-from fusemig.disk.tracked import Gate
-from fusemig.errors import DiskError, FuseUnavailableError, StateError
+from fusemig.errors import FuseUnavailableError
 from fusemig.fuse import abi, device
 from fusemig.fuse.abi import AbiError, Opcode
+from fusemig.fuse.base import GONE, STOP_TIMEOUT_S, BaseMount, only_session
 from fusemig.fuse.lane import MAX_WRITE, DataLane
-from fusemig.fuse.mount import INVALIDATE_TIMEOUT_S, START_TIMEOUT_S, STOP_TIMEOUT_S, MountOptions, _check, _session
 from fusemig.fuse.operations import DiskOperations, MountStatistics
 from fusemig.fuse.pool import SleepPool
+from fusemig.fuse.preflight import MountOptions, check_mountable
 from fusemig.fuse.tuning import raise_limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from fusemig.fuse.export import Export, Exports
+    from fusemig.fuse.export import Exports
     from fusemig.fuse.lane import LaneStatistics
 
 MAX_BACKGROUND: Final = 128
@@ -65,7 +64,6 @@ LANE_THREADS: Final = 2
 _SOCKET_BUFFER: Final = 4 << 20
 _SO_SNDBUFFORCE: Final = 32
 _MAX_MESSAGE: Final = (1 << 20) + 4096
-_GONE: Final = frozenset({errno.ENOENT, errno.ENOTCONN, errno.ENODEV, errno.ECONNABORTED})
 
 log = structlog.get_logger()
 
@@ -123,7 +121,7 @@ class MetadataLink:
             except AbiError:
                 log.exception("pyfuse3 sent a malformed reply")
             except OSError as exc:
-                if exc.errno not in _GONE:
+                if exc.errno not in GONE:
                     log.exception("a reply of pyfuse3 was lost")
 
     def _edited(self, message: memoryview) -> memoryview | bytes:
@@ -168,54 +166,25 @@ def edited_init(asked: int, out: abi.InitOut) -> abi.InitOut:
     )
 
 
-class DataLaneMount:
-    """A mounted file system with the interface of `fusemig.fuse.mount.Mount`; made by `open_data_lane_mount`."""
+class DataLaneMount(BaseMount):
+    """A file system served by a data lane; made by `open_data_lane_mount`."""
 
     def __init__(self, mountpoint: Path, exports: Exports, device_fd: int, n_threads: int) -> None:
         """Made by `open_data_lane_mount`, which also serves and ends it."""
-        self.mountpoint = mountpoint
-        self._exports = exports
-        self._operations = DiskOperations(exports)
+        super().__init__(mountpoint, exports, DiskOperations(exports))
         self._device = device_fd
         self._token = trio.lowlevel.current_trio_token()
         self._link = MetadataLink(device_fd)
         self._lane = DataLane(device_fd, exports, self._link.forward, n_threads=n_threads, ended=self._lane_ended)
-        self._serving = trio.CancelScope(shield=True)
         self._metadata_ended = trio.Event()
-        self._ended = trio.Event()
-        self._failure: Exception | None = None
-        self._is_stopping = False
-        self._n_invalidating = 0
 
     def _lane_ended(self) -> None:
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self._ended.set)
 
-    async def invalidate(self, export: Export, *, attributes_only: bool = False) -> None:
-        """Push out the kernel's dirty pages of an export, then drop its cached pages and attributes.
-
-        To be called *before* the gate is closed: dirty pages are pushed out as guest writes. Only what the kernel
-        knows of attributes is dropped with ``attributes_only``.
-
-        Raises:
-            DiskError: ETIMEDOUT, the kernel is still at it after `INVALIDATE_TIMEOUT_S` seconds; or its own errno.
-
-        Cancellation: the kernel goes on by itself; a later call waits for it again.
-        """
-        if self._ended.is_set():
-            return  # nothing is cached of what is not mounted
-        try:
-            with trio.fail_after(INVALIDATE_TIMEOUT_S):
-                await trio.to_thread.run_sync(
-                    self._invalidate, export.inode, -1 if attributes_only else 0, abandon_on_cancel=True
-                )
-        except trio.TooSlowError as exc:
-            what = f"disk '{export.name}': push out the pages that the kernel holds"
-            raise DiskError(errno.ETIMEDOUT, what) from exc
-        except OSError as exc:
-            if exc.errno not in _GONE:  # ENOENT: the kernel knows nothing of this inode
-                what = f"disk '{export.name}': invalidate the kernel's pages"
-                raise DiskError(exc.errno or errno.EIO, what) from exc
+    async def _notify_invalid(self, inode: int, *, attributes_only: bool) -> None:
+        offset = -1 if attributes_only else 0
+        await trio.to_thread.run_sync(self._invalidate, inode, offset, abandon_on_cancel=True)
 
     def _invalidate(self, inode: int, offset: int) -> None:
         self._n_invalidating += 1  # only ever seen as zero or not, after the last call
@@ -223,23 +192,6 @@ class DataLaneMount:
             os.write(self._device, abi.invalidate_inode(inode, offset))
         finally:
             self._n_invalidating -= 1
-
-    async def wait_unmounted(self) -> None:
-        """Wait until the file system is served no longer; return at once if it has been unmounted already.
-
-        Raises:
-            FuseUnavailableError: the loop that serves its metadata has failed.
-        """
-        await self._ended.wait()
-        if self._failure is not None:
-            raise FuseUnavailableError(
-                f"serving {self.mountpoint} failed ({self._failure}); see the log, then start again"
-            ) from self._failure
-
-    def is_busy(self, export: Export | None = None) -> bool:
-        """Tell whether a file of the mount, or of this export, is open."""
-        exports = self._exports if export is None else (export,)
-        return any(self._operations.open_handles(one) for one in exports)
 
     def count_requests(self) -> int:
         """Return how many reads and writes guests have made; cheap, and callable from any thread."""
@@ -281,18 +233,6 @@ class DataLaneMount:
         finally:
             self._metadata_ended.set()
 
-    async def _wait_ready(self) -> int:
-        """Wait for the first answer; return the device number of the mount."""
-        results: list[os.stat_result] = []
-        with trio.move_on_after(START_TIMEOUT_S):
-            results.append(await trio.to_thread.run_sync(os.stat, self.mountpoint, abandon_on_cancel=True))
-        if not results:
-            raise FuseUnavailableError(
-                f"{self.mountpoint} was mounted, but answered nothing for {START_TIMEOUT_S:.0f} s; "
-                "see the kernel's log (dmesg)"
-            )
-        return results[0].st_dev
-
     def _start(self) -> None:
         """Give pyfuse3 its end of the link, then let the requests come."""
         try:
@@ -302,19 +242,9 @@ class DataLaneMount:
             raise
         self._lane.start()
 
-    async def _push_out(self) -> None:
-        for export in self._exports:
-            if export.disk is not None and export.disk.gate is Gate.OPEN and self.is_busy(export):
-                try:
-                    await self.invalidate(export)
-                except DiskError as exc:
-                    log.warning("stores through mmap may be lost at unmount", disk=export.name, error=str(exc))
-
     async def _stop(self, device_number: int | None) -> None:
         """End everything, in the caller's shield; see the steps at the top."""
-        self._is_stopping = True
-        if not self._ended.is_set():
-            await self._push_out()
+        await self._push_out()
         self._lane.refuse_held()
         is_clean = False
         with trio.move_on_after(2 * STOP_TIMEOUT_S):
@@ -414,11 +344,9 @@ async def open_data_lane_mount(
     options = MountOptions() if options is None else options
     if n_threads is None:
         n_threads = min(LANE_THREADS, len(os.sched_getaffinity(0)))
-    if not _session.acquire(blocking=False):
-        raise StateError("this process has a mount already: serve all disks in one mount, or start another process")
-    try:
+    with only_session():
         mountpoint = Path(os.path.abspath(mountpoint))  # noqa: ASYNC240  (no link is followed, no file touched)
-        await trio.to_thread.run_sync(_check, mountpoint, options)
+        await trio.to_thread.run_sync(check_mountable, mountpoint, options)
         device_fd = await trio.to_thread.run_sync(device.mount_device, mountpoint, options)
         mount = _started(mountpoint, exports, device_fd, n_threads)
         error: BaseException | None = None
@@ -435,5 +363,3 @@ async def open_data_lane_mount(
                 await mount._stop(device_number)  # noqa: SLF001
         if error is not None:
             raise error
-    finally:
-        _session.release()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fusemig.fuse.export import Exports
-    from fusemig.fuse.mount import MountOptions
+    from fusemig.fuse.preflight import MountOptions
 
 AnyMount = Mount | DataLaneMount
 

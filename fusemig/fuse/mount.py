@@ -16,22 +16,15 @@ The end, whatever the body did, shielded and timed:
 An invalidation is a write to the kernel that may wait for the guest's dirty pages, hence for our own handlers: it runs
 in a thread, and only while the loop serves. The session must not be destroyed under it, so a mount whose invalidation
 cannot be ended is unmounted, but its session is left to the end of the process.
-
-pyfuse3 keeps its session in module globals: one mount per process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
-import shutil
-import stat
 import subprocess
-import threading
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -39,86 +32,42 @@ import pyfuse3
 import structlog
 import trio
 
-from fusemig.disk.tracked import Gate
-from fusemig.errors import DiskError, FuseUnavailableError, StateError
+from fusemig.errors import FuseUnavailableError
+from fusemig.fuse.base import STOP_TIMEOUT_S, BaseMount, only_session
 from fusemig.fuse.operations import DiskOperations
 from fusemig.fuse.polling import polling_trio
+from fusemig.fuse.preflight import MountOptions, check_mountable
 from fusemig.fuse.tuning import raise_limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from fusemig.fuse.export import Export, Exports
+    from fusemig.fuse.export import Exports
     from fusemig.fuse.operations import MountStatistics
 
-START_TIMEOUT_S: Final = 10.0
-"""For the first request to be answered."""
-INVALIDATE_TIMEOUT_S: Final = 5.0
-"""For the kernel to push out what it holds of one file."""
-STOP_TIMEOUT_S: Final = 10.0
-"""For requests in progress, and then for the unmount."""
-
-_FUSE_DEVICE = Path("/dev/fuse")
-_FUSE_CONFIG = Path("/etc/fuse.conf")
 _MNT_FORCE: Final = 1
 _MNT_DETACH: Final = 2
-_GONE: Final = frozenset({errno.ENOENT, errno.ENOTCONN, errno.ENODEV})
-
-_session = threading.Lock()  # pyfuse3's own limit: its session is a module global
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True)
-class MountOptions:
-    """How to mount."""
-
-    allow_other: bool = False
-    """Let other users in; without root it needs ``user_allow_other`` in /etc/fuse.conf."""
-    max_tasks: int = 4096
-    """Requests handled at a time; every parked write occupies one."""
-
-
-class Mount:
-    """A mounted file system; made by `open_mount`."""
+class Mount(BaseMount):
+    """A file system served by pyfuse3; made by `open_mount`."""
 
     def __init__(self, mountpoint: Path, exports: Exports, operations: DiskOperations, nursery: trio.Nursery) -> None:
         """Made by `open_mount`, which also serves and ends it."""
-        self.mountpoint = mountpoint
-        self._exports = exports
-        self._operations = operations
+        super().__init__(mountpoint, exports, operations)
         self._nursery = nursery
-        self._serving = trio.CancelScope(shield=True)  # ends by `_stop`, also if the body is cancelled
-        self._ended = trio.Event()
-        self._failure: Exception | None = None
-        self._n_invalidating = 0
         self._is_stopping = False
 
-    async def invalidate(self, export: Export, *, attributes_only: bool = False) -> None:
-        """Push out the kernel's dirty pages of an export, then drop its cached pages and attributes.
-
-        To be called *before* the gate is closed: dirty pages are pushed out as guest writes. Only what the kernel
-        knows of attributes is dropped with ``attributes_only``.
-
-        Raises:
-            DiskError: ETIMEDOUT, the kernel is still at it after `INVALIDATE_TIMEOUT_S` seconds; or its own errno.
-
-        Cancellation: the kernel goes on by itself; a later call waits for it again.
-        """
-        if self._ended.is_set():
-            return  # nothing is cached of what is not mounted
+    async def _notify_invalid(self, inode: int, *, attributes_only: bool) -> None:
         outcome: list[OSError | None] = []
         done = trio.Event()
         self._n_invalidating += 1
-        self._nursery.start_soon(self._run_invalidation, export.inode, attributes_only, outcome, done)
-        with trio.move_on_after(INVALIDATE_TIMEOUT_S):
-            await done.wait()
-        if not outcome:
-            raise DiskError(errno.ETIMEDOUT, f"disk '{export.name}': push out the pages that the kernel holds")
-        error = outcome[0]
-        if error is not None and error.errno not in _GONE:  # ENOENT: the kernel knows nothing of this inode
-            code = error.errno or errno.EIO
-            raise DiskError(code, f"disk '{export.name}': invalidate the kernel's pages") from error
+        self._nursery.start_soon(self._run_invalidation, inode, attributes_only, outcome, done)
+        await done.wait()
+        if outcome[0] is not None:
+            raise outcome[0]
 
     async def _run_invalidation(
         self, inode: int, attributes_only: bool, outcome: list[OSError | None], done: trio.Event
@@ -133,23 +82,6 @@ class Mount:
         finally:
             self._n_invalidating -= 1
             done.set()
-
-    async def wait_unmounted(self) -> None:
-        """Wait until the file system is served no longer; return at once if it has been unmounted already.
-
-        Raises:
-            FuseUnavailableError: the loop that serves it has failed.
-        """
-        await self._ended.wait()
-        if self._failure is not None:
-            raise FuseUnavailableError(
-                f"serving {self.mountpoint} failed ({self._failure}); see the log, then start again"
-            ) from self._failure
-
-    def is_busy(self, export: Export | None = None) -> bool:
-        """Tell whether a file of the mount, or of this export, is open."""
-        exports = self._exports if export is None else (export,)
-        return any(self._operations.open_handles(one) for one in exports)
 
     def count_requests(self) -> int:
         """Return how many reads and writes guests have made; cheap, and callable from any thread."""
@@ -172,30 +104,10 @@ class Mount:
             if not self._is_stopping:
                 log.info("the file system was unmounted from outside", mountpoint=str(self.mountpoint))
 
-    async def _wait_ready(self) -> int:
-        """Wait for the first answer; return the device number of the mount."""
-        device: list[int] = []
-        with trio.move_on_after(START_TIMEOUT_S):
-            path = self.mountpoint
-            result = await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
-            device.append(result.st_dev)
-        if not device:
-            raise FuseUnavailableError(
-                f"{self.mountpoint} was mounted, but answered nothing for {START_TIMEOUT_S:.0f} s; "
-                "see the kernel's log (dmesg)"
-            )
-        return device[0]
-
     async def _stop(self) -> None:
         """Push out, answer what is parked, end the loop; in the caller's shield."""
         self._is_stopping = True
-        if not self._ended.is_set():
-            for export in self._exports:
-                if export.disk is not None and export.disk.gate is Gate.OPEN and self.is_busy(export):
-                    try:
-                        await self.invalidate(export)
-                    except DiskError as exc:
-                        log.warning("stores through mmap may be lost at unmount", disk=export.name, error=str(exc))
+        await self._push_out()
         self._operations.refuse_parked()
         if not self._ended.is_set():
             pyfuse3.terminate()
@@ -221,11 +133,9 @@ async def open_mount(mountpoint: Path, exports: Exports, options: MountOptions |
     disks are their owner's.
     """
     options = MountOptions() if options is None else options
-    if not _session.acquire(blocking=False):
-        raise StateError("this process has a mount already: serve all disks in one mount, or start another process")
-    try:
+    with only_session():
         mountpoint = Path(os.path.abspath(mountpoint))  # noqa: ASYNC240  (no link is followed, no file touched)
-        await trio.to_thread.run_sync(_check, mountpoint, options)
+        await trio.to_thread.run_sync(check_mountable, mountpoint, options)
         operations = DiskOperations(exports)
         _mount(operations, mountpoint, options)
         error: BaseException | None = None
@@ -249,8 +159,6 @@ async def open_mount(mountpoint: Path, exports: Exports, options: MountOptions |
                 await _close(mountpoint)
         if error is not None:
             raise error
-    finally:
-        _session.release()
 
 
 def _mount(operations: DiskOperations, mountpoint: Path, options: MountOptions) -> None:
@@ -281,66 +189,3 @@ def _abort(mountpoint: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.umount2(os.fsencode(mountpoint), _MNT_FORCE | _MNT_DETACH) and ctypes.get_errno() == errno.EPERM:
         subprocess.run(["fusermount3", "-u", "-q", "-z", str(mountpoint)], check=False, timeout=STOP_TIMEOUT_S)
-
-
-def _check(mountpoint: Path, options: MountOptions) -> None:
-    """Raise `FuseUnavailableError`, with what to do, for every reason that can be told beforehand."""
-    if "FUSE_URING_ENABLE" in os.environ:
-        raise FuseUnavailableError(
-            "FUSE_URING_ENABLE is set: libfuse would run its own threads, which pyfuse3 does not survive; unset it"
-        )
-    _check_device()
-    is_root = os.geteuid() == 0
-    if not is_root and shutil.which("fusermount3") is None:
-        raise FuseUnavailableError("mounting without root needs fusermount3: install the package fuse3, or run as root")
-    if options.allow_other and not is_root and not _is_allow_other_allowed():
-        raise FuseUnavailableError(
-            f"allow-other without root needs the line user_allow_other in {_FUSE_CONFIG}: add it, or run as root"
-        )
-    _check_mountpoint(mountpoint)
-
-
-def _check_device() -> None:
-    try:
-        os.close(os.open(_FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
-    except FileNotFoundError as exc:
-        raise FuseUnavailableError(
-            f"there is no {_FUSE_DEVICE}: load the module (modprobe fuse), "
-            "or start the container with --device /dev/fuse"
-        ) from exc
-    except OSError as exc:
-        raise FuseUnavailableError(
-            f"cannot open {_FUSE_DEVICE}: {exc.strerror}; "
-            "give this user access to it, or start the container with --device /dev/fuse"
-        ) from exc
-
-
-def _is_allow_other_allowed() -> bool:
-    try:
-        lines = _FUSE_CONFIG.read_text(errors="replace").splitlines()
-    except OSError:
-        return False
-    return any(line.strip() == "user_allow_other" for line in lines)
-
-
-def _check_mountpoint(mountpoint: Path) -> None:
-    try:
-        mode = mountpoint.stat().st_mode
-    except OSError as exc:
-        hint = {
-            errno.ENOENT: f"create it (mkdir -p {mountpoint})",
-            errno.ENOTCONN: f"a dead mount is left there: unmount it (fusermount3 -u -z {mountpoint})",
-        }.get(exc.errno or 0, "check the path")
-        raise FuseUnavailableError(f"cannot mount at {mountpoint}: {exc.strerror}; {hint}") from exc
-    if not stat.S_ISDIR(mode):
-        raise FuseUnavailableError(f"cannot mount at {mountpoint}: it is not a directory; name an empty directory")
-    if os.path.ismount(mountpoint):
-        raise FuseUnavailableError(
-            f"cannot mount at {mountpoint}: something is mounted there already; unmount it, or name another directory"
-        )
-    with contextlib.suppress(PermissionError):  # not readable for us: the mount itself will tell
-        if any(mountpoint.iterdir()):
-            raise FuseUnavailableError(
-                f"cannot mount at {mountpoint}: it is not empty, and the mount would hide what is in it; "
-                "name an empty directory"
-            )

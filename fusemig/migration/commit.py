@@ -1,6 +1,6 @@
 """OutgoingHandoff: the source's half of the two-phase commit, with its messages and its epoch files.
 
-    prove     FINAL ──> PREPARED, proofs equal          may be called off: `abort`
+    prove     FINAL ──> PREPARED, proofs equal          may be called off: `call_off`, `say_abort`
     commit    `handed-off` durable, COMMIT ──> TAKEN    may not; what fails here is in doubt
     release   `released` durable, RELEASED ──>          whatever fails, the destination owns the disks
 
@@ -132,14 +132,24 @@ class OutgoingHandoff:
             # `handed-off` is durable here: nothing can be written twice.
             self._log.warning("could not note the release", reason=str(exc))
 
-    async def abort(self, link: NativeLink, reason: str) -> None:
-        """Tell the destination that it is over; if it may be prepared, first make durable that this side goes on."""
+    async def call_off(self) -> None:
+        """End the hand-off on this side; if the destination may be prepared, make durable that this side goes on."""
         may_be_prepared = self._machine.state in (SourceState.FINAL_SENT, SourceState.PEER_PREPARED)
         self._machine.on(SourceEvent.FAILURE)
+        if not may_be_prepared:
+            return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
             try:
-                if may_be_prepared:
-                    await self._write_records(Ownership.OWNER)
+                await self._write_records(Ownership.OWNER)
+            except StateError as exc:
+                # What is durable is `owner` from before, or `handed-off`, which asks on restart. COMMIT was never sent,
+                # so the destination cannot have taken over.
+                self._log.warning("could not note the end of the hand-off", reason=str(exc))
+
+    async def say_abort(self, link: NativeLink, reason: str) -> None:
+        """Tell the destination that it is over; the guests are served again by now and do not wait for this."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+            try:
                 await link.send_message(native.Abort(reason))
             except FusemigError as exc:
                 self._log.info("the destination could not be told", reason=str(exc))

@@ -112,14 +112,22 @@ class NativeLink:
         Raises:
             ConnectionLostError: the peer is gone or takes nothing, or an earlier send was cut short.
         """
-        async with self.sending, self.frame():
-            rest = [*self._unsent, *(memoryview(buffer) for buffer in buffers)]
-            self._unsent = []
-            while rest:
-                try:
-                    drop_sent(rest, self.stream.send_nowait(rest))
-                except trio.WouldBlock:
-                    await self._wait_writable()
+        async with self.sending:
+            self._check_whole()
+            before, self._unsent = self._unsent, []
+            rest = [*before, *(memoryview(buffer) for buffer in buffers)]
+            n_bytes = sum(map(len, rest))
+            try:
+                while rest:
+                    try:
+                        drop_sent(rest, self.stream.send_nowait(rest))
+                    except trio.WouldBlock:
+                        await self._wait_writable()
+            finally:
+                if sum(map(len, rest)) == n_bytes:
+                    self._unsent = before  # cancelled before the first byte: nothing is cut
+                elif rest:
+                    self._is_broken = True
 
     async def _wait_writable(self) -> None:
         with trio.move_on_after(IDLE_DEADLINE_S) as scope:
@@ -154,11 +162,14 @@ class NativeLink:
         Raises:
             ConnectionLostError: an earlier block did not end.
         """
-        if self._is_broken:
-            raise ConnectionLostError(f"connection to {self.peer} was cut inside a frame")
+        self._check_whole()
         self._is_broken = True
         yield
         self._is_broken = False
+
+    def _check_whole(self) -> None:
+        if self._is_broken:
+            raise ConnectionLostError(f"connection to {self.peer} was cut inside a frame")
 
     def receive_nowait(self) -> native.Event:
         """Return the next event; may be called from any thread.

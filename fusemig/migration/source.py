@@ -252,7 +252,9 @@ class SourceMigration:
                 await self._hand_off(link)
             except BaseException as exc:
                 if self._handoff.may_thaw:
-                    await self._handoff.abort(link, self._reason(exc))
+                    await self._handoff.call_off()
+                    self._thaw()
+                    await self._handoff.say_abort(link, self._reason(exc))
                 raise
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):

@@ -463,7 +463,7 @@ async def test_shutdown_does_not_wait_for_a_slow_client(sock: Path, monkeypatch:
         await slow.stream.send_all(b'{"execute":"x-fusemig-estimate","arguments":{"uri":"a"}}' * 3)
         await trio.testing.wait_all_tasks_blocked()
         daemon.scope.cancel()
-        while sock.exists():  # noqa: ASYNC110
+        while sock.exists():
             await trio.sleep(0.01)
 
 

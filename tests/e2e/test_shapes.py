@@ -79,8 +79,8 @@ def test_a_block_device_moves_to_a_block_device_and_to_a_file(hosts: Hosts, plac
     backing = write_random(place / "backing", size)
     other = write_random(place / "other", size, seed=2)
     with loop_device(backing) as here, loop_device(other) as there:
-        source = hosts.start("source", {"vda": here})
-        first = hosts.start("first", {"vda": there}, incoming="tcp:127.0.0.1:0")
+        source = hosts.start("source", {"vda": here}, state_dir=place / "here")
+        first = hosts.start("first", {"vda": there}, incoming="tcp:127.0.0.1:0", state_dir=place / "there")
         try:
             assert source.file().stat().st_size == size
             pwrite(source.file(), b"through the mount", 4096)
@@ -89,13 +89,21 @@ def test_a_block_device_moves_to_a_block_device_and_to_a_file(hosts: Hosts, plac
             assert first.migrate(second.uri).exit_code == 0
             assert source.stop() == 0
             assert first.stop() == 0
-            for image in (here, there):
-                (image.parent / f"{image.name}.fusemig").unlink()  # written beside the device
             assert backing.read_bytes() == other.read_bytes() == second.images["vda"].read_bytes()
             assert other.read_bytes()[4096:].startswith(b"through the mount")
         finally:
             source.stop()
             first.stop()
+
+
+def test_a_block_device_needs_a_directory_for_its_state(hosts: Hosts, place: Path) -> None:
+    """/dev is emptied by a reboot, so what says who owns the disk may not lie there."""
+    with loop_device(write_random(place / "backing", MIB)) as device:
+        done = hosts.make("source", {"vda": device}).serve()
+    assert done.exit_code == 2
+    assert "is a block device" in done.stderr
+    assert "--state-dir" in done.stderr
+    assert not device.with_name(f"{device.name}.fusemig").exists()
 
 
 def test_a_whole_group_is_handed_over_at_once(hosts: Hosts, place: Path) -> None:

@@ -25,7 +25,7 @@ import trio
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import DiskError, FuseUnavailableError, StateError
-from fusemig.fuse import abi, lane_mount
+from fusemig.fuse import abi, base
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lane import FLUSH_THREADS
 from fusemig.fuse.lane_mount import edited_init, open_data_lane_mount
@@ -471,7 +471,7 @@ async def test_invalidate_pushes_stores_out_and_drops_stale_pages(mountpoint: Pa
 
 async def test_invalidate_has_a_deadline(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dirty pages and a closed gate the kernel cannot finish; we do."""
-    monkeypatch.setattr(lane_mount, "INVALIDATE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(base, "INVALIDATE_TIMEOUT_S", 0.1)
     exports, (disk,) = serving(MemoryDisk("disk", SIZE))
     code = "import mmap; view = mmap.mmap(fd, 0); view[0:5] = b'store'"
     async with open_data_lane_mount(mountpoint, exports) as mount:

@@ -28,9 +28,10 @@ from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import DiskError, FuseUnavailableError, StateError
-from fusemig.fuse import mount as mount_module
+from fusemig.fuse import base, preflight
 from fusemig.fuse.export import Exports
-from fusemig.fuse.mount import MountOptions, open_mount
+from fusemig.fuse.mount import open_mount
+from fusemig.fuse.preflight import MountOptions
 from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ async def in_thread(call: Callable[..., _T], *args: object) -> _T:
 async def wait_until(condition: Callable[[], bool]) -> None:
     """Wait for something that no event tells."""
     with trio.fail_after(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110  (it changes in other threads and in the kernel)
+        while not condition():
             await trio.sleep(0.002)
 
 
@@ -307,7 +308,7 @@ async def test_invalidate_drops_stale_pages(mountpoint: Path) -> None:
 
 async def test_invalidate_has_a_deadline(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the gate closed the kernel's dirty pages cannot be pushed out: an error, no hang, and the store survives."""
-    monkeypatch.setattr(mount_module, "INVALIDATE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(base, "INVALIDATE_TIMEOUT_S", 0.05)
     image = MemoryDisk("disk", SIZE)
     exports, disks = serving(image)
     async with open_mount(mountpoint, exports) as mount, stored_through_mmap(mountpoint / "disk", 0):
@@ -693,10 +694,10 @@ async def test_mount_points_that_cannot_be_used(mountpoint: Path) -> None:
 async def test_platforms_that_cannot_mount(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each refusal names the cause and the next step; a mount that libfuse refuses can be tried again."""
     with monkeypatch.context() as patch:
-        patch.setattr(mount_module, "_FUSE_DEVICE", mountpoint / "no-fuse")
+        patch.setattr(preflight, "FUSE_DEVICE", mountpoint / "no-fuse")
         assert "modprobe fuse" in await refusal(mountpoint)
     with monkeypatch.context() as patch:
-        patch.setattr(mount_module, "_FUSE_DEVICE", mountpoint)  # a directory cannot be opened for writing
+        patch.setattr(preflight, "FUSE_DEVICE", mountpoint)  # a directory cannot be opened for writing
         assert "cannot open" in await refusal(mountpoint)
     with monkeypatch.context() as patch:
         patch.setenv("FUSE_URING_ENABLE", "1")
@@ -707,7 +708,7 @@ async def test_platforms_that_cannot_mount(mountpoint: Path, monkeypatch: pytest
         assert "fusermount3" in await refusal(mountpoint)
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: 1000)
-        patch.setattr(mount_module, "_FUSE_CONFIG", mountpoint.parent / "no-config")
+        patch.setattr(preflight, "FUSE_CONFIG", mountpoint.parent / "no-config")
         assert "user_allow_other" in await refusal(mountpoint, MountOptions(allow_other=True))
     with monkeypatch.context() as patch:
         patch.setattr(pyfuse3, "default_options", frozenset({"no_such_option"}))
