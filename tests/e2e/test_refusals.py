@@ -95,7 +95,8 @@ def test_nobody_listens(hosts: Hosts, place: Path) -> None:
         reserved.bind(("127.0.0.1", 0))
         uri = f"tcp:127.0.0.1:{reserved.getsockname()[1]}"
         done = source.migrate(uri)
-    assert done.stderr.startswith(f"fusemig: cannot connect to {uri}: Connection refused")
+    assert done.stderr.startswith(f"fusemig: cannot connect to {uri}: ")
+    assert "Connection refused; is" in done.stderr
     assert done.stderr.endswith(f"; is `fusemig serve --incoming {uri}` running there?\n")
     assert done.stderr.count("\n") == 1
     assert done.exit_code == 1
