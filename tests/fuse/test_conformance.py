@@ -21,6 +21,7 @@ from fusemig.disk.tracked import TrackedDisk
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lane_mount import open_data_lane_mount
 from fusemig.fuse.mount import open_mount
+from fusemig.fuse.preflight import MountOptions
 from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
@@ -122,7 +123,9 @@ class Client:
     def seek(self):
         # Where a hole is reported, the model must hold zeros: true for every store, however it allocates.
         os.fsync(self.buffered[0])
-        at = self.start
+        # Between the two calls the kernel may write pages back, also on the plain file, and then both may name one
+        # place; asked again it is one or the other.
+        at, n_same = self.start, 0
         while at < self.stop:
             try:
                 data = os.lseek(self.buffered[1], at, os.SEEK_DATA)
@@ -133,7 +136,9 @@ class Client:
             if data >= self.stop:
                 break
             at = os.lseek(self.buffered[1], data, os.SEEK_HOLE)
-            assert at > data
+            n_same = n_same + 1 if at == data else 0
+            assert at >= data
+            assert n_same < 100
 
     def run(self):
         steps = [self.write, self.read, self.direct_write, self.direct_read, self.store, self.load]
@@ -169,12 +174,12 @@ sys.stdout.buffer.write(b"".join(client.model for client in clients))
 
 
 @asynccontextmanager
-async def served(lane: str, image: Disk, mountpoint: Path) -> AsyncIterator[Path]:
+async def served(lane: str, image: Disk, mountpoint: Path, options: MountOptions | None = None) -> AsyncIterator[Path]:
     """Serve an image through a lane; give the file that guests see."""
     exports = Exports()
     exports.add(image.name, TrackedDisk(image))
     open_lane = open_data_lane_mount if lane == "data" else open_mount
-    async with open_lane(mountpoint, exports):
+    async with open_lane(mountpoint, exports, options):
         yield mountpoint / image.name
 
 
@@ -218,3 +223,18 @@ async def test_random_operations_on_a_disk_in_memory(lane: str, mountpoint: Path
     async with served(lane, image, mountpoint) as path:
         model = await model_of(path, 3, lane, n_steps=100, n_threads=2)
     assert image.content == model
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("lane", ["pyfuse3", "data"])
+async def test_random_operations_through_the_write_back_cache(
+    lane: str, n_threads: int, mountpoint: Path, tmp_path: Path
+) -> None:
+    """The kernel's write-back cache changes when writes arrive, and nothing of what any handle sees."""
+    image_path = tmp_path / "image"
+    create_image(image_path, SIZE)
+    with RawDisk("disk", image_path) as image:
+        async with served(lane, image, mountpoint, MountOptions(write_back=True)) as path:
+            model = await model_of(path, 4, lane, n_steps=150, n_threads=n_threads)
+        assert image.pread(SIZE, 0) == model

@@ -63,6 +63,15 @@ def sparse_image(path: Path, size: int, pieces: int, piece_size: int) -> Path:
     return path
 
 
+def fill(path: Path) -> None:
+    """Overwrite a whole image with bytes that no source has, so that every page of it exists."""
+    size = path.stat().st_size
+    piece = b"\xa5" * MIB
+    with path.open("r+b") as file:
+        for at in range(0, size, MIB):
+            file.write(piece[: size - at])
+
+
 def empty_image(path: Path, size: int) -> Path:
     """Make an image that is one hole; what was there before is gone."""
     path.unlink(missing_ok=True)
