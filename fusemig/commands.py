@@ -14,7 +14,8 @@ from msgspec import UNSET, UnsetType
 from fusemig import __version__
 from fusemig.control import Command, CommandError
 from fusemig.disk.tracked import Gate
-from fusemig.migration.source import SourceMigration
+from fusemig.migration.outgoing import OutgoingMigration
+from fusemig.migration.qemu_source import DEFAULT_MACHINE
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import schema
 from fusemig.units import CHUNK_SIZE
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from fusemig.control import Session
     from fusemig.daemon import Daemon
-    from fusemig.migration.destination import DestinationMigration
+    from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.stats import DiskStatistics
     from fusemig.served import ServedDisk
 
@@ -101,13 +102,16 @@ class _Commands:
             ("inc", arguments.inc),
             ("resume", arguments.resume),
             (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is not schema.Mode.PRECOPY),
-            (f"x-fusemig-wire={arguments.x_fusemig_wire}", arguments.x_fusemig_wire is not schema.WireName.NATIVE),
             ("x-fusemig-compress", arguments.x_fusemig_compress is not UNSET),
         ):
             if is_asked:
                 raise CommandError(f"'{name}' is not supported by version {__version__}: leave it out")
         disks = None if isinstance(arguments.x_fusemig_disks, UnsetType) else arguments.x_fusemig_disks
-        self._daemon.migrate(arguments.uri, disks)
+        machine = None if isinstance(arguments.x_fusemig_machine, UnsetType) else arguments.x_fusemig_machine
+        is_qemu = arguments.x_fusemig_wire is schema.WireName.QEMU
+        if machine is not None and not is_qemu:
+            raise CommandError("'x-fusemig-machine' goes with 'x-fusemig-wire' qemu: leave it out, or add that")
+        self._daemon.migrate(arguments.uri, disks, is_qemu=is_qemu, machine=machine or DEFAULT_MACHINE)
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
@@ -188,7 +192,7 @@ def _run_state(daemon: Daemon) -> schema.RunState:
 
 
 def _role(daemon: Daemon) -> schema.Role | UnsetType:
-    if isinstance(daemon.shown, SourceMigration):
+    if isinstance(daemon.shown, OutgoingMigration):
         return schema.Role.SOURCE
     if daemon.listener is not None:
         return schema.Role.DESTINATION
@@ -261,13 +265,13 @@ def _migration_info(daemon: Daemon) -> schema.MigrationInfo:
     shown = daemon.shown
     if shown is None or shown.phase is MigrationPhase.NONE:
         return schema.MigrationInfo()
-    return _outgoing_info(shown) if isinstance(shown, SourceMigration) else _incoming_info(shown)
+    return _outgoing_info(shown) if isinstance(shown, OutgoingMigration) else _incoming_info(shown)
 
 
 _RUNNING = frozenset({"setup", "active", "pre-switchover", "device", "cancelling"})
 
 
-def _outgoing_info(migration: SourceMigration) -> schema.MigrationInfo:
+def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
     stats = migration.statistics()
     status = QMP_STATUS[stats.phase]
     return schema.MigrationInfo(
@@ -287,9 +291,10 @@ def _outgoing_info(migration: SourceMigration) -> schema.MigrationInfo:
         error_desc=UNSET if stats.error is None else stats.error,
         x_fusemig=schema.FusemigMigration(
             role=schema.Role.SOURCE,
+            session=stats.session,
             phase=stats.phase.value,
             mode=schema.Mode.PRECOPY,
-            wire=schema.WireName.NATIVE,
+            wire=schema.WireName(migration.wire),
             pass_=stats.pass_number,
             disks=[_migrating_disk(disk) for disk in stats.disks],
             window=schema.MigrationWindow(
@@ -302,7 +307,7 @@ def _outgoing_info(migration: SourceMigration) -> schema.MigrationInfo:
             dirty_rate=round(stats.dirty_rate),
             bytes_dirtied=stats.dirtied_bytes,
             wire_bytes=stats.wire_bytes,
-            frozen_ms=0.0 if stats.downtime_s is None else stats.downtime_s * 1000,
+            frozen_ms=stats.frozen_s * 1000,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
         ),
     )
@@ -326,7 +331,7 @@ def _migrating_disk(disk: DiskStatistics) -> schema.MigratingDisk:
     )
 
 
-def _incoming_info(migration: DestinationMigration) -> schema.MigrationInfo:
+def _incoming_info(migration: IncomingMigration) -> schema.MigrationInfo:
     stats = migration.statistics()
     fields: dict[str, Any] = {}
     if stats.error is not None:
@@ -339,9 +344,10 @@ def _incoming_info(migration: DestinationMigration) -> schema.MigrationInfo:
         ram=schema.MigrationStats(),
         x_fusemig=schema.FusemigMigration(
             role=schema.Role.DESTINATION,
+            session=stats.session,
             phase=stats.phase.value,
             mode=schema.Mode.PRECOPY,
-            wire=schema.WireName.NATIVE,
+            wire=schema.WireName(migration.wire),
             pass_=stats.pass_number,
             wire_bytes=stats.received_bytes,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,

@@ -3,8 +3,8 @@
     Daemon.run
       ├ control socket (QMP)            fusemig.control with the table of fusemig.commands
       ├ mount                           fusemig.fuse
-      ├ listener (--incoming)           one task per connection: DestinationMigration
-      ├ SourceMigration, if one runs
+      ├ listener (--incoming)           one task per connection: IncomingMigration
+      ├ OutgoingMigration, if one runs
       └ signals, unmount from outside   both ask for an orderly end
 
 The end: a migration that can still be called off is cancelled, one that is committed runs out; then every gate is open
@@ -16,6 +16,7 @@ from __future__ import annotations
 import signal
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -29,8 +30,10 @@ from fusemig.errors import ConfigError, FusemigError, PeerRefusedError, StateErr
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lanes import Lane, open_lane
 from fusemig.fuse.preflight import MountOptions
+from fusemig.migration.arrival import IncomingWire, greet
 from fusemig.migration.commit import SourceDisk
-from fusemig.migration.destination import DestinationMigration
+from fusemig.migration.incoming import AwaitedDisk
+from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.writer import IncomingDisk
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fusemig.fuse.lanes import AnyMount
+    from fusemig.migration.incoming import IncomingMigration
+    from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.served import DiskSpec
     from fusemig.transport import ByteStream, Listener
     from fusemig.wire.native import DiskOffer
@@ -63,10 +68,13 @@ class ServeOptions:
     disks: tuple[DiskSpec, ...]
     control: Path
     incoming: str | None = None
+    wire: IncomingWire = IncomingWire.AUTO
     state_dir: Path | None = None
     allow_other: bool = False
     lane: Lane = Lane.AUTO
     lane_threads: int | None = None
+    write_back: bool = False
+    """The kernel's write-back cache (``--cache writeback``)."""
 
 
 class Daemon:
@@ -81,9 +89,9 @@ class Daemon:
         self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.capabilities)
         self.mount: AnyMount | None = None
         self.listener: Listener | None = None
-        self.outgoing: SourceMigration | None = None
-        self.incoming: DestinationMigration | None = None
-        self.shown: SourceMigration | DestinationMigration | None = None
+        self.outgoing: OutgoingMigration | None = None
+        self.incoming: IncomingMigration | None = None
+        self.shown: OutgoingMigration | IncomingMigration | None = None
         """What ``query-migrate`` tells of: the last one that began, but an outgoing one until it is over."""
         self.n_rejected = 0
         self.stop_reason = ""
@@ -126,7 +134,7 @@ class Daemon:
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
             await control.start(serve_control, self.options.control, command_table(self), self.events)
             options = self.options
-            mount_options = MountOptions(allow_other=options.allow_other)
+            mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
             async with (
                 self._listening() as self.listener,
                 open_lane(
@@ -187,8 +195,17 @@ class Daemon:
 
     # Outgoing
 
-    def migrate(self, uri_text: str, names: Sequence[str] | None) -> None:
+    def migrate(
+        self,
+        uri_text: str,
+        names: Sequence[str] | None,
+        *,
+        is_qemu: bool = False,
+        machine: str = DEFAULT_MACHINE,
+    ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
+
+        ``is_qemu`` chooses QEMU's wire, to a QEMU of type ``machine``.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -216,7 +233,8 @@ class Daemon:
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
         )
         self._last_status = ""
-        self.shown = self.outgoing = SourceMigration(
+        new = partial(QemuSource, machine=machine) if is_qemu else SourceMigration
+        self.shown = self.outgoing = new(
             lent, dial, self.parameters, trio.to_thread.run_sync, self._on_phase, self._on_pass, self._count_requests
         )
         for served in chosen:
@@ -244,7 +262,7 @@ class Daemon:
                 )
         return chosen
 
-    async def _run_outgoing(self, migration: SourceMigration, chosen: Sequence[ServedDisk]) -> None:
+    async def _run_outgoing(self, migration: OutgoingMigration, chosen: Sequence[ServedDisk]) -> None:
         try:
             await migration.run()
         finally:
@@ -281,7 +299,7 @@ class Daemon:
     def _on_pass(self, number: int) -> None:
         self.events.emit("MIGRATION_PASS", schema.MigrationPassEvent(pass_=number))
 
-    # Incoming: this is the host of DestinationMigration
+    # Incoming: this is the host of IncomingMigration
 
     async def _receive(self, stream: ByteStream) -> None:
         """Handle one connection; whatever it does, the others go on."""
@@ -292,14 +310,21 @@ class Daemon:
                 self.shown = migration
             self._on_incoming_phase(phase)
 
-        migration = DestinationMigration(stream, self, trio.to_thread.run_sync, on_phase)
+        try:
+            migration = await greet(stream, self.options.wire, self, trio.to_thread.run_sync, on_phase)
+        except FusemigError as exc:
+            self._note_rejected(stream, exc)
+            return
         try:
             await migration.run()
         except FusemigError as exc:  # a cleanup that failed; the migration's own errors are in `error`
             log.error("incoming connection", peer=stream.peer, reason=str(exc))
         if migration.phase is MigrationPhase.NONE:
-            self.n_rejected += 1
-            log.warning("connection rejected", peer=stream.peer, reason=str(migration.error))
+            self._note_rejected(stream, migration.error)
+
+    def _note_rejected(self, stream: ByteStream, reason: FusemigError | None) -> None:
+        self.n_rejected += 1
+        log.warning("connection rejected", peer=stream.peer, reason=str(reason))
 
     def _on_incoming_phase(self, phase: MigrationPhase) -> None:
         if phase is MigrationPhase.SETUP:
@@ -307,6 +332,22 @@ class Daemon:
         self._emit_status(phase)
         if phase is MigrationPhase.COMPLETED:
             self.events.emit("RESUME")
+
+    async def awaited(self) -> list[AwaitedDisk]:
+        """Return every disk that waits and is not busy (`IncomingHost.awaited`)."""
+        assert self.mount is not None
+        waiting = [served for served in self.disks.values() if served.is_waiting]
+        free = [served for served in waiting if not served.busy]
+        if not free:
+            busy = "; ".join(f"disk '{served.name}' is busy: {served.busy}" for served in waiting)
+            raise PeerRefusedError(f"no disk is awaited here: {busy or 'all are owned or handed off'}")
+        awaited = []
+        for served in free:
+            had_size = served.disk is not None
+            awaited.append(AwaitedDisk(served.name, await trio.to_thread.run_sync(served.open_created)))
+            if not had_size:
+                await self.mount.invalidate(served.export, attributes_only=True)
+        return awaited
 
     async def claim(self, offers: Sequence[DiskOffer], session: str, peer: str) -> list[IncomingDisk]:
         """Reserve offered disks, all or none, and mark them `incoming` (`IncomingHost.claim`)."""

@@ -127,6 +127,24 @@ class ServedDisk:
                 "delete the image there, or make it the same size"
             )
 
+    def open_created(self) -> int:
+        """Return the size of the image, opening one that was created since the daemon started. May sleep.
+
+        Raises:
+            PeerRefusedError: there is none.
+            ConfigError: it cannot be opened.
+        """
+        if self.disk is None:
+            if not _exists(self.path):
+                raise PeerRefusedError(
+                    f"disk '{self.name}' has no image, and QEMU's stream does not tell the size of one: create it with"
+                    f" `truncate -s SIZE {self.path}`, as large as the disk in QEMU, and migrate again"
+                )
+            self._open(Gate.READ_ONLY)
+        assert self.disk is not None
+        self.export.disk = self.disk
+        return self.disk.size
+
     def receive(self, offer: DiskOffer, session: str, peer: str) -> TrackedDisk:
         """Make ready for the bytes of an offer that was checked: create the image if need be, mark it `incoming`.
 

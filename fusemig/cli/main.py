@@ -58,13 +58,23 @@ def cli() -> None:
 @click.option("--disk", "disks", multiple=True, required=True, metavar="NAME=PATH", help="Serve PATH as NAME.")
 @click.option("--control", type=click.Path(path_type=Path), required=True, help="Control socket (QMP), mode 0600.")
 @click.option("--incoming", metavar="URI", help="Wait for disks at tcp:HOST:PORT or unix:PATH.")
-@click.option("--wire", type=click.Choice(["auto", "native", "qemu"]), default="auto", help="Stream format to accept.")
+@click.option(
+    "--wire", type=click.Choice(["auto", "native", "qemu"]), default="auto", help="Stream format that --incoming takes."
+)
 @click.option("--readonly", "read_only", multiple=True, metavar="NAME", help="Serve this disk read-only.")
 @click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Keep epoch files here.")
 @click.option("--allow-other", is_flag=True, help="Let other users use the mount.")
 @click.option("--lane", type=click.Choice(["auto", "data", "pyfuse3"]), default="auto", help="How I/O is served.")
 @click.option(
     "--lane-threads", type=click.IntRange(1, 64), help="Threads of the data lane (default: cores, at most 2)."
+)
+@click.option(
+    "--cache",
+    type=click.Choice(["through", "writeback"]),
+    default="through",
+    show_default=True,
+    help="writeback: the kernel acknowledges buffered writes before fusemig has seen them; only fsync or O_SYNC makes "
+    "them known and durable, also to a migration. Writes it still holds at the switchover fail with EROFS when synced.",
 )
 @click.option("--log-format", type=click.Choice(["console", "json"]), default="console")
 def serve(
@@ -78,6 +88,7 @@ def serve(
     allow_other: bool,
     lane: str,
     lane_threads: int | None,
+    cache: str,
     log_format: str,
 ) -> None:
     """Serve disk images as files of MOUNTPOINT, in the foreground.
@@ -100,6 +111,7 @@ def serve(
             allow_other,
             lane,
             lane_threads,
+            cache,
         )
     )
 
@@ -111,7 +123,10 @@ def serve(
 @click.option("--max-bandwidth", type=_Rate(), metavar="RATE", help="Bytes per second, such as 100M; 0 is unlimited.")
 @click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
 @click.option("--mode", type=click.Choice(["precopy", "mirror", "postcopy"]), default="precopy")
-@click.option("--wire", type=click.Choice(["native", "qemu"]), default="native")
+@click.option(
+    "--wire", type=click.Choice(["native", "qemu"]), default="native", help="qemu: QEMU's own; it proves nothing."
+)
+@click.option("--machine", metavar="TYPE", help="Machine type of the QEMU at URI, such as pc-q35-7.2.")
 @click.option("--compress", metavar="zstd[:LEVEL]")
 @click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
 @click.option("--resume", is_flag=True, help="Go on with a migration that failed.")
@@ -120,8 +135,8 @@ def serve(
 def migrate(socket: Path, uri: str, **options: Any) -> None:
     """Move disks of the daemon at SOCKET to the destination at URI.
 
-    Exits 0 only when the destination has proved that it holds every byte and has taken over. Ctrl-C cancels: the disks
-    then stay here.
+    Exits 0 only when the destination has proved that it holds every byte and has taken over (with --wire qemu: when
+    everything was sent). Ctrl-C cancels: the disks then stay here.
     """
     from fusemig.cli.migrate import MigrateRequest, migrate_command
 

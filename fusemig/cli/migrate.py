@@ -12,6 +12,7 @@ import trio
 from fusemig.cli.exits import fail
 from fusemig.cli.progress import make_display
 from fusemig.control_client import open_control
+from fusemig.errors import StateError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from fusemig.control_client import ControlClient
 
 POLL_INTERVAL_S: Final = 0.1
+_UNPROVEN: Final = (
+    "fusemig: warning: QEMU's wire has no acknowledgement: everything was sent, and nobody has said that it arrived.\n"
+    "fusemig: the disks stay read-only here; before their guests run elsewhere, see that the destination completed"
+)
 _OVER: Final = frozenset({"completed", "failed", "cancelled"})
 
 
@@ -34,6 +39,7 @@ class MigrateRequest:
     downtime_limit: float | None = None
     mode: str = "precopy"
     wire: str = "native"
+    machine: str | None = None
     compress: str | None = None
     incremental: bool = False
     resume: bool = False
@@ -49,6 +55,8 @@ class MigrateRequest:
             arguments["x-fusemig-mode"] = self.mode
         if self.wire != "native":
             arguments["x-fusemig-wire"] = self.wire
+        if self.machine is not None:
+            arguments["x-fusemig-machine"] = self.machine
         if self.compress is not None:
             arguments["x-fusemig-compress"] = self.compress
         if self.incremental:
@@ -86,9 +94,14 @@ async def migrate_command(request: MigrateRequest) -> int:
 async def _follow(control: ControlClient, display: Display) -> dict[str, Any]:
     """Show the migration until it is over; return the last answer of ``query-migrate``."""
     n_interrupts = 0
+    session = ""
     with trio.open_signal_receiver(signal.SIGINT) as interrupts:
         while True:
             info: dict[str, Any] = await control.execute("query-migrate")
+            begun = info.get("x-fusemig", {}).get("session", "")
+            if session not in ("", begun):
+                raise StateError("another migration began before this one's outcome was read; see the daemon's log")
+            session = begun
             display.show(info)
             if info.get("status") in _OVER:
                 return info
@@ -112,6 +125,8 @@ def _outcome(info: dict[str, Any], *, is_quiet: bool) -> int:
                 f"fusemig: completed in {seconds:.2f} s, {own['pass']} passes, downtime {info['downtime']} ms",
                 file=sys.stderr,
             )
+        if own["wire"] == "qemu":
+            print(_UNPROVEN, file=sys.stderr)
         return 0
     kind = own.get("error-kind", "failed")
     if info["status"] == "cancelled":

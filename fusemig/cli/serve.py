@@ -10,6 +10,7 @@ import trio
 from fusemig.daemon import Daemon, ServeOptions
 from fusemig.errors import ConfigError
 from fusemig.fuse.lanes import Lane
+from fusemig.migration.arrival import IncomingWire
 from fusemig.served import DiskSpec
 
 
@@ -24,19 +25,31 @@ async def serve_command(
     allow_other: bool,
     lane: str,
     lane_threads: int | None,
+    cache: str,
 ) -> None:
     """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside.
 
     Raises:
         FusemigError: it could not be started.
     """
-    if wire == "qemu":
-        raise ConfigError("--wire qemu is not supported yet: leave it out")
+    if wire != "auto" and incoming is None:
+        raise ConfigError(f"--wire {wire} says what --incoming takes: add --incoming URI, or leave it out")
     specs = _parse_disks(disks, read_only)
     if state_dir is not None:
         await trio.Path(state_dir).mkdir(parents=True, exist_ok=True)
     gc.freeze()  # what is loaded by now stays: the collector need not look at it again while guests wait
-    options = ServeOptions(mountpoint, specs, control, incoming, state_dir, allow_other, Lane(lane), lane_threads)
+    options = ServeOptions(
+        mountpoint,
+        specs,
+        control,
+        incoming,
+        IncomingWire(wire),
+        state_dir,
+        allow_other,
+        Lane(lane),
+        lane_threads,
+        write_back=cache == "writeback",
+    )
     await Daemon(options).run()
 
 

@@ -171,7 +171,7 @@ class TrackedDisk(Disk):
         """Have ``resume`` called once when the gate changes; return False if it has changed already.
 
         ``resume`` is called on the thread that changes the gate, must be quick and must not raise. The caller then
-        makes its write again, as if it were new.
+        makes its write again, as if it were new. A write that is answered before that gives its place back: `unpark`.
 
         Raises:
             DiskError: EAGAIN, too many writes are parked already.
@@ -183,6 +183,15 @@ class TrackedDisk(Disk):
                 raise DiskError(errno.EAGAIN, f"disk '{self.name}' has {MAX_PARKED_WRITES} parked writes")
             self._parked.append(resume)
             return True
+
+    def unpark(self, resume: Callable[[], None]) -> None:
+        """Give the place of a parked write back: it was answered, ``resume`` need not be called any more.
+
+        The gate may have changed meanwhile; then ``resume`` has been called, or is about to be.
+        """
+        with self._lock:
+            if resume in self._parked:
+                self._parked.remove(resume)
 
     # The gate, for the migration and the daemon
 

@@ -96,6 +96,7 @@ FOPEN_PARALLEL_DIRECT_WRITES: Final = 1 << 6
 INIT_SPLICE_WRITE: Final = 1 << 7
 INIT_SPLICE_MOVE: Final = 1 << 8
 INIT_SPLICE_READ: Final = 1 << 9
+INIT_WRITEBACK_CACHE: Final = 1 << 16
 INIT_EXT: Final = 1 << 30
 """Both sides have a flags2 word: bits 32 to 63 of the flags."""
 INIT_DIRECT_IO_ALLOW_MMAP: Final = 1 << 36

@@ -128,6 +128,8 @@ class _Change:
     answer: bytes
     n_written: int = 0
     is_durable: bool = False
+    resume: Callable[[], None] | None = None
+    """What the disk was given to call when the gate has changed; set while it is held."""
 
 
 class _Pools:
@@ -197,7 +199,7 @@ class DataLane:
             changes = list(self._held.values())
             self._held.clear()
         for change in changes:
-            self._answer_error(change.unique, errno.EIO)
+            self._answer_held(change, errno.EIO)
 
     def stop(self) -> None:
         """Have each thread end after the request it has in hand, or after the next one it reads."""
@@ -476,18 +478,25 @@ class DataLane:
         with self._lock:
             if self._is_refusing:
                 raise DiskError(errno.EIO, f"write to disk '{change.disk.name}' at unmount")
+            change.resume = resume = partial(self._resume, change)
             self._held[change.unique] = change
             self._counts["held"] += 1
             is_interrupted = change.unique in self._interrupted
         if is_interrupted:
             self._answer_interrupted(change)
         try:
-            is_parked = change.disk.park(partial(self._resume, change))
+            is_parked = change.disk.park(resume)
         except DiskError:
             if self._take(change.unique) is None:
                 return True
             raise
-        return is_parked or self._take(change.unique) is None  # None: answered in the meantime
+        if not is_parked:
+            return self._take(change.unique) is None  # None: answered in the meantime
+        with self._lock:
+            is_held = self._held.get(change.unique) is change and change.resume is resume
+        if not is_held:  # answered before it was parked, so that nobody has given the place back; or resumed
+            change.disk.unpark(resume)
+        return True
 
     def _take(self, unique: int) -> _Change | None:
         """Take a change out of the held ones; whoever gets it owes the answer."""
@@ -513,7 +522,13 @@ class DataLane:
         """Give up a held change whose caller is being killed."""
         if _is_dying(change.pid) and self._take(change.unique) is not None:
             self._count("interrupted")
-            self._answer_error(change.unique, errno.EINTR)
+            self._answer_held(change, errno.EINTR)
+
+    def _answer_held(self, change: _Change, code: int) -> None:
+        """Answer a change that was taken out of the held ones, and give its place at the disk back."""
+        if change.resume is not None:
+            change.disk.unpark(change.resume)
+        self._answer_error(change.unique, code)
 
     # Answers
 

@@ -153,11 +153,15 @@ def edited_init(asked: int, out: abi.InitOut) -> abi.InitOut:
     """Return the INIT reply for a kernel that offers the flags ``asked``; never more flags than those.
 
     Shared mappings of files opened with O_DIRECT are asked for where the kernel has them: without, an inode that is
-    open both ways would not be coherent.
+    open both ways would not be coherent. Nor would the write-back cache be, which therefore stays off without them: a
+    read through O_DIRECT would not see what was written through the cache.
     """
     flags = out.flags
     if asked & abi.INIT_EXT and asked & abi.INIT_DIRECT_IO_ALLOW_MMAP:
         flags |= abi.INIT_EXT | abi.INIT_DIRECT_IO_ALLOW_MMAP
+    elif flags & abi.INIT_WRITEBACK_CACHE:
+        log.warning("no write-back cache: this kernel (before 6.6) could not keep it coherent with O_DIRECT")
+        flags &= ~abi.INIT_WRITEBACK_CACHE
     return out._replace(
         flags=flags & asked,
         max_background=MAX_BACKGROUND,
@@ -169,9 +173,9 @@ def edited_init(asked: int, out: abi.InitOut) -> abi.InitOut:
 class DataLaneMount(BaseMount):
     """A file system served by a data lane; made by `open_data_lane_mount`."""
 
-    def __init__(self, mountpoint: Path, exports: Exports, device_fd: int, n_threads: int) -> None:
+    def __init__(self, mountpoint: Path, exports: Exports, device_fd: int, n_threads: int, *, write_back: bool) -> None:
         """Made by `open_data_lane_mount`, which also serves and ends it."""
-        super().__init__(mountpoint, exports, DiskOperations(exports))
+        super().__init__(mountpoint, exports, DiskOperations(exports, write_back=write_back))
         self._device = device_fd
         self._token = trio.lowlevel.current_trio_token()
         self._link = MetadataLink(device_fd)
@@ -298,9 +302,9 @@ class DataLaneMount(BaseMount):
                 time.sleep(0.0005)
 
 
-def _started(mountpoint: Path, exports: Exports, device_fd: int, n_threads: int) -> DataLaneMount:
+def _started(mountpoint: Path, exports: Exports, device_fd: int, n_threads: int, *, write_back: bool) -> DataLaneMount:
     try:
-        mount = DataLaneMount(mountpoint, exports, device_fd, n_threads)
+        mount = DataLaneMount(mountpoint, exports, device_fd, n_threads, write_back=write_back)
         mount._start()  # noqa: SLF001
     except BaseException as exc:
         os.close(device_fd)  # first: nobody is there to answer what an unmount might ask
@@ -348,7 +352,7 @@ async def open_data_lane_mount(
         mountpoint = Path(os.path.abspath(mountpoint))  # noqa: ASYNC240  (no link is followed, no file touched)
         await trio.to_thread.run_sync(check_mountable, mountpoint, options)
         device_fd = await trio.to_thread.run_sync(device.mount_device, mountpoint, options)
-        mount = _started(mountpoint, exports, device_fd, n_threads)
+        mount = _started(mountpoint, exports, device_fd, n_threads, write_back=options.write_back)
         error: BaseException | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mount._serve_metadata)  # noqa: SLF001

@@ -136,7 +136,7 @@ async def open_mount(mountpoint: Path, exports: Exports, options: MountOptions |
     with only_session():
         mountpoint = Path(os.path.abspath(mountpoint))  # noqa: ASYNC240  (no link is followed, no file touched)
         await trio.to_thread.run_sync(check_mountable, mountpoint, options)
-        operations = DiskOperations(exports)
+        operations = DiskOperations(exports, write_back=options.write_back)
         _mount(operations, mountpoint, options)
         error: BaseException | None = None
         try:

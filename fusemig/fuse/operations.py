@@ -17,6 +17,12 @@ O_DIRECT opens pass the page cache by anyway. ``keep_cache`` is off too, so that
 reader of an incoming image has left behind; except while the disk is frozen, when dropping would make the open wait
 for the page of a parked write. Attributes are kept for a second; the kernel forgets them at every write
 that it sends us, so a new mtime is seen at once. Nothing is kept about an image that is still incoming.
+
+The write-back cache, where it was asked for: a buffered write is acknowledged by the kernel and comes to us when it is
+synced, pushed out or closed, or when the kernel finds time; until then it is neither marked nor durable. O_DIRECT goes
+past it. The kernel then takes size and mtime of a file it knows from itself, so an export whose size was not known is
+another inode generation once it is: the kernel forgets the first one. A buffered write past the end is not refused:
+what lies there is lost, with ENOSPC at the sync if nothing of a request fitted.
 """
 
 from __future__ import annotations
@@ -117,12 +123,12 @@ class DiskOperations(pyfuse3.Operations):
     """The handlers of one mount."""
 
     supports_dot_lookup = False
-    enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, exports: Exports) -> None:
-        """Serve ``exports``; the set is fixed from here on."""
+    def __init__(self, exports: Exports, *, write_back: bool = False) -> None:
+        """Serve ``exports``; the set is fixed from here on. ``write_back``: see "Caching"."""
         super().__init__()
+        self.enable_writeback_cache = write_back
         self._exports = exports
         self._io_limits = {export.inode: trio.CapacityLimiter(IO_THREADS) for export in exports}
         self._flush_limits = {export.inode: trio.CapacityLimiter(FLUSH_THREADS) for export in exports}
@@ -219,6 +225,10 @@ class DiskOperations(pyfuse3.Operations):
         entry.st_ctime_ns = export.ctime_ns
         is_incoming = disk is None or (disk.gate is Gate.READ_ONLY and not export.read_only)
         entry.attr_timeout = 0.0 if is_incoming else ATTR_TIMEOUT_S
+        if self.enable_writeback_cache:
+            entry.generation = 0 if disk is None else 1
+            if disk is None:
+                entry.entry_timeout = 0.0
         return entry
 
     @staticmethod
@@ -438,12 +448,14 @@ class DiskOperations(pyfuse3.Operations):
             event = trio.Event()
             if self._is_stopping:
                 raise FUSEError(errno.EIO)
-            if disk.park(partial(_wake, token, event)):
+            resume = partial(_wake, token, event)
+            if disk.park(resume):
                 self._parked.add(event)
                 try:
                     await event.wait()
                 finally:
                     self._parked.discard(event)
+                    disk.unpark(resume)  # where it was not the gate that has changed
             try:
                 return await self._write_once(fh, disk, data, off)
             except GateClosedError:

@@ -42,6 +42,45 @@ class SourceDisk:
     """Has the kernel write back what guests stored through mmap; must be called while the gate is open."""
 
 
+class HandoffRecords:
+    """The epoch files of a group of disks on their way out."""
+
+    def __init__(self, disks: Sequence[SourceDisk], session: str, offload: Offload) -> None:
+        """Look after the files of ``disks`` in migration ``session``."""
+        self._lent = disks
+        self._session = session
+        self._offload = offload
+        self._records: list[EpochRecord] = []
+
+    async def own(self) -> list[EpochRecord]:
+        """Return the disks' records, giving one to each disk that never moved before.
+
+        Raises:
+            StateError: a disk is not owned here, or its epoch file cannot be written.
+        """
+        self._records = [await self._offload(_own_record, lent) for lent in self._lent]
+        return self._records
+
+    async def write(self, state: Ownership, peer: str, *, may_undo: bool = False) -> None:
+        """Make every disk's state durable; if one fails and it may be undone, take back those before it.
+
+        Raises:
+            StateError: an epoch file cannot be written.
+        """
+        done: list[tuple[SourceDisk, EpochRecord]] = []
+        for lent, record in zip(self._lent, self._records, strict=True):
+            new = EpochRecord(
+                state=state, image_id=record.image_id, epoch=record.epoch, session=self._session, peer=peer
+            )
+            try:
+                await self._offload(lent.epoch_file.write, new)
+            except StateError:
+                for other, old in done if may_undo else ():
+                    await self._offload(other.epoch_file.write, old)
+                raise
+            done.append((lent, record))
+
+
 class OutgoingHandoff:
     """The hand-off of a group of disks, all or none."""
 
@@ -50,11 +89,10 @@ class OutgoingHandoff:
     ) -> None:
         """Prepare to hand ``disks`` off in migration ``session``."""
         self._lent = disks
-        self._session = session
         self._parameters = parameters
-        self._offload = offload
         self._machine = SourceHandoff()
-        self._records: list[EpochRecord] = []
+        self._records = HandoffRecords(disks, session, offload)
+        self._own: list[EpochRecord] = []
         self._peer = ""
         self._log = log.bind(migration=session[:8])
 
@@ -74,8 +112,8 @@ class OutgoingHandoff:
         Raises:
             StateError: a disk is not owned here, or its epoch file cannot be written.
         """
-        self._records = [await self._offload(_own_record, lent) for lent in self._lent]
-        return self._records
+        self._own = await self._records.own()
+        return self._own
 
     async def prove(self, link: NativeLink, digests: Mapping[str, int]) -> None:
         """Ask the destination for its proofs and compare them with ours.
@@ -91,7 +129,7 @@ class OutgoingHandoff:
         self._peer = link.peer
         proofs = [
             native.DiskProof(digests[lent.disk.name], record.epoch + 1)
-            for lent, record in zip(self._lent, self._records, strict=True)
+            for lent, record in zip(self._lent, self._own, strict=True)
         ]
         self._machine.on(SourceEvent.FROZEN_AND_SENT)
         await link.send_message(native.FinalProofs(proofs))
@@ -107,7 +145,7 @@ class OutgoingHandoff:
             StateError: `handed-off` could not be made durable: nothing was given away.
             InDoubtError: COMMIT was sent, and no TAKEN came.
         """
-        await self._write_records(Ownership.HANDED_OFF, may_undo=True)
+        await self._records.write(Ownership.HANDED_OFF, self._peer, may_undo=True)
         self._machine.on(SourceEvent.HANDOFF_DURABLE)
         on_committed()
         try:
@@ -125,7 +163,7 @@ class OutgoingHandoff:
     async def release(self, link: NativeLink) -> None:
         """Note that the destination owns the disks, and let it know that we know; never fails."""
         try:
-            await self._write_records(Ownership.RELEASED)
+            await self._records.write(Ownership.RELEASED, self._peer)
             with trio.move_on_after(1):
                 await link.send_message(native.Released())
         except FusemigError as exc:
@@ -140,7 +178,7 @@ class OutgoingHandoff:
             return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
             try:
-                await self._write_records(Ownership.OWNER)
+                await self._records.write(Ownership.OWNER, self._peer)
             except StateError as exc:
                 # What is durable is `owner` from before, or `handed-off`, which asks on restart. COMMIT was never sent,
                 # so the destination cannot have taken over.
@@ -153,21 +191,6 @@ class OutgoingHandoff:
                 await link.send_message(native.Abort(reason))
             except FusemigError as exc:
                 self._log.info("the destination could not be told", reason=str(exc))
-
-    async def _write_records(self, state: Ownership, *, may_undo: bool = False) -> None:
-        """Make every disk's state durable; if one fails and it may be undone, take back those before it."""
-        done: list[tuple[SourceDisk, EpochRecord]] = []
-        for lent, record in zip(self._lent, self._records, strict=True):
-            new = EpochRecord(
-                state=state, image_id=record.image_id, epoch=record.epoch, session=self._session, peer=self._peer
-            )
-            try:
-                await self._offload(lent.epoch_file.write, new)
-            except StateError:
-                for other, old in done if may_undo else ():
-                    await self._offload(other.epoch_file.write, old)
-                raise
-            done.append((lent, record))
 
     def _difference(self, ours: Sequence[native.DiskProof], theirs: Sequence[native.DiskProof]) -> str:
         if len(ours) != len(theirs):

@@ -29,15 +29,34 @@ WINDOW_BYTES: Final = 32 << 20
 """Disk bytes sent and not acknowledged, at most."""
 
 
+class Politeness:
+    """Rests a worker thread between chunks, so that guests go first in the bulk phase (`Courtesy` says how long)."""
+
+    def __init__(self, count_requests: Callable[[], int]) -> None:
+        """``count_requests`` tells how many requests guests have ever made."""
+        self._count_requests = count_requests
+        self._courtesy = Courtesy()
+        self._worked_since = 0.0
+
+    def begin(self) -> None:
+        """Work begins, after a wait of any length."""
+        self._worked_since = time.monotonic()
+
+    def rest(self) -> None:
+        """Sleep for as long as the guests need."""
+        rest_s = self._courtesy.rest_s(self._count_requests(), time.monotonic() - self._worked_since)
+        if rest_s:
+            time.sleep(rest_s)
+        self._worked_since = time.monotonic()
+
+
 class PassSender:
     """Sends what a `PassReader` reads, and keeps the account of it."""
 
     def __init__(self, pool: BufferPool, count_requests: Callable[[], int]) -> None:
         """Give sent buffers back to ``pool``; ``count_requests`` tells how many requests guests have ever made."""
         self._pool = pool
-        self._count_requests = count_requests
-        self._courtesy = Courtesy()
-        self._worked_since = 0.0
+        self._politeness = Politeness(count_requests)
         self._batch: Batch | None = None
         self._rest: list[memoryview] = []
         self.unacknowledged: deque[SentFrame] = deque()
@@ -63,12 +82,12 @@ class PassSender:
             ConnectionLostError: the peer is gone.
         """
         stop_at = self.wire_bytes + limit_bytes
-        self._worked_since = time.monotonic()
+        self._politeness.begin()
         while True:
             if self._batch is not None and not self._send_rest(self._batch, stream):
                 return Need.STREAM
             if is_courteous:
-                self._rest_for_guests()
+                self._politeness.rest()
             if self.wire_bytes >= stop_at:
                 return Need.SLICE
             if self.sent_bytes - self.acknowledged_bytes >= WINDOW_BYTES:
@@ -85,12 +104,6 @@ class PassSender:
             self.sent_bytes += batch.disk_bytes
             self._batch = batch
             self._rest = [memoryview(buffer) for buffer in batch.buffers]
-
-    def _rest_for_guests(self) -> None:
-        rest_s = self._courtesy.rest_s(self._count_requests(), time.monotonic() - self._worked_since)
-        if rest_s:
-            time.sleep(rest_s)
-        self._worked_since = time.monotonic()
 
     def _send_rest(self, batch: Batch, stream: ByteStream) -> bool:
         """Send what is left of a batch; return whether all of it is sent."""

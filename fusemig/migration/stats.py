@@ -85,6 +85,8 @@ class MigrationStatistics:
     expected_downtime_s: float
     setup_s: float
     total_s: float
+    frozen_s: float
+    """How long the write gate has been closed, or was; 0 before."""
     downtime_s: float | None
     """From closing the write gate to TAKEN, once known."""
     passes_without_progress: int

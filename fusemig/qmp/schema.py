@@ -185,6 +185,8 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     """Names of the disks to move; absent: all."""
     x_fusemig_mode: Mode = Mode.PRECOPY
     x_fusemig_wire: WireName = WireName.NATIVE
+    x_fusemig_machine: str | UnsetType = UNSET
+    """The machine type of a destination that is a QEMU, which insists on its own; goes with ``qemu``."""
     x_fusemig_compress: str | UnsetType = UNSET
     """``zstd`` or ``zstd:LEVEL``; absent: as the parameters say."""
 
@@ -361,6 +363,8 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     """``x-fusemig`` of ``query-migrate``: what QEMU has no word for."""
 
     role: Role
+    session: str
+    """Names the migration, the same on both sides."""
     phase: str
     """The phase's own name; ``status`` is the nearest word of QEMU's."""
     mode: Mode
@@ -509,9 +513,10 @@ class ServedDisk(Result, frozen=True, kw_only=True):
     size: int
     path: str
     state: str
-    """By its epoch file: ``owner``, ``incoming``, ``prepared``, ``handoff``, ``released``."""
+    """By its epoch file: ``owner``, ``incoming``, ``prepared``, ``handed-off``, ``released``; without one ``owner``, or
+    ``waiting`` for a first source."""
     gate: str
-    """``open`` or ``closed``."""
+    """``open``, ``closed`` (frozen) or ``read-only``."""
     parked_writes: int = 0
     read_only: bool = False
     io_error: bool = False

@@ -343,6 +343,7 @@ async def test_a_killed_client_dies_while_its_write_is_held(mountpoint: Path) ->
             process.send_signal(signal.SIGKILL)
             await in_thread(process.wait)
         assert mount.lane_statistics().interrupted == 1
+        assert disk.parked_writes == 0  # its place is free for another write
         disk.set_gate(Gate.OPEN)
         assert await in_thread(read_at, mountpoint / "disk", 4, 0) == bytes(4)
     assert image.content == bytes(SIZE)
@@ -446,6 +447,9 @@ async def test_init_is_edited_and_kept(mountpoint: Path) -> None:
     assert edited_init(0x01, out).flags == 0x01
     offered = 0x11 | abi.INIT_EXT | abi.INIT_DIRECT_IO_ALLOW_MMAP
     assert edited_init(offered, out).flags == offered
+    cached = abi.INIT_WRITEBACK_CACHE
+    assert edited_init(offered | cached, out._replace(flags=0x11 | cached)).flags == offered | cached
+    assert edited_init(0x11 | cached, out._replace(flags=0x11 | cached)).flags == 0x11  # not coherent with O_DIRECT
 
 
 async def test_invalidate_pushes_stores_out_and_drops_stale_pages(mountpoint: Path) -> None:

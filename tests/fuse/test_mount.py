@@ -1,5 +1,6 @@
-"""The pyfuse3 lane under real mounts.
+"""Mounts, the same through either lane.
 
+Where the lanes differ by design, the test says so for each.
 Every file call goes through a thread or a process: one made on the event loop would wait for itself.
 """
 
@@ -17,7 +18,7 @@ import sys
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import pyfuse3
 import pytest
@@ -30,14 +31,17 @@ from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import DiskError, FuseUnavailableError, StateError
 from fusemig.fuse import base, preflight
 from fusemig.fuse.export import Exports
-from fusemig.fuse.mount import open_mount
+from fusemig.fuse.lane_mount import open_data_lane_mount
+from fusemig.fuse.mount import open_mount as open_pyfuse3_mount
 from fusemig.fuse.preflight import MountOptions
 from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
 
     from fusemig.disk.base import Disk
+    from fusemig.fuse.lanes import AnyMount
 
 pytestmark = pytest.mark.fuse
 
@@ -45,6 +49,28 @@ _T = TypeVar("_T")
 SIZE = 4 * CHUNK_SIZE
 ODD_SIZE = 5 * CHUNK_SIZE + 1536
 DEADLINE_S = 30.0
+WRITE_BACK = MountOptions(write_back=True)
+
+
+class OpenMount(Protocol):
+    """Mounts through one of the lanes."""
+
+    def __call__(
+        self, mountpoint: Path, exports: Exports, options: MountOptions | None = None
+    ) -> AbstractAsyncContextManager[AnyMount]:
+        """Mount for a block."""
+
+
+@pytest.fixture(params=["pyfuse3", "data"])
+def lane(request: pytest.FixtureRequest) -> str:
+    """Name the lane that serves the test."""
+    return str(request.param)
+
+
+@pytest.fixture
+def open_mount(lane: str) -> OpenMount:
+    """Mount through the lane of the test."""
+    return open_data_lane_mount if lane == "data" else open_pyfuse3_mount
 
 
 async def in_thread(call: Callable[..., _T], *args: object) -> _T:
@@ -145,7 +171,7 @@ async def errno_of(call: Callable[..., object], *args: object) -> int | None:
 # Reading and writing
 
 
-async def test_random_io_equals_a_model(mountpoint: Path) -> None:
+async def test_random_io_equals_a_model(open_mount: OpenMount, mountpoint: Path) -> None:
     """Unaligned reads and writes of any length, on a disk whose size is no multiple of a block, are exact."""
     image = MemoryDisk("disk", ODD_SIZE)
     exports, _ = serving(image)
@@ -171,7 +197,7 @@ async def test_random_io_equals_a_model(mountpoint: Path) -> None:
         await in_thread(work, mountpoint / "disk")
 
 
-async def test_o_direct_io(mountpoint: Path, tmp_path: Path) -> None:
+async def test_o_direct_io(open_mount: OpenMount, mountpoint: Path, tmp_path: Path) -> None:
     """O_DIRECT reads and writes work and pass the page cache by."""
     path = tmp_path / "image"
     create_image(path, SIZE)
@@ -193,7 +219,7 @@ async def test_o_direct_io(mountpoint: Path, tmp_path: Path) -> None:
     assert path.read_bytes()[4096:12288] == b"\xa5" * 8192
 
 
-async def test_two_handles_see_each_other(mountpoint: Path) -> None:
+async def test_two_handles_see_each_other(open_mount: OpenMount, mountpoint: Path) -> None:
     """A write through one handle is read through another, and its mtime and ctime are seen at once."""
     exports, _ = serving(MemoryDisk("disk", SIZE))
 
@@ -211,7 +237,7 @@ async def test_two_handles_see_each_other(mountpoint: Path) -> None:
         await in_thread(work, mountpoint / "disk")
 
 
-async def test_the_end_of_the_disk_is_that_of_a_block_device(mountpoint: Path) -> None:
+async def test_the_end_of_the_disk_is_that_of_a_block_device(open_mount: OpenMount, mountpoint: Path) -> None:
     """A write never makes the file longer: what fits is written, ENOSPC if nothing does."""
     image = MemoryDisk("disk", ODD_SIZE)
     exports, _ = serving(image)
@@ -228,8 +254,15 @@ async def test_the_end_of_the_disk_is_that_of_a_block_device(mountpoint: Path) -
 # Durability
 
 
+def flushes_of_a_synchronous_write(lane: str) -> tuple[int, ...]:
+    """Tell how often one buffered write may flush: the data lane does it at the write, and again at the FSYNC."""
+    return (1, 2) if lane == "data" else (1,)
+
+
 @pytest.mark.parametrize("flag", [os.O_DSYNC, os.O_SYNC])
-async def test_synchronous_opens_flush_before_the_write_returns(mountpoint: Path, flag: int) -> None:
+async def test_synchronous_opens_flush_before_the_write_returns(
+    open_mount: OpenMount, lane: str, mountpoint: Path, flag: int
+) -> None:
     """A write through O_DSYNC or O_SYNC has reached the disk's flush when it returns; a plain one has not."""
     image = MemoryDisk("disk", SIZE)
     exports, _ = serving(image)
@@ -240,36 +273,38 @@ async def test_synchronous_opens_flush_before_the_write_returns(mountpoint: Path
             assert image.n_flushes == 0
         with opened(path, os.O_RDWR | flag) as fd:
             os.pwrite(fd, b"durable", 0)
-            assert image.n_flushes == 1
+            assert image.n_flushes in flushes_of_a_synchronous_write(lane)
+        before = image.n_flushes
         with opened(path, os.O_RDWR | flag | os.O_DIRECT) as fd, mmap.mmap(-1, 4096) as page:
             os.pwrite(fd, page, 0)
-            assert image.n_flushes == 2
+            assert image.n_flushes == before + 1
 
     async with open_mount(mountpoint, exports):
         await in_thread(work, mountpoint / "disk")
 
 
-async def test_rwf_dsync_fsync_and_fdatasync_flush(mountpoint: Path) -> None:
-    """Each request for durability is one flush of the disk; a close is none."""
+async def test_rwf_dsync_fsync_and_fdatasync_flush(open_mount: OpenMount, lane: str, mountpoint: Path) -> None:
+    """Each request for durability is a flush of the disk, those of the kernel are counted; a close is none."""
     image = MemoryDisk("disk", SIZE)
     exports, _ = serving(image)
 
     def work(path: Path) -> None:
         with opened(path) as fd:
             os.pwritev(fd, [b"one"], 0, os.RWF_DSYNC)
-            assert image.n_flushes == 1
+            assert image.n_flushes in flushes_of_a_synchronous_write(lane)
+            before = image.n_flushes
             os.fsync(fd)
-            assert image.n_flushes == 2
+            assert image.n_flushes == before + 1
             os.fdatasync(fd)
-            assert image.n_flushes == 3
-        assert image.n_flushes == 3
+            assert image.n_flushes == before + 2
+        assert image.n_flushes == before + 2
 
     async with open_mount(mountpoint, exports) as mount:
         await in_thread(work, mountpoint / "disk")
         assert mount.statistics().flushes == 3
 
 
-async def test_mmap_stores_arrive_with_msync(mountpoint: Path) -> None:
+async def test_mmap_stores_arrive_with_msync(open_mount: OpenMount, mountpoint: Path) -> None:
     """A store through a shared mapping is in the image, and flushed, when msync returns."""
     image = MemoryDisk("disk", SIZE)
     exports, _ = serving(image)
@@ -278,7 +313,7 @@ async def test_mmap_stores_arrive_with_msync(mountpoint: Path) -> None:
         assert image.n_flushes == 1
 
 
-async def test_invalidate_pushes_mmap_stores_out(mountpoint: Path) -> None:
+async def test_invalidate_pushes_mmap_stores_out(open_mount: OpenMount, mountpoint: Path) -> None:
     """A store that was never msync'ed is in the image when `invalidate` returns."""
     image = MemoryDisk("disk", SIZE)
     exports, disks = serving(image)
@@ -289,7 +324,7 @@ async def test_invalidate_pushes_mmap_stores_out(mountpoint: Path) -> None:
         assert disks[0].written_chunks == 1
 
 
-async def test_invalidate_drops_stale_pages(mountpoint: Path) -> None:
+async def test_invalidate_drops_stale_pages(open_mount: OpenMount, mountpoint: Path) -> None:
     """Bytes that changed below the guest's side, as a destination's do, are read after `invalidate`."""
     image = MemoryDisk("disk", SIZE)
     exports, _ = serving(image)
@@ -306,7 +341,9 @@ async def test_invalidate_drops_stale_pages(mountpoint: Path) -> None:
             await in_thread(os.close, fd)
 
 
-async def test_invalidate_has_a_deadline(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_invalidate_has_a_deadline(
+    open_mount: OpenMount, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the gate closed the kernel's dirty pages cannot be pushed out: an error, no hang, and the store survives."""
     monkeypatch.setattr(base, "INVALIDATE_TIMEOUT_S", 0.05)
     image = MemoryDisk("disk", SIZE)
@@ -320,7 +357,7 @@ async def test_invalidate_has_a_deadline(mountpoint: Path, monkeypatch: pytest.M
         await wait_until(lambda: image.content[0:5] == b"store")
 
 
-async def test_clean_unmount_pushes_mmap_stores_out(mountpoint: Path) -> None:
+async def test_clean_unmount_pushes_mmap_stores_out(open_mount: OpenMount, mountpoint: Path) -> None:
     """A store that the kernel still holds is in the image after the mount has ended."""
     image = MemoryDisk("disk", SIZE)
     exports, _ = serving(image)
@@ -333,7 +370,7 @@ async def test_clean_unmount_pushes_mmap_stores_out(mountpoint: Path) -> None:
 
 
 async def test_failed_fdatasync_is_reported_and_sticky(
-    mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_mount: OpenMount, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the backing's fdatasync has failed every later fsync fails too, also when it would succeed."""
     create_image(tmp_path / "image", SIZE)
@@ -353,10 +390,107 @@ async def test_failed_fdatasync_is_reported_and_sticky(
             assert await errno_of(write_at, path, b"x", 0, os.O_RDWR | os.O_DSYNC) == errno.EIO
 
 
+# The kernel's write-back cache
+
+
+async def test_write_back_is_unseen_until_synced(open_mount: OpenMount, mountpoint: Path) -> None:
+    """What it costs: a buffered write is acknowledged, and neither stored nor marked before fsync; nothing is lost."""
+    image = MemoryDisk("disk", SIZE)
+    exports, disks = serving(image)
+    tracking = disks[0].start_tracking()
+
+    def work(path: Path) -> None:
+        with opened(path) as fd:
+            os.pwrite(fd, b"cached", 5000)
+            assert os.pread(fd, 6, 5000) == b"cached"
+            assert image.content[5000:5006] == bytes(6)
+            assert tracking.dirty_bytes == 0
+            assert disks[0].written_chunks == 0
+            os.fsync(fd)
+            assert image.content[5000:5006] == b"cached"
+            assert image.n_flushes == 1
+            assert tracking.dirty_bytes == 4096
+            assert os.fstat(fd).st_size == SIZE
+
+    async with open_mount(mountpoint, exports, WRITE_BACK):
+        await in_thread(work, mountpoint / "disk")
+
+
+@pytest.mark.parametrize("flag", [os.O_DSYNC, os.O_SYNC, os.O_DIRECT])
+async def test_write_back_leaves_other_opens_as_they_are(open_mount: OpenMount, mountpoint: Path, flag: int) -> None:
+    """Synchronous and direct writes have arrived when they return, and a direct read sees what the cache holds."""
+    image = MemoryDisk("disk", SIZE)
+    exports, _ = serving(image)
+
+    def work(path: Path) -> None:
+        with opened(path) as cached, opened(path, os.O_RDWR | flag) as fd, mmap.mmap(-1, 4096) as page:
+            os.pwrite(cached, b"cached", 4096)
+            page[:] = b"\xa5" * 4096
+            assert os.pwrite(fd, page, 0) == 4096
+            assert image.content[:4096] == b"\xa5" * 4096
+            assert image.n_flushes >= (flag != os.O_DIRECT)
+            assert os.preadv(fd, [page], 4096) == 4096
+            assert page[:6] == b"cached"
+            assert os.pread(cached, 4, 0) == b"\xa5" * 4
+
+    async with open_mount(mountpoint, exports, WRITE_BACK):
+        await in_thread(work, mountpoint / "disk")
+
+
+async def test_write_back_is_pushed_out_before_the_gate_closes(open_mount: OpenMount, mountpoint: Path) -> None:
+    """The switchover: pages held before it are pushed out as guest writes; a write after it fails when it is synced."""
+    image = MemoryDisk("disk", SIZE)
+    exports, disks = serving(image)
+    async with open_mount(mountpoint, exports, WRITE_BACK) as mount:
+        fd = await in_thread(os.open, mountpoint / "disk", os.O_RDWR)
+        try:
+            await in_thread(os.pwrite, fd, b"before", 0)
+            assert image.content[:6] == bytes(6)
+            await mount.invalidate(next(iter(exports)))
+            assert image.content[:6] == b"before"
+            disks[0].set_gate(Gate.READ_ONLY)
+            assert await in_thread(os.pwrite, fd, b"after!", 0) == 6  # acknowledged by the kernel, not by us
+            assert await errno_of(os.fsync, fd) == errno.EROFS
+            assert image.content[:6] == b"before"
+        finally:
+            with contextlib.suppress(OSError):
+                await in_thread(os.close, fd)
+
+
+async def test_write_back_ends_with_everything_in_the_image(open_mount: OpenMount, mountpoint: Path) -> None:
+    """An unmount with the file open pushes out what was never synced."""
+    image = MemoryDisk("disk", SIZE)
+    exports, _ = serving(image)
+    async with open_mount(mountpoint, exports, WRITE_BACK):
+        fd = await in_thread(os.open, mountpoint / "disk", os.O_RDWR)
+        await in_thread(os.pwrite, fd, b"unsynced", 0)
+        assert image.content[:8] == bytes(8)
+    assert image.content[:8] == b"unsynced"
+    assert await errno_of(os.close, fd) in (None, errno.ENOTCONN, errno.ECONNABORTED)
+
+
+async def test_write_back_with_a_disk_that_is_still_to_come(open_mount: OpenMount, mountpoint: Path) -> None:
+    """The kernel trusts the size it knows; it is told to forget that of a disk that had none."""
+    exports = Exports()
+    export = exports.add("disk", None)
+    async with open_mount(mountpoint, exports, WRITE_BACK) as mount:
+        path = mountpoint / "disk"
+        assert (await in_thread(os.stat, path)).st_size == 0
+        early = await in_thread(os.open, path, os.O_RDONLY)
+        export.disk = TrackedDisk(MemoryDisk("disk", SIZE))
+        await mount.invalidate(export, attributes_only=True)
+        assert (await in_thread(os.stat, path)).st_size == SIZE
+        assert await in_thread(write_at, path, b"end", SIZE - 3) == 3
+        assert export.disk.pread(3, SIZE - 3) == b"end"
+        assert await errno_of(os.pread, early, 1, 0) == errno.EIO  # opened too early: it must be opened again
+        assert await errno_of(os.close, early) == errno.EIO
+        await wait_until(lambda: not mount.is_busy())
+
+
 # What is shown
 
 
-async def test_attributes(mountpoint: Path, tmp_path: Path) -> None:
+async def test_attributes(open_mount: OpenMount, mountpoint: Path, tmp_path: Path) -> None:
     """Size, mode, owner and the image's own allocation are shown; utimens is kept; statfs is the image's."""
     create_image(tmp_path / "image", SIZE)
 
@@ -382,7 +516,7 @@ async def test_attributes(mountpoint: Path, tmp_path: Path) -> None:
             await in_thread(work, image)
 
 
-async def test_sixteen_tebibytes(mountpoint: Path, tmp_path: Path) -> None:
+async def test_sixteen_tebibytes(open_mount: OpenMount, mountpoint: Path, tmp_path: Path) -> None:
     """The largest disk there is can be used up to its last byte."""
     path = tmp_path / "image"
     size = 16 << 40
@@ -405,7 +539,7 @@ async def test_sixteen_tebibytes(mountpoint: Path, tmp_path: Path) -> None:
             assert await errno_of(write_at, file, b"x", size) in (errno.ENOSPC, errno.EFBIG)
 
 
-async def test_more_exports_than_fit_one_readdir_answer(mountpoint: Path) -> None:
+async def test_more_exports_than_fit_one_readdir_answer(open_mount: OpenMount, mountpoint: Path) -> None:
     """A listing that takes several requests names every export once."""
     names = sorted(f"disk-{n:03}-{'x' * 50}" for n in range(200))
     exports, _ = serving(*(MemoryDisk(name, 512) for name in names))
@@ -413,7 +547,7 @@ async def test_more_exports_than_fit_one_readdir_answer(mountpoint: Path) -> Non
         assert sorted(await in_thread(os.listdir, mountpoint)) == names
 
 
-async def test_export_without_a_disk_yet(mountpoint: Path) -> None:
+async def test_export_without_a_disk_yet(open_mount: OpenMount, mountpoint: Path) -> None:
     """A destination's file is empty and refuses writes until its size is known; then the size is seen at once."""
     exports = Exports()
     export = exports.add("disk", None)
@@ -431,7 +565,7 @@ async def test_export_without_a_disk_yet(mountpoint: Path) -> None:
 # What is refused
 
 
-async def test_the_namespace_is_fixed(mountpoint: Path) -> None:
+async def test_the_namespace_is_fixed(open_mount: OpenMount, mountpoint: Path) -> None:
     """Everything that would change names, size, mode, owner or extended attributes is EPERM."""
     image = MemoryDisk("disk", SIZE)
     image.pwrite(b"kept", 0)
@@ -465,7 +599,7 @@ async def test_the_namespace_is_fixed(mountpoint: Path) -> None:
         assert mount.statistics().handler_errors == 0
 
 
-async def test_read_only_export(mountpoint: Path) -> None:
+async def test_read_only_export(open_mount: OpenMount, mountpoint: Path) -> None:
     """A read-only export can be read, and not be opened for writing."""
     exports, _ = serving(MemoryDisk("disk", SIZE), read_only=True)
     async with open_mount(mountpoint, exports):
@@ -475,7 +609,7 @@ async def test_read_only_export(mountpoint: Path) -> None:
         assert stat.S_IMODE((await in_thread(os.stat, path)).st_mode) == 0o400
 
 
-async def test_read_only_gate_lets_open_and_refuses_writes(mountpoint: Path) -> None:
+async def test_read_only_gate_lets_open_and_refuses_writes(open_mount: OpenMount, mountpoint: Path) -> None:
     """An incoming disk can be opened for writing early; each write is EROFS until the disk is taken over."""
     exports, disks = serving(MemoryDisk("disk", SIZE))
     disks[0].set_gate(Gate.READ_ONLY)
@@ -493,7 +627,9 @@ async def test_read_only_gate_lets_open_and_refuses_writes(mountpoint: Path) -> 
 # Parked writes
 
 
-async def test_parked_write_is_made_when_the_gate_opens(mountpoint: Path, nursery: trio.Nursery) -> None:
+async def test_parked_write_is_made_when_the_gate_opens(
+    open_mount: OpenMount, mountpoint: Path, nursery: trio.Nursery
+) -> None:
     """A write to a frozen disk waits, other disks and reads go on, and the write is there once it is answered."""
     image = MemoryDisk("frozen", SIZE)
     exports, disks = serving(image, MemoryDisk("other", SIZE))
@@ -517,7 +653,9 @@ async def test_parked_write_is_made_when_the_gate_opens(mountpoint: Path, nurser
         assert mount.statistics().parked_total == 1
 
 
-async def test_parked_write_is_refused_when_the_disk_is_given_up(mountpoint: Path, nursery: trio.Nursery) -> None:
+async def test_parked_write_is_refused_when_the_disk_is_given_up(
+    open_mount: OpenMount, mountpoint: Path, nursery: trio.Nursery
+) -> None:
     """After a hand-off the source answers what it had parked with EROFS, and nothing of it is written."""
     image = MemoryDisk("disk", SIZE)
     exports, disks = serving(image)
@@ -535,7 +673,9 @@ async def test_parked_write_is_refused_when_the_disk_is_given_up(mountpoint: Pat
     assert image.content[0:6] == bytes(6)
 
 
-async def test_gate_changed_from_a_thread_and_closed_again(mountpoint: Path, nursery: trio.Nursery) -> None:
+async def test_gate_changed_from_a_thread_and_closed_again(
+    open_mount: OpenMount, mountpoint: Path, nursery: trio.Nursery
+) -> None:
     """A parked write survives a gate that opens and closes again, whichever thread moves it."""
     image = MemoryDisk("disk", SIZE)
     exports, disks = serving(image)
@@ -560,7 +700,7 @@ async def test_gate_changed_from_a_thread_and_closed_again(mountpoint: Path, nur
     assert image.content[0:6] == b"parked"
 
 
-async def test_many_parked_writes_do_not_starve_other_disks(mountpoint: Path) -> None:
+async def test_many_parked_writes_do_not_starve_other_disks(open_mount: OpenMount, mountpoint: Path) -> None:
     """With 130 writes parked, more than pyfuse3 handles by default, another disk is served; then all arrive.
 
     One to a disk: the kernel lets one buffered write at a time into a file.
@@ -589,7 +729,9 @@ async def test_many_parked_writes_do_not_starve_other_disks(mountpoint: Path) ->
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can raise the mount's max_background")
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
-async def test_deep_asynchronous_queues_are_parked_without_starving_others(mountpoint: Path) -> None:
+async def test_deep_asynchronous_queues_are_parked_without_starving_others(
+    open_mount: OpenMount, mountpoint: Path
+) -> None:
     """120 asynchronous O_DIRECT writes of one frozen disk leave room for those of another disk."""
     exports, disks = serving(MemoryDisk("frozen", SIZE), MemoryDisk("other", SIZE))
     frozen = disks[0]
@@ -628,7 +770,7 @@ class BuggyDisk(MemoryDisk):
         raise DiskError(errno.ENOSPC, "full", offset, len(data))
 
 
-async def test_an_exception_in_a_handler_is_eio_and_the_mount_survives(mountpoint: Path) -> None:
+async def test_an_exception_in_a_handler_is_eio_and_the_mount_survives(open_mount: OpenMount, mountpoint: Path) -> None:
     """A bug is EIO, counted, and ends nothing; a disk's own error keeps its errno and is no bug."""
     exports, _ = serving(BuggyDisk("buggy", SIZE), MemoryDisk("good", SIZE))
     async with open_mount(mountpoint, exports) as mount:
@@ -653,7 +795,7 @@ class SleepyDisk(MemoryDisk):
         return True
 
 
-async def test_what_may_sleep_is_done_in_threads(mountpoint: Path) -> None:
+async def test_what_may_sleep_is_done_in_threads(open_mount: OpenMount, mountpoint: Path) -> None:
     """Reads and writes of a store that may sleep give the same bytes, and parked ones too."""
     exports, disks = serving(SleepyDisk("disk", SIZE))
     async with open_mount(mountpoint, exports) as mount:
@@ -672,7 +814,7 @@ async def test_what_may_sleep_is_done_in_threads(mountpoint: Path) -> None:
 # The life of a mount
 
 
-async def refusal(mountpoint: Path, options: MountOptions | None = None) -> str:
+async def refusal(open_mount: OpenMount, mountpoint: Path, options: MountOptions | None = None) -> str:
     """Return the text with which a mount is refused."""
     exports, _ = serving(MemoryDisk("disk", SIZE))
     with pytest.raises(FuseUnavailableError) as caught:
@@ -681,44 +823,55 @@ async def refusal(mountpoint: Path, options: MountOptions | None = None) -> str:
     return str(caught.value)
 
 
-async def test_mount_points_that_cannot_be_used(mountpoint: Path) -> None:
+async def test_mount_points_that_cannot_be_used(open_mount: OpenMount, mountpoint: Path) -> None:
     """Each refusal says what is wrong with the mount point, and nothing is mounted."""
-    assert "mkdir" in await refusal(mountpoint / "missing")
+    assert "mkdir" in await refusal(open_mount, mountpoint / "missing")
     file = mountpoint.parent / "file"
     file.touch()
-    assert "not a directory" in await refusal(file)
-    assert "not empty" in await refusal(mountpoint.parent)
-    assert "mounted there already" in await refusal(Path("/proc"))
+    assert "not a directory" in await refusal(open_mount, file)
+    assert "not empty" in await refusal(open_mount, mountpoint.parent)
+    assert "mounted there already" in await refusal(open_mount, Path("/proc"))
 
 
-async def test_platforms_that_cannot_mount(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each refusal names the cause and the next step; a mount that libfuse refuses can be tried again."""
+async def test_platforms_that_cannot_mount(
+    open_mount: OpenMount, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each refusal names the cause and the next step, and one can try again."""
     with monkeypatch.context() as patch:
         patch.setattr(preflight, "FUSE_DEVICE", mountpoint / "no-fuse")
-        assert "modprobe fuse" in await refusal(mountpoint)
+        assert "modprobe fuse" in await refusal(open_mount, mountpoint)
     with monkeypatch.context() as patch:
         patch.setattr(preflight, "FUSE_DEVICE", mountpoint)  # a directory cannot be opened for writing
-        assert "cannot open" in await refusal(mountpoint)
+        assert "cannot open" in await refusal(open_mount, mountpoint)
     with monkeypatch.context() as patch:
         patch.setenv("FUSE_URING_ENABLE", "1")
-        assert "unset it" in await refusal(mountpoint)
+        assert "unset it" in await refusal(open_mount, mountpoint)
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: 1000)
         patch.setenv("PATH", str(mountpoint))
-        assert "fusermount3" in await refusal(mountpoint)
+        assert "fusermount3" in await refusal(open_mount, mountpoint)
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: 1000)
         patch.setattr(preflight, "FUSE_CONFIG", mountpoint.parent / "no-config")
-        assert "user_allow_other" in await refusal(mountpoint, MountOptions(allow_other=True))
-    with monkeypatch.context() as patch:
-        patch.setattr(pyfuse3, "default_options", frozenset({"no_such_option"}))
-        assert "cannot mount" in await refusal(mountpoint)
+        assert "user_allow_other" in await refusal(open_mount, mountpoint, MountOptions(allow_other=True))
     exports, _ = serving(MemoryDisk("disk", SIZE))
     async with open_mount(mountpoint, exports):
         assert is_mounted(mountpoint)
 
 
-async def test_one_mount_per_process(mountpoint: Path) -> None:
+async def test_a_mount_that_libfuse_refuses_can_be_tried_again(
+    mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the pyfuse3 lane lets libfuse mount; what it leaves behind is destroyed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pyfuse3, "default_options", frozenset({"no_such_option"}))
+        assert "cannot mount" in await refusal(open_pyfuse3_mount, mountpoint)
+    exports, _ = serving(MemoryDisk("disk", SIZE))
+    async with open_pyfuse3_mount(mountpoint, exports):
+        assert is_mounted(mountpoint)
+
+
+async def test_one_mount_per_process(open_mount: OpenMount, mountpoint: Path) -> None:
     """A second mount is refused while one is active, and possible afterwards."""
     exports, _ = serving(MemoryDisk("disk", SIZE))
     for _ in range(2):
@@ -730,7 +883,7 @@ async def test_one_mount_per_process(mountpoint: Path) -> None:
         assert not is_mounted(mountpoint)
 
 
-async def test_the_body_s_error_passes_and_the_mount_is_gone(mountpoint: Path) -> None:
+async def test_the_body_s_error_passes_and_the_mount_is_gone(open_mount: OpenMount, mountpoint: Path) -> None:
     """An error of the body comes out as itself, and nothing stays mounted."""
     exports, _ = serving(MemoryDisk("disk", SIZE))
     with pytest.raises(ValueError, match="the body"):
@@ -739,7 +892,7 @@ async def test_the_body_s_error_passes_and_the_mount_is_gone(mountpoint: Path) -
     assert not is_mounted(mountpoint)
 
 
-async def test_cancelled_body_leaves_no_mount(mountpoint: Path) -> None:
+async def test_cancelled_body_leaves_no_mount(open_mount: OpenMount, mountpoint: Path) -> None:
     """Cancellation unmounts too, in good order: a store that the kernel holds is pushed out first."""
     image = MemoryDisk("disk", SIZE)
     exports, _ = serving(image)
@@ -755,7 +908,7 @@ async def test_cancelled_body_leaves_no_mount(mountpoint: Path) -> None:
         assert image.content[0:5] == b"store"
 
 
-async def test_the_end_answers_parked_writes(mountpoint: Path, nursery: trio.Nursery) -> None:
+async def test_the_end_answers_parked_writes(open_mount: OpenMount, mountpoint: Path, nursery: trio.Nursery) -> None:
     """A write that is still parked when the mount ends fails for its guest: it is not lost in silence."""
     image = MemoryDisk("disk", SIZE)
     exports, disks = serving(image)
@@ -771,13 +924,14 @@ async def test_the_end_answers_parked_writes(mountpoint: Path, nursery: trio.Nur
         await wait_until(lambda: disks[0].parked_writes == 1)
     await wait_until(lambda: outcome == [errno.EIO])
     assert not is_mounted(mountpoint)
+    assert disks[0].parked_writes == 0
     assert await errno_of(os.close, fd) in (errno.ENOTCONN, errno.ECONNABORTED)
     disks[0].set_gate(Gate.OPEN)
     await trio.testing.wait_all_tasks_blocked()
     assert image.content[0:6] == bytes(6)
 
 
-async def test_unmount_from_outside_is_noticed(mountpoint: Path) -> None:
+async def test_unmount_from_outside_is_noticed(open_mount: OpenMount, mountpoint: Path) -> None:
     """Somebody's umount ends the service without an error; invalidating then does nothing."""
     exports, _ = serving(MemoryDisk("disk", SIZE))
     async with open_mount(mountpoint, exports) as mount:
@@ -788,7 +942,7 @@ async def test_unmount_from_outside_is_noticed(mountpoint: Path) -> None:
     assert not is_mounted(mountpoint)
 
 
-async def test_a_failing_loop_is_told(mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failing_loop_is_told(open_mount: OpenMount, mountpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If pyfuse3's loop itself fails, `wait_unmounted` says so, and nothing stays mounted."""
     failing = trio.Event()
     original = pyfuse3.main
@@ -808,7 +962,7 @@ async def test_a_failing_loop_is_told(mountpoint: Path, monkeypatch: pytest.Monk
     assert not is_mounted(mountpoint)
 
 
-async def test_open_files_are_counted(mountpoint: Path) -> None:
+async def test_open_files_are_counted(open_mount: OpenMount, mountpoint: Path) -> None:
     """A mount is busy while a file is open, and no longer when the kernel has released it."""
     exports, _ = serving(MemoryDisk("one", SIZE), MemoryDisk("two", SIZE))
     one, two = exports
@@ -822,7 +976,7 @@ async def test_open_files_are_counted(mountpoint: Path) -> None:
         await wait_until(lambda: not mount.is_busy())
 
 
-async def test_ext4_on_a_loop_device(mountpoint: Path, tmp_path: Path) -> None:
+async def test_ext4_on_a_loop_device(open_mount: OpenMount, mountpoint: Path, tmp_path: Path) -> None:
     """A file system on a loop device over the mount is consistent in the image."""
     path = tmp_path / "image"
     create_image(path, 32 * CHUNK_SIZE)

@@ -183,6 +183,7 @@ class Host:
         incoming: str | None = None,
         readonly: Iterable[str] = (),
         state_dir: Path | None = None,
+        wire: str | None = None,
     ) -> None:
         """Prepare ``fusemig serve`` in ``directory``; ``incoming`` is a URI, of which port 0 is a free one."""
         self.name = name
@@ -200,6 +201,8 @@ class Host:
             self._arguments += ["--incoming", incoming]
         if state_dir is not None:
             self._arguments += ["--state-dir", state_dir]
+        if wire is not None:
+            self._arguments += ["--wire", wire]
         self._commands: list[Command] = []
         self._qmp: Qmp | None = None
         self._daemon: Command | None = None

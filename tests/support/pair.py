@@ -12,6 +12,7 @@ from fusemig.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.errors import PeerRefusedError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
+from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.writer import IncomingDisk
@@ -45,6 +46,9 @@ class Side:
         self.images = {name: MemoryDisk(name, size) for name, size in sizes.items()}
         self.disks = {name: TrackedDisk(image, gate=gate) for name, image in self.images.items()}
         self.epochs = {name: EpochFile(directory / f"{name}.fusemig") for name in sizes}
+
+    async def awaited(self) -> list[AwaitedDisk]:
+        return [AwaitedDisk(name, image.size) for name, image in self.images.items()]
 
     async def claim(self, offers: Sequence[DiskOffer], session: str, peer: str) -> list[IncomingDisk]:
         claimed = []

@@ -177,6 +177,7 @@ def test_query_migrate_members() -> None:
         expected_downtime=300,
         x_fusemig=schema.FusemigMigration(
             role=schema.Role.SOURCE,
+            session="0123abcd",
             phase="bulk",
             mode=schema.Mode.PRECOPY,
             wire=schema.WireName.NATIVE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -237,6 +238,24 @@ def test_one_frozen_disk_does_not_take_every_place() -> None:
     assert resumed == list(range(MAX_PARKED_WRITES))
     disk.set_gate(Gate.CLOSED)
     assert disk.park(lambda: None)
+
+
+def test_an_answered_write_gives_its_place_back() -> None:
+    """What was unparked is never called, the others still are, in order; unparking twice or too late does nothing."""
+    _, disk = make(Gate.CLOSED)
+    resumed: list[int] = []
+    resumes = [partial(resumed.append, number) for number in range(MAX_PARKED_WRITES)]
+    for resume in resumes:
+        assert disk.park(resume)
+    disk.unpark(resumes[1])
+    disk.unpark(resumes[1])
+    assert disk.parked_writes == MAX_PARKED_WRITES - 1
+    last = partial(resumed.append, -1)
+    assert disk.park(last)
+    disk.set_gate(Gate.OPEN)
+    assert resumed == [0, *range(2, MAX_PARKED_WRITES), -1]
+    disk.unpark(last)
+    assert disk.parked_writes == 0
 
 
 def test_the_gate_is_drained_when_the_last_admitted_write_has_ended() -> None:

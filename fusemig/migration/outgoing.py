@@ -1,0 +1,398 @@
+"""OutgoingMigration: what sending disks away is, whatever the wire.
+
+    run ── connect, tracking on, find allocated chunks                       SETUP
+         ├ passes, until what is left is expected to fit the downtime limit  BULK, DIRTY
+         ├ (wait for `proceed`, with passes going on)                        PRE_SWITCHOVER
+         ├ gate closed, drained, synced; last pass                           FROZEN
+         └ hand-off, as far as the wire knows one                            COMMITTED, COMPLETED
+
+Every way out before COMMITTED opens the gates again, however it is taken: an error, `cancel`, the daemon's end. From
+COMMITTED on nothing opens a gate.
+
+Tasks share this object's fields; each is written by one task only, between two awaits (see docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
+
+import structlog
+import trio
+
+from fusemig.convergence import Convergence, Decision, Rate, RateLimit, Throughput
+from fusemig.disk.tracked import Gate
+from fusemig.errors import CancelledByUserError, FusemigError, InDoubtError, MigrationError, StateError
+from fusemig.migration.reader import OutgoingDisk
+from fusemig.migration.stats import DiskStatistics, MigrationStatistics
+from fusemig.phase import MigrationPhase, PhaseMachine
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from fusemig.migration.commit import SourceDisk
+    from fusemig.migration.link import Offload
+    from fusemig.migration.stats import MigrationParameters, WindowStatistics
+    from fusemig.transport import ByteStream
+
+log = structlog.get_logger(__name__)
+
+TICK_S: Final = 0.1
+
+
+class Handoff(Protocol):
+    """What the run must know of the hand-off of its disks."""
+
+    @property
+    def may_thaw(self) -> bool:
+        """Whether the source may let guests write again."""
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether nothing stands between here and the commit."""
+
+
+class OutgoingMigration(ABC):
+    """One outgoing migration, from `run` to its end; made anew for the next."""
+
+    wire: ClassVar[str]
+    """The name of the stream format."""
+
+    def __init__(
+        self,
+        disks: Sequence[SourceDisk],
+        connect: Callable[[], Awaitable[ByteStream]],
+        parameters: MigrationParameters,
+        offload: Offload,
+        on_phase: Callable[[MigrationPhase], None] = lambda _phase: None,
+        on_pass: Callable[[int], None] = lambda _number: None,
+    ) -> None:
+        """Prepare to move ``disks`` as one group.
+
+        Args:
+            disks: in the order of the bulk phase.
+            connect: makes the connection to the destination.
+            parameters: may be changed by the caller while `run` runs.
+            offload: runs calls that may sleep.
+            on_phase: called at once at each change of phase.
+            on_pass: called at the start of each pass with its number, from 1.
+        """
+        self.session = uuid.uuid4().hex
+        self.error: FusemigError | None = None
+        self._handoff: Handoff
+        self._lent = disks
+        self._connect = connect
+        self._parameters = parameters
+        self._offload = offload
+        self._on_phase = on_phase
+        self._on_pass = on_pass
+        self._machine = PhaseMachine()
+        self._disks: list[OutgoingDisk] = []
+        self._limit = RateLimit(0)
+        self._convergence = Convergence()
+        self._peer = ""
+        self._log = log.bind(migration=self.session[:8])
+        # The whole run, and why a background task ended it:
+        self._scope = trio.CancelScope()
+        self._is_cancel_requested = False
+        self._failure: FusemigError | None = None
+        self._proceed = trio.Event()
+        self._over = trio.Event()
+        # Clocks and rates:
+        self._pass_number = 0
+        self._bandwidth = Throughput()
+        self._busy_since = 0.0
+        self._send_rate = Rate()
+        self._dirty_rate = Rate()
+        self._dirtied_bytes = 0
+        self._started_at = self._ended_at = 0.0
+        self._set_up_at: float | None = None
+        self._frozen_at: float | None = None
+        self._freeze_ends_at = 0.0
+        self._taken_at: float | None = None
+
+    # What a wire does in its own way
+
+    @abstractmethod
+    async def _migrate(self) -> None:
+        """Connect, start tracking (`_start_tracking`), send everything (`_send_all`) and hand off."""
+
+    @abstractmethod
+    async def _run_pass(self, *, is_limited: bool) -> None:
+        """Send everything that is dirty once."""
+
+    @abstractmethod
+    async def _sync_ahead(self) -> None:
+        """Make the stores durable while the guests still run, so that the syncs of the freeze are short."""
+
+    @property
+    @abstractmethod
+    def _wire_bytes(self) -> int:
+        """Bytes handed to the stream, headers included."""
+
+    @property
+    @abstractmethod
+    def _acknowledged_bytes(self) -> int:
+        """Disk bytes that need not be sent again."""
+
+    @abstractmethod
+    def _window(self) -> WindowStatistics:
+        """Return what is on its way."""
+
+    # What the daemon may do while it runs
+
+    @property
+    def phase(self) -> MigrationPhase:
+        """Where it is."""
+        return self._machine.phase
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended; it may be in doubt then."""
+        return self._machine.is_over
+
+    def cancel(self) -> None:
+        """Call the migration off; `run` then ends as CANCELLED.
+
+        Raises:
+            StateError: it is committed or over.
+        """
+        if self._machine.phase is MigrationPhase.CANCELLING:
+            return
+        if not self._machine.may_cancel or self._handoff.is_committing:
+            raise StateError(f"the migration cannot be cancelled any more: it is {self._machine.phase.value}")
+        self._is_cancel_requested = True
+        self._enter(MigrationPhase.CANCELLING)
+        self._scope.cancel()
+
+    def proceed(self) -> None:
+        """Let a migration that waits at pre-switchover go on.
+
+        Raises:
+            StateError: it does not wait there.
+        """
+        if self._machine.phase is not MigrationPhase.PRE_SWITCHOVER:
+            raise StateError(f"Migration not in expected state: {self._machine.phase.value}")
+        self._proceed.set()
+
+    async def wind_down(self) -> None:
+        """Call the migration off if that is still possible, and wait for its end; for the daemon's own end."""
+        with suppress(StateError):  # committed or over: it ends by itself, within its deadlines
+            self.cancel()
+        await self._over.wait()
+
+    def forget(self) -> None:
+        """Stop tracking for a resumption that will not come; after `run` has ended."""
+        for disk in self._disks:
+            disk.tracking.stop()
+
+    # The run
+
+    async def run(self) -> None:
+        """Migrate; returns when it is over, with the outcome in `phase` and `error`.
+
+        Cancellation: before the commit the gates are open again when this returns; from the commit on it is shielded
+        until TAKEN came or its deadline passed.
+        """
+        self._started_at = trio.current_time()
+        self._enter(MigrationPhase.SETUP)
+        try:
+            with self._scope:
+                await self._migrate()
+            self._raise_outcome()
+        except InDoubtError as exc:
+            self._end(MigrationPhase.IN_DOUBT, exc)
+        except CancelledByUserError as exc:
+            self._end(MigrationPhase.CANCELLED, exc)
+        except FusemigError as exc:
+            self._end(MigrationPhase.FAILED, exc)
+        else:
+            self._end(MigrationPhase.COMPLETED, None)
+        finally:
+            self._ended_at = trio.current_time()
+            self._thaw()
+            self._over.set()
+
+    def _raise_outcome(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._scope.cancelled_caught:
+            raise self._cancelled_error()
+
+    def _cancelled_error(self) -> CancelledByUserError:
+        return CancelledByUserError("the migration was cancelled; the disks stay here")
+
+    def _end(self, phase: MigrationPhase, error: FusemigError | None) -> None:
+        self._thaw()
+        if self._machine.phase is MigrationPhase.CANCELLING and phase is MigrationPhase.FAILED:
+            # Whatever else went wrong on the way out, the user asked for this end and is told so.
+            phase, error = MigrationPhase.CANCELLED, self._cancelled_error()
+        if phase in (MigrationPhase.COMPLETED, MigrationPhase.CANCELLED):
+            self.forget()
+        self.error = error
+        self._ended_at = trio.current_time()
+        if error is not None:
+            self._log.warning("migration over", phase=phase.value, reason=str(error))
+        self._enter(phase)
+
+    def _thaw(self) -> None:
+        """Give the guests their disks back, unless they are not ours to give; idempotent."""
+        if not self._handoff.may_thaw:
+            for lent in self._lent:
+                lent.disk.set_gate(Gate.READ_ONLY)
+            return
+        for lent in self._lent:
+            if lent.disk.gate is Gate.CLOSED:
+                lent.disk.set_gate(Gate.OPEN)
+        for disk in self._disks:
+            disk.tracking.restore_all()
+
+    def _enter(self, phase: MigrationPhase) -> None:
+        self._machine.enter(phase)
+        self._log.info("migration phase", phase=phase.value, pass_number=self._pass_number)
+        self._on_phase(phase)
+
+    async def _start_tracking(self) -> None:
+        for index, lent in enumerate(self._lent):
+            self._disks.append(OutgoingDisk(index, lent.disk, lent.disk.start_tracking()))
+        for disk in self._disks:
+            await self._offload(disk.find_allocated)
+        self._set_up_at = trio.current_time()
+
+    async def _send_all(self) -> None:
+        """Make the destination hold every byte: passes, and the last one behind the closed gate."""
+        await self._converge()
+        await self._freeze()
+
+    async def _guard(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Run a task of a nursery; its failure ends the migration with this error rather than with a group of them."""
+        try:
+            await task(*args)
+        except FusemigError as exc:
+            if self._failure is None:
+                self._failure = exc
+            self._scope.cancel()
+
+    async def _converge(self) -> None:
+        """Make passes until a switchover is worth it and allowed."""
+        self._enter(MigrationPhase.BULK)
+        is_synced = False
+        while True:
+            await self._run_pass(is_limited=True)
+            if self._machine.phase is MigrationPhase.BULK:
+                self._enter(MigrationPhase.DIRTY)
+            forecast = self._convergence.forecast(self._pending_bytes(), self._bandwidth.per_second)
+            decision = self._convergence.after_pass(forecast, self._parameters.downtime_limit_s)
+            if decision is Decision.CONTINUE:
+                continue
+            if not is_synced:
+                # Make both stores durable while the guest still runs, so that the syncs of the freeze are short.
+                is_synced = True
+                await self._sync_ahead()
+                continue
+            if self._parameters.pause_before_switchover and not self._proceed.is_set():
+                if self._machine.phase is not MigrationPhase.PRE_SWITCHOVER:
+                    self._enter(MigrationPhase.PRE_SWITCHOVER)
+                with trio.move_on_after(TICK_S):
+                    await self._proceed.wait()
+                continue
+            return
+
+    def _begin_pass(self) -> None:
+        self._pass_number += 1
+        self._on_pass(self._pass_number)
+
+    def _pending_bytes(self) -> int:
+        return sum(disk.tracking.pending_bytes for disk in self._disks)
+
+    def _count_dirtied(self, now: float) -> None:
+        """Derive what guests dirtied from what is left: all that was ever to be sent, less what there was to begin."""
+        allocated = sum(disk.allocated_bytes for disk in self._disks)
+        dirtied = max(self._dirtied_bytes, self._pending_bytes() + self._acknowledged_bytes - allocated)
+        self._dirty_rate.add(dirtied - self._dirtied_bytes, now)
+        self._dirtied_bytes = dirtied
+
+    # Switchover
+
+    async def _freeze(self) -> None:
+        """Close the gates, drain, sync and send the rest."""
+        for lent in self._lent:
+            await lent.push_out_pages()
+        self._enter(MigrationPhase.FROZEN)
+        self._frozen_at = trio.current_time()
+        self._freeze_ends_at = deadline = self._frozen_at + self._parameters.freeze_deadline_s
+        for disk in self._disks:
+            disk.disk.set_gate(Gate.CLOSED)
+        with trio.move_on_at(deadline) as scope:
+            for disk in self._disks:
+                left = max(0.0, deadline - trio.current_time())
+                if not await self._offload(disk.disk.wait_drained, left):
+                    raise MigrationError(
+                        f"a write to disk '{disk.disk.name}' did not finish before the freeze deadline"
+                    )
+            async with trio.open_nursery() as nursery:
+                for disk in self._disks:
+                    nursery.start_soon(self._guard, self._flush, disk)
+                nursery.start_soon(self._guard, self._last_pass)
+            if not all(disk.tracking.is_clean for disk in self._disks):
+                raise MigrationError("blocks were dirtied behind the closed gate: this is a bug, please report it")
+            self._count_dirtied(trio.current_time())
+        if scope.cancelled_caught:
+            raise self._freeze_deadline_error()
+
+    async def _last_pass(self) -> None:
+        await self._run_pass(is_limited=False)
+
+    async def _flush(self, disk: OutgoingDisk) -> None:
+        await self._offload(disk.disk.flush)
+
+    def _freeze_deadline_error(self) -> MigrationError:
+        return MigrationError(
+            f"the switchover took longer than the freeze deadline of {self._parameters.freeze_deadline_s:g} s; "
+            "the guests run on here: migrate again, with a lower --downtime-limit or at a quieter time"
+        )
+
+    # Statistics
+
+    def statistics(self) -> MigrationStatistics:
+        """Return what is known at this moment."""
+        now = trio.current_time()
+        end = self._ended_at or now
+        pending = self._pending_bytes()
+        return MigrationStatistics(
+            phase=self._machine.phase,
+            session=self.session,
+            peer=self._peer,
+            pass_number=self._pass_number,
+            disks=tuple(
+                DiskStatistics(
+                    name=disk.disk.name,
+                    size=disk.disk.size,
+                    allocated_bytes=disk.allocated_bytes,
+                    dirty_bytes=disk.tracking.dirty_bytes,
+                    dirty_chunks=disk.tracking.dirty_chunks,
+                    in_flight_chunks=disk.tracking.in_flight_chunks,
+                    sent_bytes=disk.sent_bytes,
+                    parked_writes=disk.disk.parked_writes,
+                    digest=disk.digest.value,
+                )
+                for disk in self._disks
+            ),
+            window=self._window(),
+            pending_bytes=pending,
+            wire_bytes=self._wire_bytes,
+            dirtied_bytes=self._dirtied_bytes,
+            bandwidth=self._bandwidth.per_second,
+            send_rate=self._send_rate.per_second(now),
+            dirty_rate=self._dirty_rate.per_second(now),
+            expected_downtime_s=self._convergence.forecast(pending, self._bandwidth.per_second).expected_downtime_s,
+            setup_s=(self._set_up_at or end) - self._started_at,
+            total_s=end - self._started_at,
+            frozen_s=0.0 if self._frozen_at is None else (self._taken_at or end) - self._frozen_at,
+            downtime_s=self._taken_at - self._frozen_at if self._taken_at and self._frozen_at else None,
+            passes_without_progress=self._convergence.n_passes_without_progress,
+            error=None if self.error is None else str(self.error),
+            error_kind=None if self.error is None else self.error.kind,
+        )

@@ -1,0 +1,214 @@
+"""QemuSource: moves disks to a QEMU that waits with `-incoming`, or to a fusemig, over QEMU's stream.
+
+    passes       QemuSender in slices on a worker thread ─> stream
+    hand-off     `handed-off` durable, then the end of the stream: who has that may run its guests
+
+Nothing comes back on this wire. That the bytes were taken by a socket is all that is known of them, so from the
+hand-off on the disks are read-only here, their epoch files say `handed-off`, and nothing but a person changes that. A
+failure before the hand-off thaws, as on every wire: a stream without its end is of no use to anybody.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import trio
+
+from fusemig.epoch import Ownership
+from fusemig.errors import ConnectionLostError, FusemigError, InDoubtError, RemoteProtocolError
+from fusemig.migration.commit import HandoffRecords
+from fusemig.migration.link import IDLE_DEADLINE_S, SLICE_BYTES, Need, drop_sent
+from fusemig.migration.outgoing import TICK_S, OutgoingMigration
+from fusemig.migration.qemu_sender import QemuSender
+from fusemig.migration.stats import WindowStatistics
+from fusemig.phase import MigrationPhase
+from fusemig.units import CHUNK_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from fusemig.migration.commit import SourceDisk
+    from fusemig.migration.link import Offload
+    from fusemig.migration.stats import MigrationParameters
+    from fusemig.transport import ByteStream
+
+DEFAULT_MACHINE = "fusemig"
+"""Sent as the machine type where none was given; a QEMU insists on its own, a fusemig does not look."""
+
+
+class UnprovenHandoff:
+    """Gives disks away to a destination that proves nothing."""
+
+    def __init__(self, records: HandoffRecords) -> None:
+        """Prepare to give away the disks of ``records``."""
+        self._records = records
+        self.may_thaw = True
+        self.is_committing = False
+
+    async def own_records(self) -> None:
+        """See that the disks are ours to give; raises as `HandoffRecords.own`."""
+        await self._records.own()
+
+    async def give_away(self, peer: str) -> None:
+        """Make `handed-off` durable; from here on nothing thaws by itself.
+
+        Raises:
+            StateError: that is not possible; nothing was given away.
+        """
+        self.is_committing = True
+        try:
+            await self._records.write(Ownership.HANDED_OFF, peer, may_undo=True)
+        finally:
+            self.is_committing = False
+        self.may_thaw = False
+
+
+class QemuSource(OutgoingMigration):
+    """One outgoing migration over QEMU's wire."""
+
+    wire: ClassVar[str] = "qemu"
+
+    def __init__(
+        self,
+        disks: Sequence[SourceDisk],
+        connect: Callable[[], Awaitable[ByteStream]],
+        parameters: MigrationParameters,
+        offload: Offload,
+        on_phase: Callable[[MigrationPhase], None] = lambda _phase: None,
+        on_pass: Callable[[int], None] = lambda _number: None,
+        count_requests: Callable[[], int] = lambda: 0,
+        machine: str = DEFAULT_MACHINE,
+    ) -> None:
+        """Prepare as `SourceMigration` does; ``machine`` is the machine type of the QEMU at the other end."""
+        super().__init__(disks, connect, parameters, offload, on_phase, on_pass)
+        self._handoff: UnprovenHandoff = UnprovenHandoff(HandoffRecords(disks, self.session, offload))
+        self._count_requests = count_requests
+        self._machine_type = machine
+        self._sender: QemuSender | None = None
+
+    async def _migrate(self) -> None:
+        await self._handoff.own_records()
+        stream = self._stream = await self._connect()
+        self._peer = stream.peer
+        try:
+            await self._start_tracking()
+            for disk in self._disks:
+                disk.allocated_bytes = disk.tracking.dirty_chunks * CHUNK_SIZE
+            self._sender = QemuSender(self._disks, self._machine_type, self._count_requests)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._guard, self._watch)
+                nursery.start_soon(self._tick)
+                await self._guard(self._send_all)
+                nursery.cancel_scope.cancel()
+            await self._hand_off(self._sender)
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await stream.aclose()
+
+    async def _watch(self) -> None:
+        """Notice a destination that goes: it has nothing to say on this wire."""
+        buffer = memoryview(bytearray(1))
+        while True:
+            try:
+                n = self._stream.receive_nowait(buffer)
+            except trio.WouldBlock:
+                await self._stream.wait_readable()
+                continue
+            if n:
+                raise RemoteProtocolError(f"{self._peer} sent something, which nobody does on QEMU's wire")
+            raise ConnectionLostError(
+                f"{self._peer} closed the connection and this wire does not say why: look at its log; a QEMU wants its "
+                "own machine type (--machine), disks of the same names and sizes, and nothing else in the stream"
+            )
+
+    async def _tick(self) -> None:
+        while True:
+            self._count_dirtied(trio.current_time())
+            await trio.sleep(TICK_S)
+
+    # Passes
+
+    async def _run_pass(self, *, is_limited: bool) -> None:
+        """Send everything that is dirty once."""
+        self._begin_pass()
+        sender, need = self._sender, Need.SLICE
+        assert sender is not None
+        sender.begin_pass(is_bulk=self._machine.phase is MigrationPhase.BULK)
+        run_slice = partial(sender.run_slice, self._stream)
+        while need is not Need.NOTHING:
+            self._limit.bytes_per_s = self._parameters.max_bandwidth if is_limited else 0
+            began_at, wire_bytes, sent_bytes = trio.current_time(), sender.wire_bytes, sender.sent_bytes
+            need = await self._offload(run_slice, self._limit.step_bytes(SLICE_BYTES))
+            while need is Need.STREAM:
+                await self._wait_writable()
+                need = await self._offload(run_slice, 0)
+            now = trio.current_time()
+            if sender.sent_bytes > sent_bytes:
+                self._send_rate.add(sender.sent_bytes - sent_bytes, now)
+                self._bandwidth.add(sender.sent_bytes - sent_bytes, now - began_at)
+            await trio.sleep(self._limit.delay_s(sender.wire_bytes - wire_bytes, now))
+
+    async def _wait_writable(self) -> None:
+        with trio.move_on_after(IDLE_DEADLINE_S):
+            await self._stream.wait_writable()
+            return
+        raise ConnectionLostError(f"{self._peer} took nothing for {IDLE_DEADLINE_S:g} s")
+
+    async def _sync_ahead(self) -> None:
+        for disk in self._disks:
+            await self._offload(disk.disk.flush)
+
+    def _pending_bytes(self) -> int:
+        """Count whole chunks, which is what is sent."""
+        return sum(disk.tracking.dirty_chunks + disk.tracking.in_flight_chunks for disk in self._disks) * CHUNK_SIZE
+
+    # Switchover
+
+    async def _hand_off(self, sender: QemuSender) -> None:
+        if self._is_cancel_requested:
+            raise self._cancelled_error()
+        with trio.CancelScope(shield=True):
+            await self._handoff.give_away(self._peer)
+            self._enter(MigrationPhase.COMMITTED)
+            try:
+                with trio.fail_after(self._parameters.taken_deadline_s):
+                    await self._send_ending(sender)
+            except (FusemigError, trio.TooSlowError) as exc:
+                raise InDoubtError(
+                    f"the end of the stream could not be sent to {self._peer} ({str(exc) or 'deadline passed'}); the"
+                    " disks are read-only here until it is known whether a guest runs there: see docs/wire-qemu.md"
+                ) from exc
+            self._taken_at = trio.current_time()
+            self._thaw()  # answers the parked writes: EROFS
+        self._log.warning("handed off without proof: QEMU's wire has no acknowledgement", destination=self._peer)
+
+    async def _send_ending(self, sender: QemuSender) -> None:
+        rest = [memoryview(buffer) for buffer in sender.ending()]
+        while rest:
+            try:
+                drop_sent(rest, self._stream.send_nowait(rest))
+            except trio.WouldBlock:
+                await self._stream.wait_writable()
+
+    # Account
+
+    @property
+    def _wire_bytes(self) -> int:
+        return 0 if self._sender is None else self._sender.wire_bytes
+
+    @property
+    def _acknowledged_bytes(self) -> int:
+        return 0 if self._sender is None else self._sender.sent_bytes
+
+    def _window(self) -> WindowStatistics:
+        """Return it in chunks; none is ever acknowledged, so none is in flight once it is sent."""
+        sender = self._sender
+        if sender is None:
+            return WindowStatistics(0, 0, 0, 0)
+        return WindowStatistics(
+            submitted=int(sender.is_reading),
+            read_done=int(sender.is_sending),
+            in_flight=0,
+            transferred=sender.n_chunks,
+        )

@@ -1,0 +1,305 @@
+"""A destination that a QEMU migrates to, over memory streams: what QEMU once wrote, and what no QEMU should."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+from xxhash import xxh3_64_hexdigest
+
+from fusemig.disk.tracked import Gate
+from fusemig.epoch import EpochFile, Ownership
+from fusemig.errors import ConnectionLostError, FusemigError, PeerRefusedError, RemoteProtocolError
+from fusemig.migration.arrival import IncomingWire, greet
+from fusemig.phase import MigrationPhase as Phase
+from fusemig.units import CHUNK_SIZE
+from fusemig.wire import native, qemu_block, savevm
+from support.pair import Pair, Side, inline
+from support.streams import memory_connection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fusemig.migration.incoming import IncomingMigration
+    from support.streams import MemoryStream
+
+VECTORS = Path(__file__).parent.parent / "vectors/qemu"
+COMPLETED = [Phase.SETUP, Phase.BULK, Phase.FROZEN, Phase.COMPLETED]
+PIECE = 100_003
+
+
+def load(name: str) -> tuple[dict[str, Any], bytes]:
+    """Return a vector's description and stream."""
+    description: dict[str, Any] = json.loads((VECTORS / f"{name}.json").read_text())
+    return description, lzma.decompress((VECTORS / f"{name}.xz").read_bytes())
+
+
+class Arrival:
+    """A destination, and a source that is nothing but bytes."""
+
+    def __init__(self, directory: Path, sizes: dict[str, int], accepted: IncomingWire = IncomingWire.AUTO) -> None:
+        self.side = Side(directory, sizes, Gate.READ_ONLY)
+        for image in self.side.images.values():
+            image.content[:] = b"\xee" * image.size
+        self.accepted = accepted
+        self.phases: list[Phase] = []
+        self.migration: IncomingMigration | None = None
+        self.error: FusemigError | None = None
+        self.answer = b""
+        """What the destination sent back."""
+        self.states_at_answer: list[Ownership] = []
+
+    async def receive(self, stream: bytes, *, until_shut: bool = False, close: bool = True) -> FusemigError | None:
+        """Have ``stream`` received; the source closes after it, or when it has been told how it ended."""
+        source, destination = memory_connection()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._receive, destination)
+            await self._send(source, stream)
+            if until_shut:
+                await self._read_answer(source, lambda: self.answer.endswith(savevm.encode_shut()))
+            if close:
+                source._outgoing.is_closed = True
+                source._outgoing.note()
+            await self._read_answer(source, lambda: False)
+        return self.error
+
+    async def _send(self, source: MemoryStream, stream: bytes) -> None:
+        view = memoryview(stream)
+        try:
+            while view:
+                await source.wait_writable()
+                view = view[source.send_nowait([view[:PIECE]]) :]
+        except ConnectionLostError:
+            pass
+
+    async def _read_answer(self, source: MemoryStream, is_enough: Callable[[], bool]) -> None:
+        buffer = memoryview(bytearray(4096))
+        while not is_enough():
+            await source.wait_readable()
+            n = source.receive_nowait(buffer)
+            if not n:
+                return
+            self.answer += bytes(buffer[:n])
+            self.states_at_answer = self.states()
+
+    async def _receive(self, stream: MemoryStream) -> None:
+        try:
+            self.migration = await greet(stream, self.accepted, self.side, inline, self.phases.append)
+            await self.migration.run()
+            self.error = self.migration.error
+        except FusemigError as exc:
+            self.error = exc
+        finally:
+            await stream.aclose()
+
+    def gates(self) -> set[Gate]:
+        """Return the gates of all disks."""
+        return {disk.gate for disk in self.side.disks.values()}
+
+    def states(self) -> list[Ownership]:
+        """Return what the epoch files say, read anew."""
+        records = [EpochFile(file.path).record for file in self.side.epochs.values()]
+        return [record.state for record in records if record is not None]
+
+    def assert_not_taken(self, *states: Ownership) -> None:
+        """See that no disk became ours."""
+        assert Phase.COMPLETED not in self.phases
+        assert self.gates() == {Gate.READ_ONLY}
+        assert self.states() == list(states)
+
+
+def arrival_for(directory: Path, description: dict[str, Any], **options: Any) -> Arrival:
+    """Return a destination that waits for the disks of a vector."""
+    return Arrival(directory, {disk["name"]: disk["size"] for disk in description["disks"]}, **options)
+
+
+@pytest.mark.parametrize("accepted", [IncomingWire.AUTO, IncomingWire.QEMU])
+@pytest.mark.parametrize("name", ["plain", "two-disks", "written", "zero-blocks"])
+async def test_golden(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, name: str, accepted: IncomingWire
+) -> None:
+    """What a real QEMU sent becomes its disks, owned durably."""
+    description, stream = load(name)
+    arrival = arrival_for(tmp_path, description, accepted=accepted)
+    assert await arrival.receive(stream) is None
+    for disk in description["disks"]:
+        assert xxh3_64_hexdigest(bytes(arrival.side.images[disk["name"]].content)) == disk["xxh3_64"]
+        assert arrival.side.images[disk["name"]].n_flushes >= 1
+    assert arrival.phases == COMPLETED
+    assert arrival.gates() == {Gate.OPEN}
+    assert arrival.states() == [Ownership.OWNER] * len(description["disks"])
+    assert arrival.answer == b""
+    assert arrival.migration is not None
+    assert arrival.migration.wire == "qemu"
+    statistics = arrival.migration.statistics()
+    assert statistics.pending_bytes == 0
+    assert statistics.total_bytes == sum(disk["size"] for disk in description["disks"])
+    assert {file.record.epoch for file in arrival.side.epochs.values() if file.record} == {1}
+
+
+async def test_a_source_with_a_return_path_is_told_before_the_disks_are_ours(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """It hears that all arrived, and closes; only then may guests write here."""
+    description, stream = load("return-path")
+    arrival = arrival_for(tmp_path, description)
+    assert await arrival.receive(stream, until_shut=True) is None
+    assert arrival.answer.endswith(savevm.encode_shut())
+    assert arrival.states_at_answer == [Ownership.INCOMING]
+    assert arrival.states() == [Ownership.OWNER]
+    assert arrival.gates() == {Gate.OPEN}
+
+
+async def test_a_source_with_a_return_path_that_does_not_wait_keeps_its_disks(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A source that closes before it heard has given up, and its guest runs on there."""
+    description, stream = load("return-path")
+    arrival = arrival_for(tmp_path, description)
+    error = await arrival.receive(stream)
+    assert isinstance(error, ConnectionLostError)
+    assert "before it heard" in str(error)
+    arrival.assert_not_taken(Ownership.INCOMING)
+
+
+async def test_a_source_that_was_told_and_does_not_end_keeps_its_disks(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """It may not have heard us."""
+    description, stream = load("return-path")
+    arrival = arrival_for(tmp_path, description)
+    error = await arrival.receive(stream, close=False)
+    assert isinstance(error, ConnectionLostError)
+    assert "did not end" in str(error)
+    arrival.assert_not_taken(Ownership.INCOMING)
+
+
+async def test_early_finish_is_refused(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """QEMU reported success with half of the disk unsent: the ranges and the bug are named, and nothing is taken."""
+    description, stream = load("early-finish")
+    arrival = arrival_for(tmp_path, description)
+    error = str(await arrival.receive(stream))
+    assert description["problem"] in error
+    assert "'disk0' 33554432-67108863" in error
+    assert "b5280437a7f4" in error
+    assert arrival.phases == [Phase.SETUP, Phase.BULK, Phase.FROZEN, Phase.FAILED]
+    arrival.assert_not_taken(Ownership.INCOMING)
+    # The disk waits on, and the next migration succeeds.
+    record = arrival.side.epochs["disk0"].record
+    assert record is not None
+    assert record.session
+
+
+async def test_a_disk_of_which_nothing_comes(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Whether QEMU has it not or skipped it cannot be told: refused, and the text says what to do about either."""
+    description, stream = load("plain")
+    arrival = Arrival(tmp_path, {"disk0": description["disks"][0]["size"], "other": CHUNK_SIZE})
+    error = str(await arrival.receive(stream))
+    assert "of 'other' nothing came at all: serve only the disks that the QEMU has" in error
+    arrival.assert_not_taken(Ownership.INCOMING, Ownership.INCOMING)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.999, -1])
+async def test_a_cut_stream(tmp_path: Path, autojump_clock: trio.testing.MockClock, share: float) -> None:
+    """Wherever it ends, up to the byte before the last, the disks do not become ours; whole, they then do."""
+    description, stream = load("plain")
+    arrival = arrival_for(tmp_path, description)
+    cut = stream[:-1] if share < 0 else stream[: int(len(stream) * share)]
+    error = await arrival.receive(cut)
+    assert isinstance(error, RemoteProtocolError)
+    assert "ends early" in str(error)
+    arrival.assert_not_taken(Ownership.INCOMING)
+    assert arrival.phases[-1] is Phase.FAILED
+    arrival.phases.clear()
+    assert await arrival.receive(stream) is None
+    assert arrival.phases == COMPLETED
+
+
+async def test_an_unknown_disk(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """The error names it and those that are awaited."""
+    arrival = Arrival(tmp_path, {"vda": 4 * CHUNK_SIZE})
+    error = await arrival.receive(load("plain")[1])
+    assert isinstance(error, RemoteProtocolError)
+    assert str(error) == "unknown block device 'disk0'; expected: 'vda'"
+    arrival.assert_not_taken(Ownership.INCOMING)
+
+
+async def test_a_disk_that_is_too_small(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Data beyond the end of an image is an error, not a larger image."""
+    arrival = Arrival(tmp_path, {"disk0": 3 * CHUNK_SIZE})
+    assert "beyond the end of block device 'disk0'" in str(await arrival.receive(load("plain")[1]))
+    arrival.assert_not_taken(Ownership.INCOMING)
+
+
+async def test_a_stream_without_disks_claims_none(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """A plain `migrate` is refused with the option to add, and no image is marked."""
+    arrival = Arrival(tmp_path, {"disk0": CHUNK_SIZE})
+    assert "migrate -b" in str(await arrival.receive(savevm.encode_header("pc") + savevm.encode_eof()))
+    assert arrival.phases == []
+    arrival.assert_not_taken()
+
+
+async def test_data_in_the_first_part(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """A source that is not QEMU may put data into the very first section; zeros become holes."""
+    encoder = qemu_block.Encoder([qemu_block.Device("a", CHUNK_SIZE + 512)])
+    stream = savevm.encode_header("pc") + savevm.encode_start(1, qemu_block.SECTION, qemu_block.VERSION)
+    stream += b"".join(encoder.data(0, 0, b"x" * CHUNK_SIZE)) + qemu_block.END_OF_SECTION + savevm.encode_footer(1)
+    stream += savevm.encode_end(1) + b"".join(encoder.data(0, CHUNK_SIZE, bytes(512)))
+    stream += encoder.end() + savevm.encode_footer(1) + savevm.encode_eof()
+    arrival = Arrival(tmp_path, {"a": CHUNK_SIZE + 512})
+    assert await arrival.receive(stream) is None
+    assert arrival.side.images["a"].content == b"x" * CHUNK_SIZE + bytes(512)
+    assert arrival.gates() == {Gate.OPEN}
+
+
+async def test_a_pinned_native_destination_refuses_qemu(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Before anything is claimed, and with the option to change."""
+    description, stream = load("plain")
+    arrival = arrival_for(tmp_path, description, accepted=IncomingWire.NATIVE)
+    error = await arrival.receive(stream)
+    assert isinstance(error, PeerRefusedError)
+    assert "--wire auto" in str(error)
+    arrival.assert_not_taken()
+
+
+async def test_a_pinned_qemu_destination_refuses_a_native_source(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The source is told why, in its own wire."""
+    pair = Pair(tmp_path, {"a": CHUNK_SIZE})
+    error: list[FusemigError | None] = []
+
+    async def receive() -> None:
+        migration = await greet(pair.streams[1], IncomingWire.QEMU, pair.destination, inline)
+        await migration.run()
+        error.append(migration.error)
+        await pair.streams[1].aclose()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await pair.outgoing.run()
+    assert isinstance(pair.outgoing.error, PeerRefusedError)
+    assert "only QEMU's migration stream is taken there" in str(pair.outgoing.error)
+    assert isinstance(error[0], PeerRefusedError)
+    assert pair.ownership()[1] == set()
+
+
+@pytest.mark.parametrize("head", [b"", b"Q", b"QEV", b"QEMU", b"FUS", native.PREFACE, b"GET / HTTP/1.1\r\n\r\n"])
+async def test_garbage(tmp_path: Path, autojump_clock: trio.testing.MockClock, head: bytes) -> None:
+    """What is neither wire's start ends in one error of ours, and nothing is claimed."""
+    arrival = Arrival(tmp_path, {"a": CHUNK_SIZE})
+    assert isinstance(await arrival.receive(head), RemoteProtocolError | ConnectionLostError)
+    assert arrival.phases == []
+    arrival.assert_not_taken()
+
+
+@pytest.mark.parametrize("head", [b"", b"QE", b"QEVM", b"FUSE"])
+async def test_silence(tmp_path: Path, autojump_clock: trio.testing.MockClock, head: bytes) -> None:
+    """A source that begins and says no more is given up."""
+    arrival = Arrival(tmp_path, {"a": CHUNK_SIZE})
+    assert isinstance(await arrival.receive(head, close=False), FusemigError)
+    assert arrival.phases == []
