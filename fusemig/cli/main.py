@@ -77,43 +77,15 @@ def cli() -> None:
     "them known and durable, also to a migration. Writes it still holds at the switchover fail with EROFS when synced.",
 )
 @click.option("--log-format", type=click.Choice(["console", "json"]), default="console")
-def serve(
-    mountpoint: Path,
-    disks: tuple[str, ...],
-    control: Path,
-    incoming: str | None,
-    wire: str,
-    read_only: tuple[str, ...],
-    state_dir: Path | None,
-    allow_other: bool,
-    lane: str,
-    lane_threads: int | None,
-    cache: str,
-    log_format: str,
-) -> None:
+def serve(log_format: str, **options: Any) -> None:
     """Serve disk images as files of MOUNTPOINT, in the foreground.
 
     Ready when MOUNTPOINT/NAME can be stat'ed. Unmounts on SIGTERM and SIGINT.
     """
     set_up_logs(log_format)
-    from fusemig.cli.serve import serve_command  # pyfuse3 is only needed here
+    from fusemig.cli.serve import ServeRequest, serve_command  # pyfuse3 is only needed here
 
-    sys.exit(
-        run(
-            serve_command,
-            mountpoint,
-            disks,
-            control,
-            incoming,
-            wire,
-            read_only,
-            state_dir,
-            allow_other,
-            lane,
-            lane_threads,
-            cache,
-        )
-    )
+    sys.exit(run(serve_command, ServeRequest(**options)))
 
 
 @cli.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -14,41 +15,46 @@ from fusemig.migration.arrival import IncomingWire
 from fusemig.served import DiskSpec
 
 
-async def serve_command(
-    mountpoint: Path,
-    disks: tuple[str, ...],
-    control: Path,
-    incoming: str | None,
-    wire: str,
-    read_only: tuple[str, ...],
-    state_dir: Path | None,
-    allow_other: bool,
-    lane: str,
-    lane_threads: int | None,
-    cache: str,
-) -> None:
+@dataclass(frozen=True)
+class ServeRequest:
+    """The options of ``fusemig serve``, in the words of the command line."""
+
+    mountpoint: Path
+    disks: tuple[str, ...]
+    control: Path
+    incoming: str | None
+    wire: str
+    read_only: tuple[str, ...]
+    state_dir: Path | None
+    allow_other: bool
+    lane: str
+    lane_threads: int | None
+    cache: str
+
+
+async def serve_command(request: ServeRequest) -> None:
     """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside.
 
     Raises:
         FusemigError: it could not be started.
     """
-    if wire != "auto" and incoming is None:
-        raise ConfigError(f"--wire {wire} says what --incoming takes: add --incoming URI, or leave it out")
-    specs = _parse_disks(disks, read_only)
-    if state_dir is not None:
-        await trio.Path(state_dir).mkdir(parents=True, exist_ok=True)
+    if request.wire != "auto" and request.incoming is None:
+        raise ConfigError(f"--wire {request.wire} says what --incoming takes: add --incoming URI, or leave it out")
+    specs = _parse_disks(request.disks, request.read_only)
+    if request.state_dir is not None:
+        await trio.Path(request.state_dir).mkdir(parents=True, exist_ok=True)
     gc.freeze()  # what is loaded by now stays: the collector need not look at it again while guests wait
     options = ServeOptions(
-        mountpoint,
+        request.mountpoint,
         specs,
-        control,
-        incoming,
-        IncomingWire(wire),
-        state_dir,
-        allow_other,
-        Lane(lane),
-        lane_threads,
-        write_back=cache == "writeback",
+        request.control,
+        request.incoming,
+        IncomingWire(request.wire),
+        request.state_dir,
+        request.allow_other,
+        Lane(request.lane),
+        request.lane_threads,
+        write_back=request.cache == "writeback",
     )
     await Daemon(options).run()
 

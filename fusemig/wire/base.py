@@ -1,4 +1,4 @@
-"""What the decoders of QEMU's stream share: a machine of steps, and what a section of a stream looks like from outside.
+"""What the decoders share: a machine of steps, and what a section of QEMU's stream looks like from outside.
 
 A step names the bytes it wants and the method that looks at them. The caller reads from its socket straight into
 `wanted`, so nothing is copied, and nothing is read that belongs to whatever comes next.
@@ -56,6 +56,7 @@ class StepDecoder(Generic[EventT]):
         self._filled = 0
         self._step: Callable[[], EventT | None]
         self._lent_step: Callable[[], EventT | None]
+        self._lent_length = 0
         self.needs_buffer = False
 
     @property
@@ -70,7 +71,7 @@ class StepDecoder(Generic[EventT]):
         if not self.needs_buffer or len(buffer) < CHUNK_SIZE:
             raise LocalProtocolError(f"a buffer of {len(buffer)} bytes was given; one chunk, and only when needed")
         self.needs_buffer = False
-        self._expect(memoryview(buffer)[:CHUNK_SIZE], self._lent_step)
+        self._expect(memoryview(buffer)[: self._lent_length], self._lent_step)
 
     def advance(self, n: int) -> EventT | None:
         """Take note that ``n`` bytes of `wanted` were filled; return the event they completed, if any.
@@ -108,8 +109,9 @@ class StepDecoder(Generic[EventT]):
         """Read the next ``length`` bytes (not 0) to the start of the scratch memory, then take ``step``."""
         self._expect(self._scratch[:length], step)
 
-    def _read_payload(self, step: Callable[[], EventT | None]) -> None:
-        """Read a whole chunk into a buffer of the caller's, then take ``step``."""
+    def _read_payload(self, step: Callable[[], EventT | None], length: int = CHUNK_SIZE) -> None:
+        """Read ``length`` bytes, at most a chunk, into a buffer of the caller's, then take ``step``."""
         self.needs_buffer = True
+        self._lent_length = length
         self._filled = 0
         self._lent_step = step

@@ -35,6 +35,7 @@ from xxhash import xxh3_64_intdigest
 
 from fusemig.errors import LocalProtocolError, RemoteProtocolError
 from fusemig.units import CHUNK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
+from fusemig.wire.base import StepDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -315,87 +316,40 @@ class _Head(NamedTuple):
     check: int
 
 
-class Decoder:
+class Decoder(StepDecoder[Event]):
     """Turns one direction of a connection into events.
 
-    The caller repeats: fill (part of) `wanted` with received bytes, say how many with `advance`, handle the event that
-    may return. When `needs_buffer` is set, it first gives a buffer of one chunk with `give_buffer`; the `DataFrame`
-    that comes out of it owns that buffer.
+    It is driven as every `StepDecoder`; a `DataFrame` owns the buffer that was lent for its payload.
     """
 
     def __init__(self, allowed: frozenset[FrameType], *, preface: bool) -> None:
         """Decode frames of the ``allowed`` types, after `PREFACE` if ``preface``."""
+        super().__init__(HEADER_SIZE)
         self._allowed = allowed
-        self._fixed = memoryview(bytearray(HEADER_SIZE))
         self._head: _Head | None = None
         self._head_bytes = b""
         self._extents: list[Span] = []
         self._next_sequence = 1
         self._is_preface = preface
-        self._step = self._on_preface if preface else self._on_header
-        self._buffer: memoryview = self._fixed[: len(PREFACE)] if preface else self._fixed
-        self._filled = 0
-        self.needs_buffer = False
-
-    @property
-    def wanted(self) -> memoryview:
-        """Where the next received bytes go; never empty."""
-        if self.needs_buffer:
-            raise LocalProtocolError("a payload comes next and no buffer was given")
-        return self._buffer[self._filled :]
+        if preface:
+            self._read(len(PREFACE), self._on_preface)
+        else:
+            self._read(HEADER_SIZE, self._on_header)
 
     @property
     def is_between_frames(self) -> bool:
         """Whether the stream may end here without cutting a frame."""
         return self._head is None and self._filled == 0 and not self._is_preface
 
-    def give_buffer(self, buffer: bytearray | memoryview) -> None:
-        """Lend one chunk of memory for the payload that comes next; its `DataFrame` passes it on."""
-        assert self._head is not None
-        self.needs_buffer = False
-        self._buffer = memoryview(buffer)[: self._head.length]
-
-    def advance(self, n: int) -> Event | None:
-        """Take note that ``n`` bytes of `wanted` were filled; return the event they completed, if any.
-
-        Raises:
-            RemoteProtocolError: no correct peer sends this; the connection is of no further use.
-        """
-        self._filled += n
-        if self._filled < len(self._buffer):
-            return None
-        return self._step()
-
-    def feed(self, data: bytes) -> list[Event]:
-        """Decode ``data`` by copying, with buffers of our own: for tests and for callers that do not mind."""
-        events = []
-        view = memoryview(data)
-        while view:
-            if self.needs_buffer:
-                self.give_buffer(bytearray(CHUNK_SIZE))
-            wanted = self.wanted
-            n = min(len(wanted), len(view))
-            wanted[:n] = view[:n]
-            view = view[n:]
-            event = self.advance(n)
-            if event is not None:
-                events.append(event)
-        return events
-
-    def _expect(self, buffer: memoryview) -> None:
-        self._buffer = buffer
-        self._filled = 0
-
     def _on_preface(self) -> None:
         if bytes(self._buffer) != PREFACE:
             raise RemoteProtocolError("this is not a fusemig stream: connect with `fusemig migrate`")
         self._is_preface = False
-        self._step = self._on_header
-        self._expect(self._fixed)
+        self._read(HEADER_SIZE, self._on_header)
 
     def _on_header(self) -> Event | None:
         magic, type_number, flags, disk, n_extents, sequence, offset, length, payload, zero = _HEADER.unpack_from(
-            self._fixed
+            self._scratch
         )
         if magic != MAGIC:
             raise RemoteProtocolError("the stream is out of step: no frame begins here")
@@ -407,14 +361,13 @@ class Decoder:
             raise RemoteProtocolError(f"unknown frame type {type_number}") from exc
         if frame_type not in self._allowed:
             raise RemoteProtocolError(f"frame type {frame_type.name} does not come from this side")
-        (check,) = _CHECK.unpack_from(self._fixed, _HEADER.size)
+        (check,) = _CHECK.unpack_from(self._scratch, _HEADER.size)
         self._head = _Head(frame_type, disk, n_extents, sequence, (offset, length), payload, check)
-        self._head_bytes = bytes(self._fixed[: _HEADER.size])
+        self._head_bytes = bytes(self._scratch[: _HEADER.size])
         self._check_lengths(self._head)
         self._extents = [(offset, length)] if n_extents else []
         if n_extents > 1:
-            self._step = self._on_table
-            self._expect(memoryview(bytearray((n_extents - 1) * _EXTENT_SIZE)))
+            self._expect(memoryview(bytearray((n_extents - 1) * _EXTENT_SIZE)), self._on_table)
             return None
         return self._after_table()
 
@@ -443,14 +396,12 @@ class Decoder:
         if self._extents:
             self._check_extents(head)
         if not head.length:
-            self._expect(self._fixed[:0])
+            self._buffer = self._scratch[:0]
             return self._on_payload()
-        self._step = self._on_payload
         if head.frame_type is FrameType.DATA:
-            self._filled = 0
-            self.needs_buffer = True
+            self._read_payload(self._on_payload, head.length)
         else:
-            self._expect(memoryview(bytearray(head.length)))
+            self._expect(memoryview(bytearray(head.length)), self._on_payload)
         return None
 
     def _check_extents(self, head: _Head) -> None:
@@ -469,8 +420,7 @@ class Decoder:
         head, payload = self._head, self._buffer
         assert head is not None
         self._head = None
-        self._step = self._on_header
-        self._expect(self._fixed)
+        self._read(HEADER_SIZE, self._on_header)
         if head.frame_type is FrameType.DATA:
             return DataFrame(head.disk, head.sequence, self._extents, payload, self._head_bytes, head.check)
         payload_hash = xxh3_64_intdigest(payload) if payload else _EMPTY_HASH
