@@ -18,6 +18,8 @@ from fusemig.migration.outgoing import OutgoingMigration
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import schema
+from fusemig.runtimes.account import guest_info
+from fusemig.runtimes.options import guest_options
 from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
@@ -111,7 +113,10 @@ class _Commands:
         is_qemu = arguments.x_fusemig_wire is schema.WireName.QEMU
         if machine is not None and not is_qemu:
             raise CommandError("'x-fusemig-machine' goes with 'x-fusemig-wire' qemu: leave it out, or add that")
-        self._daemon.migrate(arguments.uri, disks, is_qemu=is_qemu, machine=machine or DEFAULT_MACHINE)
+        guest = guest_options(arguments, are_commands_allowed=self._daemon.options.allow_guest_commands)
+        if guest is not None and is_qemu:
+            raise CommandError("a guest moves with its disks over the native wire only: leave 'x-fusemig-wire' out")
+        self._daemon.migrate(arguments.uri, disks, is_qemu=is_qemu, machine=machine or DEFAULT_MACHINE, guest=guest)
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
@@ -309,6 +314,7 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             wire_bytes=stats.wire_bytes,
             frozen_ms=stats.frozen_s * 1000,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
+            guest=guest_info(migration.guest.account(), migration.started_at),
         ),
     )
 

@@ -39,6 +39,8 @@ from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.writer import IncomingDisk
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import schema
+from fusemig.runtimes.move import GuestMove
+from fusemig.runtimes.options import make_runtime
 from fusemig.served import ServedDisk
 from fusemig.transport import connect, listening, parse_uri
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from fusemig.fuse.lanes import AnyMount
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
+    from fusemig.runtimes.options import GuestOptions
     from fusemig.served import DiskSpec
     from fusemig.transport import ByteStream, Listener
     from fusemig.wire.native import DiskOffer
@@ -75,6 +78,8 @@ class ServeOptions:
     lane_threads: int | None = None
     write_back: bool = False
     """The kernel's write-back cache (``--cache writeback``)."""
+    allow_guest_commands: bool = False
+    """Run the pause and resume commands that clients of the control socket name."""
 
 
 class Daemon:
@@ -202,10 +207,11 @@ class Daemon:
         *,
         is_qemu: bool = False,
         machine: str = DEFAULT_MACHINE,
+        guest: GuestOptions | None = None,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
-        ``is_qemu`` chooses QEMU's wire, to a QEMU of type ``machine``.
+        ``is_qemu`` chooses QEMU's wire, to a QEMU of type ``machine``. ``guest`` moves with the disks.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -237,6 +243,9 @@ class Daemon:
         self.shown = self.outgoing = new(
             lent, dial, self.parameters, trio.to_thread.run_sync, self._on_phase, self._on_pass, self._count_requests
         )
+        if guest is not None:
+            outgoing = self.outgoing
+            outgoing.guest = GuestMove(make_runtime(guest, outgoing.session), lambda: outgoing.may_thaw)
         for served in chosen:
             served.busy = f"it is being migrated to {uri}"
         self._nursery.start_soon(self._run_outgoing, self.outgoing, chosen)

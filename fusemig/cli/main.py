@@ -76,6 +76,9 @@ def cli() -> None:
     help="writeback: the kernel acknowledges buffered writes before fusemig has seen them; only fsync or O_SYNC makes "
     "them known and durable, also to a migration. Writes it still holds at the switchover fail with EROFS when synced.",
 )
+@click.option(
+    "--allow-guest-commands", is_flag=True, help="Run the --pause-command and --resume-command that `migrate` names."
+)
 @click.option("--log-format", type=click.Choice(["console", "json"]), default="console")
 def serve(log_format: str, **options: Any) -> None:
     """Serve disk images as files of MOUNTPOINT, in the foreground.
@@ -102,13 +105,19 @@ def serve(log_format: str, **options: Any) -> None:
 @click.option("--compress", metavar="zstd[:LEVEL]")
 @click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
 @click.option("--resume", is_flag=True, help="Go on with a migration that failed.")
+@click.option("--guest", metavar="qmp:PATH", help="Move the guest of this QEMU with its disks; its QMP socket.")
+@click.option("--guest-destination", metavar="qmp:PATH", help="QMP socket of the QEMU that waits with -incoming.")
+@click.option("--guest-uri", metavar="URI", help="Where that QEMU listens, if it does not say so itself.")
+@click.option("--pause-command", metavar="COMMAND", help="Brings a guest of another runtime to a standstill.")
+@click.option("--resume-command", metavar="COMMAND", help="Lets it run again, on the side that $FUSEMIG_SIDE names.")
+@click.option("--command-deadline", type=_Time(), metavar="TIME", help="For each of the two (default: 30s).")
 @click.option("--progress", type=click.Choice(["auto", "plain", "json", "none"]), default="auto")
 @click.option("--detach", is_flag=True, help="Start it and return.")
 def migrate(socket: Path, uri: str, **options: Any) -> None:
     """Move disks of the daemon at SOCKET to the destination at URI.
 
     Exits 0 only when the destination has proved that it holds every byte and has taken over (with --wire qemu: when
-    everything was sent). Ctrl-C cancels: the disks then stay here.
+    everything was sent). Ctrl-C cancels: the disks then stay here, and so does a guest that was to move with them.
     """
     from fusemig.cli.migrate import MigrateRequest, migrate_command
 

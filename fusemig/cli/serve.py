@@ -30,6 +30,7 @@ class ServeRequest:
     lane: str
     lane_threads: int | None
     cache: str
+    allow_guest_commands: bool
 
 
 async def serve_command(request: ServeRequest) -> None:
@@ -55,6 +56,7 @@ async def serve_command(request: ServeRequest) -> None:
         Lane(request.lane),
         request.lane_threads,
         write_back=request.cache == "writeback",
+        allow_guest_commands=request.allow_guest_commands,
     )
     await Daemon(options).run()
 

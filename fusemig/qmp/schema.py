@@ -189,6 +189,18 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     """The machine type of a destination that is a QEMU, which insists on its own; goes with ``qemu``."""
     x_fusemig_compress: str | UnsetType = UNSET
     """``zstd`` or ``zstd:LEVEL``; absent: as the parameters say."""
+    x_fusemig_guest: str | UnsetType = UNSET
+    """``qmp:PATH`` of the QEMU that runs the guest, which moves with its disks."""
+    x_fusemig_guest_destination: str | UnsetType = UNSET
+    """``qmp:PATH`` of the QEMU that waits for it."""
+    x_fusemig_guest_uri: str | UnsetType = UNSET
+    """Where the guest's memory goes to, in QEMU's words; absent: where the QEMU at the destination listens."""
+    x_fusemig_pause_command: str | UnsetType = UNSET
+    """Brings a guest that is no QEMU's to a standstill; run by a shell, where the daemon allows it."""
+    x_fusemig_resume_command: str | UnsetType = UNSET
+    """Lets it run again, on the side that FUSEMIG_SIDE names."""
+    x_fusemig_command_deadline: int | UnsetType = UNSET
+    """For each of the two, in ms."""
 
 
 class MigrateContinue(Arguments, frozen=True, kw_only=True):
@@ -359,6 +371,28 @@ class MigrationWindow(Result, frozen=True, kw_only=True):
     """Acknowledged, since the start."""
 
 
+class GuestStep(Result, frozen=True, kw_only=True):
+    """A state that a guest came to on its way (`fusemig.guest`)."""
+
+    state: str
+    at_ms: float
+    """Since the migration began."""
+
+
+class GuestInfo(Result, frozen=True, kw_only=True):
+    """A guest that moves with its disks."""
+
+    runtime: str
+    """``qemu`` or ``command``."""
+    state: str
+    """Where it is: the last of ``timeline``, or ``at-source``."""
+    timeline: list[GuestStep] = field(default_factory=list)
+    downtime_ms: float | UnsetType = UNSET
+    """How long it stood still, once it runs again, on either side."""
+    error: str | UnsetType = UNSET
+    """Why it does not run where it may, and what to do."""
+
+
 class FusemigMigration(Result, frozen=True, kw_only=True):
     """``x-fusemig`` of ``query-migrate``: what QEMU has no word for."""
 
@@ -385,6 +419,8 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     """How long the write gate has been closed, or was."""
     error_kind: str | UnsetType = UNSET
     """`FusemigError.kind` of what ended a failed migration."""
+    guest: GuestInfo | UnsetType = UNSET
+    """The guest that moves with the disks, if one does."""
 
 
 class MigrationInfo(Result, frozen=True, kw_only=True):

@@ -75,12 +75,17 @@ class Qemu:
         machine: str = MACHINE,
         incoming: str = "",
         bios: Path | None = None,
+        memory_mib: int = 1,
+        paused: bool = True,
+        more: Sequence[str] = (),
     ) -> None:
-        """Start it; its sockets and its log are made in ``directory``."""
+        """Start it with ``more`` arguments; its sockets and its log are made in ``directory``."""
         self._control = directory / "qmp.sock"
         self._log = directory / "qemu.log"
-        self.command = [PROGRAM, "-M", f"{machine},accel=tcg", "-m", "1", "-nodefaults", "-display", "none"]
-        self.command += ["-S"]
+        self.command = [PROGRAM, "-M", f"{machine},accel=tcg", "-m", str(memory_mib), "-nodefaults", "-display", "none"]
+        if paused:
+            self.command += ["-S"]
+        self.command += more
         for drive in drives:
             self.command += ["-drive", f"if=none,id={drive.name},file={drive.path},format={drive.format}"]
             self.command += ["-device", f"virtio-blk-pci,drive={drive.name}"]

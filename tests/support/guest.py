@@ -1,0 +1,131 @@
+"""A Linux guest that writes numbered records to its disk without pause, and what its host can tell of it.
+
+The guest's user space is ``tools/guest/init.c``; ``tools/make_guest`` puts it and a distribution's kernel into
+``.guest``. What it reports on its console goes to a file; the consoles of the source and of the destination, one after
+the other, are the console of one guest, torn at the byte at which it stood still.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from support.hosts import wait_until
+from support.qemu import Qemu
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PARTS = Path(__file__).parents[2] / ".guest"
+KERNEL, INITRD = PARTS / "vmlinuz", PARTS / "initrd"
+MEMORY_MIB = 128
+BOOT_DEADLINE_S = 60.0
+
+RECORD = 4096
+_WORDS = RECORD // 8
+_MAGIC = 0x64726F6365727066
+_DURABLE = re.compile(r"^durable (\d+) ([0-9a-f]{8})$", re.MULTILINE)
+
+
+def is_made() -> bool:
+    """Tell whether there is a kernel to boot."""
+    return KERNEL.exists() and INITRD.exists()
+
+
+class Guest(Qemu):
+    """A QEMU that runs the guest, or waits for it with ``incoming``; fusemig's own QMP socket is `migrator`."""
+
+    def __init__(self, directory: Path, disk: Path, *, incoming: str = "", more: Sequence[str] = ()) -> None:
+        """Start it on ``disk``, with everything else in ``directory``."""
+        directory.mkdir()
+        self.console_path = directory / "console"
+        self.migrator = directory / "migrator.sock"
+        arguments = ["-no-user-config", "-no-reboot"]
+        arguments += ["-kernel", str(KERNEL), "-initrd", str(INITRD), "-append", "console=ttyS0 quiet panic=-1"]
+        arguments += ["-serial", f"file:{self.console_path}"]
+        arguments += ["-drive", f"if=none,id=vda,file={disk},format=raw,cache=none"]
+        arguments += ["-device", "virtio-blk-pci,drive=vda"]
+        arguments += ["-qmp", f"unix:{self.migrator},server=on,wait=off", *more]
+        super().__init__(directory, drives=[], incoming=incoming, memory_mib=MEMORY_MIB, paused=False, more=arguments)
+
+    @property
+    def console(self) -> str:
+        """What the guest has said here."""
+        return self.console_path.read_text(errors="replace")
+
+    def last_durable(self) -> int:
+        """Return the number of the last record that was reported durable here; 0 before the first."""
+        numbers = _DURABLE.findall(self.console[-4 * RECORD :])
+        return int(numbers[-1][0]) if numbers else 0
+
+    def wait_writing(self, n_more: int = 200) -> None:
+        """Wait until the guest has made ``n_more`` records durable here, from now on."""
+        target = self.last_durable() + n_more
+        wait_until(lambda: self.last_durable() >= target, "records of the guest", BOOT_DEADLINE_S)
+
+    def run_state(self) -> str:
+        """Return QEMU's run state."""
+        state: str = self.execute("query-status")["status"]
+        return state
+
+
+class Account(NamedTuple):
+    """What one guest's console tells, over all hosts that it has been on."""
+
+    boots: list[str]
+    """Every boot id that it gave; one, if it never booted again."""
+    numbers: list[int]
+    """The records that it reported durable, in the order of the reports."""
+
+    @property
+    def is_gapless(self) -> bool:
+        """Whether each report is one more than the one before."""
+        return self.numbers == list(range(1, len(self.numbers) + 1))
+
+
+def read_console(*texts: str) -> Account:
+    """Read the consoles of the hosts that the guest was on, in this order."""
+    text = "".join(texts)
+    found = _DURABLE.findall(text)
+    boots = re.findall(r"^boot ([0-9a-f-]{36})$", text, re.MULTILINE)
+    assert {short for _, short in found} <= {boot[:8] for boot in boots}, "records of an unknown boot"
+    return Account(boots, [int(number) for number, _ in found])
+
+
+class Records(NamedTuple):
+    """What is on the guest's disk."""
+
+    held: set[int]
+    """The numbers of the whole records."""
+    torn: list[int]
+    """Offsets, in bytes, of what is neither a record nor what the disk was filled with."""
+
+    def missing(self, numbers: Sequence[int], n_slots: int) -> list[int]:
+        """Return those of ``numbers`` that are neither there nor overwritten by a later record of their slot."""
+        newest: dict[int, int] = {}
+        for number in self.held:
+            slot = (number - 1) % n_slots
+            newest[slot] = max(number, newest.get(slot, 0))
+        return [number for number in numbers if newest.get((number - 1) % n_slots, 0) < number]
+
+
+def read_records(image: Path, boot: str) -> Records:
+    """Read every record of this boot from a disk that held zeros before."""
+    head = boot.replace("-", "")
+    ids = (int(head[:16], 16), int(head[16:], 16))
+    held, torn = set(), []
+    with image.open("rb") as file:
+        offset = 0
+        while block := file.read(RECORD):
+            if any(block):
+                words = struct.unpack(f"<{_WORDS}Q", block)
+                number = words[1]
+                whole = (_MAGIC, number, *ids, *range(number * _WORDS + 4, (number + 1) * _WORDS))
+                if words == whole:
+                    held.add(number)
+                else:
+                    torn.append(offset)
+            offset += RECORD
+    return Records(held, torn)
