@@ -324,16 +324,21 @@ class OutgoingMigration(ABC):
     async def _stand_still(self) -> None:
         """Bring the guest to a standstill; passes go on, so that little is left to be sent then."""
         is_still = trio.Event()
+        passes = trio.CancelScope()
 
         async def bring() -> None:
             await self.guest.bring_to_standstill()
+            passes.deadline = trio.current_time() + self._parameters.freeze_deadline_s
             is_still.set()
 
         async def keep_up() -> None:
-            while not is_still.is_set():
-                await self._run_pass(is_limited=True)
-                with trio.move_on_after(TICK_S):
-                    await is_still.wait()
+            with passes:
+                while not is_still.is_set():
+                    await self._run_pass(is_limited=True)
+                    with trio.move_on_after(TICK_S):
+                        await is_still.wait()
+            if passes.cancelled_caught:
+                raise self._freeze_deadline_error()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._guard, bring)

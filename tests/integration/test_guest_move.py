@@ -149,6 +149,35 @@ async def test_passes_go_on_while_the_memory_is_copied(tmp_path: Path, autojump_
     assert pair.is_equal()
 
 
+async def test_a_standstill_ends_though_the_destination_takes_nothing(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A pass that was under way when the guest stood still has the freeze deadline, too."""
+    pair, runtime = make(tmp_path)
+    stood_at = []
+
+    async def stand_still() -> None:
+        pair.streams[1].receive_nowait = _take_nothing  # type: ignore[method-assign]
+        pair.streams[1].wait_readable = trio.sleep_forever  # type: ignore[method-assign]
+        pair.source.disks["a"].pwrite(b"x" * 4096, 0)
+        await trio.sleep(1)
+        stood_at.append(trio.current_time())
+        runtime.running = None
+
+    runtime.wait_standstill = stand_still  # type: ignore[method-assign]
+    await pair.migrate()
+    assert_returned(pair, runtime, Phase.FAILED)
+    assert "freeze deadline" in str(pair.outgoing.error)
+    account = pair.outgoing.guest.account()
+    assert account is not None
+    returning_at = account.at(GuestState.RETURNING)
+    assert returning_at == pytest.approx(stood_at[0] + pair.parameters.freeze_deadline_s, abs=0.1)
+
+
+def _take_nothing(_buffer: memoryview) -> int:
+    raise trio.WouldBlock
+
+
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_step_that_fails_before_commit(
     tmp_path: Path, autojump_clock: trio.testing.MockClock, step: str

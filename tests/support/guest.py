@@ -62,8 +62,8 @@ class Guest(Qemu):
 
     def wait_writing(self, n_more: int = 200) -> None:
         """Wait until the guest has made ``n_more`` records durable here, from now on."""
-        target = self.last_durable() + n_more
-        wait_until(lambda: self.last_durable() >= target, "records of the guest", BOOT_DEADLINE_S)
+        first = wait_until(self.last_durable, "a record of the guest", BOOT_DEADLINE_S)
+        wait_until(lambda: self.last_durable() >= first + n_more, "records of the guest", BOOT_DEADLINE_S)
 
     def run_state(self) -> str:
         """Return QEMU's run state."""
@@ -94,6 +94,17 @@ def read_console(*texts: str) -> Account:
     return Account(boots, [int(number) for number, _ in found])
 
 
+def fill(image: Path, size: int) -> None:
+    """Make an image in which every block differs from zeros, from each other and from a record."""
+    with image.open("wb") as file:
+        for index in range(size // RECORD):
+            file.write(_filling(index))
+
+
+def _filling(index: int) -> bytes:
+    return struct.pack("<Q", ~index & 0xFFFFFFFFFFFFFFFF) * _WORDS
+
+
 class Records(NamedTuple):
     """What is on the guest's disk."""
 
@@ -101,31 +112,30 @@ class Records(NamedTuple):
     """The numbers of the whole records."""
     torn: list[int]
     """Offsets, in bytes, of what is neither a record nor what the disk was filled with."""
+    n_slots: int
 
-    def missing(self, numbers: Sequence[int], n_slots: int) -> list[int]:
+    def missing(self, numbers: Sequence[int]) -> list[int]:
         """Return those of ``numbers`` that are neither there nor overwritten by a later record of their slot."""
         newest: dict[int, int] = {}
         for number in self.held:
-            slot = (number - 1) % n_slots
+            slot = (number - 1) % self.n_slots
             newest[slot] = max(number, newest.get(slot, 0))
-        return [number for number in numbers if newest.get((number - 1) % n_slots, 0) < number]
+        return [number for number in numbers if newest.get((number - 1) % self.n_slots, 0) < number]
 
 
 def read_records(image: Path, boot: str) -> Records:
-    """Read every record of this boot from a disk that held zeros before."""
+    """Read every record of this boot from a disk that was made by `fill`."""
     head = boot.replace("-", "")
     ids = (int(head[:16], 16), int(head[16:], 16))
-    held, torn = set(), []
+    held, torn, index = set(), [], 0
     with image.open("rb") as file:
-        offset = 0
         while block := file.read(RECORD):
-            if any(block):
+            if block != _filling(index):
                 words = struct.unpack(f"<{_WORDS}Q", block)
                 number = words[1]
-                whole = (_MAGIC, number, *ids, *range(number * _WORDS + 4, (number + 1) * _WORDS))
-                if words == whole:
+                if words == (_MAGIC, number, *ids, *range(number * _WORDS + 4, (number + 1) * _WORDS)):
                     held.add(number)
                 else:
-                    torn.append(offset)
-            offset += RECORD
-    return Records(held, torn)
+                    torn.append(index * RECORD)
+            index += 1
+    return Records(held, torn, index)
