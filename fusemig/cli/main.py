@@ -157,10 +157,18 @@ def continue_(socket: Path) -> None:
 @click.option("--size", type=_Rate(), default="256M", show_default=True, help="Size of the disk that moves.")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="How long to write before it moves.")
 @click.option("--directory", type=click.Path(path_type=Path), help="Where to put the images (default: temporary).")
-def demo(size: int, seconds: float, directory: Path | None) -> None:
+@click.option(
+    "--guest",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Move a running VM; DIRECTORY holds its vmlinuz and initrd (tools/demo --guest makes them).",
+)
+def demo(size: int, seconds: float, directory: Path | None, guest: Path | None) -> None:
     """Move a busy disk between two mounts on this machine and show what happened."""
     from fusemig.cli.demo import demo_command
+    from fusemig.cli.demo_guest import demo_guest_command
 
+    if guest is not None:
+        sys.exit(run(demo_guest_command, size, seconds, directory, guest))
     sys.exit(run(demo_command, size, seconds, directory))
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support.guest import Guest, fill, is_made, read_console, read_records
+from fusemig.cli.demo_records import read_console
+from support.guest import Guest, fill, is_made, read_records
 from support.hosts import Hosts, pwrite, wait_until
 from support.qemu import Drive, Qemu, is_available
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from support.guest import Account
+    from fusemig.cli.demo_records import Account
     from support.hosts import Command, Finished, Host
 
 pytestmark = [
@@ -116,8 +117,7 @@ class Move:
 
     def check_records(self, image: Path, account: Account) -> None:
         """See that the guest never booted again and that what it reported durable is in ``image``, whole."""
-        assert len(account.boots) == 1
-        assert account.is_gapless
+        assert account.is_one_guest
         records = read_records(image, account.boots[0])
         assert not records.torn
         assert not records.missing(account.numbers)

@@ -7,11 +7,11 @@ the other, are the console of one guest, torn at the byte at which it stood stil
 
 from __future__ import annotations
 
-import re
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fusemig.cli.demo_records import RECORD, last_durable, record_number
 from support.hosts import wait_until
 from support.qemu import Qemu
 
@@ -22,11 +22,6 @@ PARTS = Path(__file__).parents[2] / ".guest"
 KERNEL, INITRD = PARTS / "vmlinuz", PARTS / "initrd"
 MEMORY_MIB = 128
 BOOT_DEADLINE_S = 60.0
-
-RECORD = 4096
-_WORDS = RECORD // 8
-_MAGIC = 0x64726F6365727066
-_DURABLE = re.compile(r"^durable (\d+) ([0-9a-f]{8})$", re.MULTILINE)
 
 
 def is_made() -> bool:
@@ -57,8 +52,7 @@ class Guest(Qemu):
 
     def last_durable(self) -> int:
         """Return the number of the last record that was reported durable here; 0 before the first."""
-        numbers = _DURABLE.findall(self.console[-4 * RECORD :])
-        return int(numbers[-1][0]) if numbers else 0
+        return last_durable(self.console)
 
     def wait_writing(self, n_more: int = 200) -> None:
         """Wait until the guest has made ``n_more`` records durable here, from now on."""
@@ -71,29 +65,6 @@ class Guest(Qemu):
         return state
 
 
-class Account(NamedTuple):
-    """What one guest's console tells, over all hosts that it has been on."""
-
-    boots: list[str]
-    """Every boot id that it gave; one, if it never booted again."""
-    numbers: list[int]
-    """The records that it reported durable, in the order of the reports."""
-
-    @property
-    def is_gapless(self) -> bool:
-        """Whether each report is one more than the one before."""
-        return self.numbers == list(range(1, len(self.numbers) + 1))
-
-
-def read_console(*texts: str) -> Account:
-    """Read the consoles of the hosts that the guest was on, in this order."""
-    text = "".join(texts)
-    found = _DURABLE.findall(text)
-    boots = re.findall(r"^boot ([0-9a-f-]{36})$", text, re.MULTILINE)
-    assert {short for _, short in found} <= {boot[:8] for boot in boots}, "records of an unknown boot"
-    return Account(boots, [int(number) for number, _ in found])
-
-
 def fill(image: Path, size: int) -> None:
     """Make an image in which every block differs from zeros, from each other and from a record."""
     with image.open("wb") as file:
@@ -102,7 +73,7 @@ def fill(image: Path, size: int) -> None:
 
 
 def _filling(index: int) -> bytes:
-    return struct.pack("<Q", ~index & 0xFFFFFFFFFFFFFFFF) * _WORDS
+    return struct.pack("<Q", ~index & 0xFFFFFFFFFFFFFFFF) * (RECORD // 8)
 
 
 class Records(NamedTuple):
@@ -125,17 +96,14 @@ class Records(NamedTuple):
 
 def read_records(image: Path, boot: str) -> Records:
     """Read every record of this boot from a disk that was made by `fill`."""
-    head = boot.replace("-", "")
-    ids = (int(head[:16], 16), int(head[16:], 16))
     held, torn, index = set(), [], 0
     with image.open("rb") as file:
         while block := file.read(RECORD):
             if block != _filling(index):
-                words = struct.unpack(f"<{_WORDS}Q", block)
-                number = words[1]
-                if words == (_MAGIC, number, *ids, *range(number * _WORDS + 4, (number + 1) * _WORDS)):
-                    held.add(number)
-                else:
+                number = record_number(block, boot)
+                if number is None:
                     torn.append(index * RECORD)
+                else:
+                    held.add(number)
             index += 1
     return Records(held, torn, index)
