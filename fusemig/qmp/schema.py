@@ -147,6 +147,9 @@ DowntimeLimit = Annotated[
 ]
 Channels = Annotated[int, msgspec.Meta(ge=1, le=255, description="a value between 1 and 255")]
 ZstdLevel = Annotated[int, msgspec.Meta(ge=0, le=20, description="a value between 0 and 20")]
+CommandDeadline = Annotated[
+    int, msgspec.Meta(ge=1, le=3_600_000, description="an integer in the range of 1 to (3600 * 1000) ms")
+]
 
 
 class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
@@ -199,7 +202,7 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     """Brings a guest that is no QEMU's to a standstill; run by a shell, where the daemon allows it."""
     x_fusemig_resume_command: str | UnsetType = UNSET
     """Lets it run again, on the side that FUSEMIG_SIDE names."""
-    x_fusemig_command_deadline: int | UnsetType = UNSET
+    x_fusemig_command_deadline: CommandDeadline | UnsetType = UNSET
     """For each of the two, in ms."""
 
 

@@ -63,8 +63,6 @@ def _command_options(asked: Migrate, *, is_allowed: bool) -> CommandOptions:
             "this daemon runs no commands for the users of its control socket: start it with --allow-guest-commands"
         )
     deadline_s = DEFAULT_DEADLINE_S if isinstance(deadline_ms, UnsetType) else deadline_ms / 1000
-    if deadline_s <= 0:
-        raise ConfigError("--command-deadline must be more than 0")
     return CommandOptions(pause, resume, deadline_s)
 
 

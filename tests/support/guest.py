@@ -76,6 +76,14 @@ def _filling(index: int) -> bytes:
     return struct.pack("<Q", ~index & 0xFFFFFFFFFFFFFFFF) * (RECORD // 8)
 
 
+def make_record(number: int, boot: str) -> bytes:
+    """Return a record as the guest writes it."""
+    head = boot.replace("-", "")
+    words = (0x64726F6365727066, number, int(head[:16], 16), int(head[16:], 16))
+    n_words = RECORD // 8
+    return struct.pack(f"<{n_words}Q", *words, *range(number * n_words + 4, (number + 1) * n_words))
+
+
 class Records(NamedTuple):
     """What is on the guest's disk."""
 

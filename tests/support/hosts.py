@@ -184,6 +184,7 @@ class Host:
         readonly: Iterable[str] = (),
         state_dir: Path | None = None,
         wire: str | None = None,
+        more: Iterable[str] = (),
     ) -> None:
         """Prepare ``fusemig serve`` in ``directory``; ``incoming`` is a URI, of which port 0 is a free one."""
         self.name = name
@@ -203,6 +204,7 @@ class Host:
             self._arguments += ["--state-dir", state_dir]
         if wire is not None:
             self._arguments += ["--wire", wire]
+        self._arguments += more
         self._commands: list[Command] = []
         self._qmp: Qmp | None = None
         self._daemon: Command | None = None
