@@ -186,7 +186,7 @@ def test_a_resume_command_that_fails_at_the_source(stage: Stage) -> None:
 def test_a_deadline_that_is_none(stage: Stage) -> None:
     """Refused before anything starts."""
     done = stage.migrate(stage.stop, stage.resume, "--command-deadline", "0")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "expects an integer in the range of 1 to" in done.stderr
     assert stage.called() == []
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ class Move:
         fill(self.image, SIZE)
         with self.copy.open("wb") as file:
             file.truncate(SIZE)  # a QEMU asks for the size when it opens the file
-        self.source = self.hosts.start("source", {"vda": self.image})
+        self.source = self.hosts.start("source", {"vda": self.image}, state_dir=self.directory / "state")
         self.here = self._guest("here", self.source)
         self.make_destination()
         self.here.wait_writing()
@@ -252,6 +253,35 @@ def test_the_destinations_daemon_is_killed_at_pre_switchover(move: Move) -> None
     assert done.exit_code == 1, done.stderr
     move.check_runs_here()
     wait_until(lambda: not move.there.is_running(), "the end of the QEMU that holds a copy of the guest")
+
+
+def test_the_hand_off_fails_when_the_destination_holds_all_of_the_guest(move: Move) -> None:
+    """The last moment before COMMIT: QEMU's own migration has completed, and the source's must be told to go on."""
+    command = move.hold_at_standstill()
+    shutil.rmtree(move.directory / "state")  # `handed-off` cannot be made durable
+    move.let_go()
+    done = command.finish()
+    assert done.exit_code == 1, done.stderr
+    assert "the destination holds all of it, not running" in done.stderr
+    assert "cannot write the epoch file" in done.stderr
+    assert move.here.migration()["status"] == "completed"
+    move.check_runs_here()
+    wait_until(lambda: not move.there.is_running(), "the end of the QEMU that holds a copy of the guest")
+
+
+def test_the_sources_daemon_is_killed_at_pre_switchover(move: Move) -> None:
+    """Its disk has gone with it, so the guest can run nowhere, and nobody lets it run on the destination's copy."""
+    command = move.hold_at_standstill()
+    account = read_console(move.here.console)
+    move.source.kill()
+    move.let_go()
+    assert command.finish().exit_code == 1
+    wait_until(lambda: move.destination.phase() == "failed", "the end at the destination")
+    assert move.destination.disk()["state"] == "incoming"
+    assert move.here.run_state() == "finish-migrate"
+    assert move.there.run_state() == "inmigrate"
+    assert move.there.console == ""
+    move.check_records(move.image, account)
 
 
 def test_cancel_at_pre_switchover(move: Move) -> None:
