@@ -174,7 +174,7 @@ async def test_a_standstill_ends_though_the_destination_takes_nothing(
     assert returning_at == pytest.approx(stood_at[0] + pair.parameters.freeze_deadline_s, abs=0.1)
 
 
-def _take_nothing(_buffer: memoryview) -> int:
+def _take_nothing(buffer: memoryview) -> int:
     raise trio.WouldBlock
 
 
