@@ -52,7 +52,7 @@ class Need(Enum):
     """All is done."""
 
 
-SLICE_BYTES: Final = 16 << 20
+SLICE_BYTES: Final = 32 << 20
 """Disk bytes that one slice moves: long enough that the thread hop does not count, short enough to be cancelled."""
 POLL_S: Final = 0.002
 """How long a slice waits for the next frame by itself, which is cheaper than coming back."""

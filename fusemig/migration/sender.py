@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fusemig.migration.reader import Batch, PassReader, SentFrame
     from fusemig.transport import ByteStream
 
-WINDOW_BYTES: Final = 32 << 20
+WINDOW_BYTES: Final = 64 << 20
 """Disk bytes sent and not acknowledged, at most."""
 
 
