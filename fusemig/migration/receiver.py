@@ -55,9 +55,7 @@ class FrameReceiver:
                 return Need.STREAM
             if not isinstance(event, native.DataFrame | native.ZeroFrame):
                 return event
-            n_bytes = max(
-                self._writer.apply(event), BLOCK_SIZE
-            )  # zeros are not free, and must not make a slice endless
+            n_bytes = max(self._writer.apply(event), BLOCK_SIZE)  # zeros must not make a slice endless
             self.applied = event.sequence
             done += n_bytes
             unsaid += n_bytes
