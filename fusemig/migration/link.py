@@ -69,6 +69,17 @@ def drop_sent(buffers: list[memoryview], n: int) -> None:
         buffers[0] = buffers[0][n:]
 
 
+def first_bytes(buffers: list[memoryview], n: int) -> list[memoryview]:
+    """Return views of the first ``n`` bytes of ``buffers``, or of all where there are fewer."""
+    views = []
+    for buffer in buffers:
+        if n <= 0:
+            break
+        views.append(buffer[:n])
+        n -= len(buffer)
+    return views
+
+
 class BufferPool:
     """Chunk-sized buffers, the warmest first; safe to use from any thread.
 
