@@ -10,10 +10,12 @@ the operating system become `ConnectError` and `ConnectionLostError` here and no
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import select
 import socket
 import stat
+import struct
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
@@ -30,7 +32,11 @@ _BACKLOG: Final = 8
 _UNIX_BUFFER_BYTES: Final = 4 << 20
 _MAX_SENDMSG_BUFFERS: Final = 64
 _LOW_WATER_BYTES: Final = 256 * 1024
-_MOMENT_S: Final = 0.002
+"""A thread that waits for a payload is woken for this much."""
+_FIRST_WATER_BYTES: Final = 64 * 1024
+"""A thread that waits for whatever comes is woken for this much at once, and after `_FIRST_S` for anything."""
+_FIRST_S: Final = 0.001
+_MOMENT_S: Final = 0.02
 """How long the ``_shortly`` calls block."""
 _OVERLOAD_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 """What `accept` may fail with without anything being wrong with the listener (as in `trio.serve_listeners`)."""
@@ -102,7 +108,7 @@ class ByteStream(Protocol):
         """Send as `send_nowait` does, but block this thread for moments to send more at once."""
 
     def receive_shortly(self, buffer: memoryview) -> int:
-        """Receive as `receive_nowait` does, but block this thread for moments to fill ``buffer``."""
+        """Receive as `receive_nowait` does, but block this thread for moments to fill all of ``buffer``."""
 
     def poll_readable(self, timeout_s: float) -> bool:
         """Block this thread until something is there, at most ``timeout_s`` seconds; return whether it is."""
@@ -112,68 +118,89 @@ class ByteStream(Protocol):
 
 
 class SocketStream:
-    """A `ByteStream` over a connected socket."""
+    """A `ByteStream` over a connected socket.
+
+    The socket itself blocks, for a moment at most, and the calls that must not block say so: the kernel's own loop
+    sends a MiB in one call where a non-blocking socket takes it in four. To be woken costs a virtual machine as much as
+    to copy, so a thread that waits is woken for a quarter of a MiB and not for every segment (SO_RCVLOWAT; one
+    MSG_WAITALL for a whole payload is woken for every segment, and took three times as long).
+    """
 
     def __init__(self, sock: trio.socket.SocketType, peer: str) -> None:
         """Take ``sock`` over; it must not be used any more."""
         self.peer = peer
         self._socket = socket.socket(fileno=sock.detach())
-        self._socket.setblocking(False)
-        self._readable, self._writable = select.poll(), select.poll()
+        self._socket.setblocking(True)
+        moment = struct.pack("ll", 0, int(_MOMENT_S * 1e6))  # struct timeval
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, moment)
+        self._low_water = 1
+        """SO_RCVLOWAT as it is now."""
+        self._readable = select.poll()
         self._readable.register(self._socket, select.POLLIN)
-        self._writable.register(self._socket, select.POLLOUT)
         if self._socket.family == socket.AF_UNIX:
             with suppress(OSError):
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
         else:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if _is_within_host(self._socket):
+                # Where there is no network there is none to be paced for: BBR's timers cost a third of the rate.
+                with suppress(OSError):
+                    self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
     def send_nowait(self, buffers: Sequence[Buffer]) -> int:
         """Send what fits (`ByteStream.send_nowait`)."""
+        return self._send(buffers, socket.MSG_DONTWAIT)
+
+    def send_shortly(self, buffers: Sequence[Buffer]) -> int:
+        """Send what fits now or in a moment (`ByteStream.send_shortly`)."""
+        return self._send(buffers, 0)
+
+    def _send(self, buffers: Sequence[Buffer], flags: int) -> int:
         try:
-            return self._socket.sendmsg(buffers[:_MAX_SENDMSG_BUFFERS])
+            return self._socket.sendmsg(buffers[:_MAX_SENDMSG_BUFFERS], (), flags)
         except BlockingIOError as exc:
             raise trio.WouldBlock from exc
         except OSError as exc:
             raise self._lost(exc) from exc
 
-    def send_shortly(self, buffers: Sequence[Buffer]) -> int:
-        """Send what fits now or in a moment (`ByteStream.send_shortly`)."""
-        try:
-            return self.send_nowait(buffers)
-        except trio.WouldBlock:
-            if not self._writable.poll(_MOMENT_S * 1000):
-                raise
-        return self.send_nowait(buffers)
-
     def receive_nowait(self, buffer: memoryview) -> int:
         """Receive what is there (`ByteStream.receive_nowait`)."""
         try:
-            return self._socket.recv_into(buffer)
+            return self._socket.recv_into(buffer, 0, socket.MSG_DONTWAIT)
         except BlockingIOError as exc:
             raise trio.WouldBlock from exc
         except OSError as exc:
             raise self._lost(exc) from exc
 
     def receive_shortly(self, buffer: memoryview) -> int:
-        """Receive what is there or comes in a moment (`ByteStream.receive_shortly`).
-
-        The thread is woken for a quarter of a MiB, not for every segment: on a virtual machine that costs as much as
-        the copy. (One blocking MSG_WAITALL for the whole buffer is woken for every segment, and took three times as
-        long.)
-        """
-        try:
-            return self.receive_nowait(buffer)
-        except trio.WouldBlock:
-            low_water = min(len(buffer), _LOW_WATER_BYTES)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
+        """Receive what is there or comes in a moment, until ``buffer`` is full (`ByteStream.receive_shortly`)."""
+        done, length = 0, len(buffer)
+        while True:
             try:
-                if not self._readable.poll(_MOMENT_S * 1000):
-                    raise
-            finally:
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        return self.receive_nowait(buffer)
+                n = self.receive_nowait(buffer[done:] if done else buffer)
+            except trio.WouldBlock:
+                if self._poll(_MOMENT_S, min(length - done, _LOW_WATER_BYTES)):
+                    continue
+                if done:
+                    return done
+                raise
+            done += n
+            if not n or done == length:
+                return done
+
+    def poll_readable(self, timeout_s: float) -> bool:
+        """Wait in this thread; an error counts as ready, the next call reports it."""
+        return self._poll(min(timeout_s, _FIRST_S), _FIRST_WATER_BYTES) or self._poll(timeout_s - _FIRST_S, 1)
+
+    def _poll(self, timeout_s: float, low_water: int) -> bool:
+        self._wake_at(low_water)
+        return bool(self._readable.poll(max(0.0, timeout_s * 1000)))
+
+    def _wake_at(self, low_water: int) -> None:
+        if low_water != self._low_water:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
+            self._low_water = low_water
 
     async def wait_writable(self) -> None:
         """Wait in the loop."""
@@ -181,11 +208,8 @@ class SocketStream:
 
     async def wait_readable(self) -> None:
         """Wait in the loop."""
+        self._wake_at(1)
         await trio.lowlevel.wait_readable(self._socket)
-
-    def poll_readable(self, timeout_s: float) -> bool:
-        """Wait in this thread; an error counts as ready, the next call reports it."""
-        return bool(self._readable.poll(timeout_s * 1000))
 
     async def aclose(self) -> None:
         """Close the socket."""
@@ -195,6 +219,17 @@ class SocketStream:
 
     def _lost(self, exc: OSError) -> ConnectionLostError:
         return ConnectionLostError(f"connection to {self.peer} lost: {exc.strerror or exc}")
+
+
+def _is_within_host(sock: socket.socket) -> bool:
+    """Tell whether both ends of a TCP connection are on this host."""
+    try:
+        ours, theirs = (
+            ipaddress.ip_address(address[0].partition("%")[0]) for address in (sock.getsockname(), sock.getpeername())
+        )
+    except (OSError, ValueError):
+        return False
+    return theirs.is_loopback or theirs == ours
 
 
 async def connect(uri: Uri, deadline_s: float) -> SocketStream:

@@ -52,7 +52,7 @@ class Need(Enum):
     """All is done."""
 
 
-SLICE_BYTES: Final = 16 << 20
+SLICE_BYTES: Final = 32 << 20
 """Disk bytes that one slice moves: long enough that the thread hop does not count, short enough to be cancelled."""
 POLL_S: Final = 0.002
 """How long a slice waits for the next frame by itself, which is cheaper than coming back."""
@@ -67,6 +67,17 @@ def drop_sent(buffers: list[memoryview], n: int) -> None:
     del buffers[:done]
     if n:
         buffers[0] = buffers[0][n:]
+
+
+def first_bytes(buffers: list[memoryview], n: int) -> list[memoryview]:
+    """Return views of the first ``n`` bytes of ``buffers``, or of all where there are fewer."""
+    views = []
+    for buffer in buffers:
+        if n <= 0:
+            break
+        views.append(buffer[:n])
+        n -= len(buffer)
+    return views
 
 
 class BufferPool:

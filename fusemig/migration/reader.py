@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from fusemig.disk.tracked import TrackedDisk, Tracking
     from fusemig.migration.link import BufferPool
 
+ZERO_SHARE: Final = 16
+"""A chunk of zeros is read and not sent: this many of them are a batch."""
 _ZEROS: Final = bytes(CHUNK_SIZE)
-_ZERO_HASH: Final = xxh3_64_intdigest(_ZEROS)
 _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 
 
@@ -88,6 +89,8 @@ class Batch:
     """Buffers to give back to the pool once they are sent."""
     wire_bytes: int = 0
     disk_bytes: int = 0
+    cost_bytes: int = 0
+    """What is held against the batch's limit."""
 
 
 class _OpenFrame:
@@ -123,11 +126,13 @@ class PassReader:
     def read_batch(self, limit_bytes: int) -> Batch | None:
         """Return frames of about ``limit_bytes``, or None at the end of the pass.
 
+        Chunks that read as zeros share a frame and count for a `ZERO_SHARE` of their length.
+
         Raises:
             MigrationError: a chunk could not be read; it is dirty again.
         """
         batch = Batch()
-        while batch.disk_bytes < limit_bytes and self._disk_index < len(self._disks):
+        while batch.cost_bytes < limit_bytes and self._disk_index < len(self._disks):
             disk = self._disks[self._disk_index]
             if disk.holes:
                 self._send_holes(disk, batch)
@@ -162,15 +167,14 @@ class PassReader:
         disk.disk.image.pread_into(view, offset)
         disk.sent_bytes += length
         batch.disk_bytes += length
-        payload_hash = xxh3_64_intdigest(view)
-        # The hash says "perhaps zeros" for free; a guest could forge it, so the bytes decide.
-        if length < CHUNK_SIZE or payload_hash == _ZERO_HASH:
-            content = buffer if length == CHUNK_SIZE else bytes(view)
-            if content == _ZEROS[:length]:
-                self._pool.give_back(buffer)
-                self._note_zeros(disk, chunk, [(offset, length)], batch)
-                return
-        self._add_data(disk, [(offset, length)], [chunk], view, payload_hash, batch)
+        batch.cost_bytes += length
+        # A comparison of bytearray with bytes ends at the first difference, and else runs at memory speed.
+        if (buffer if length == CHUNK_SIZE else bytes(view)) == _ZEROS[:length]:
+            self._pool.give_back(buffer)
+            batch.cost_bytes -= length - length // ZERO_SHARE
+            self._note_zeros(disk, chunk, [(offset, length)], batch)
+            return
+        self._add_data(disk, [(offset, length)], [chunk], view, xxh3_64_intdigest(view), batch)
         batch.payloads.append(buffer)
 
     def _read_blocks(self, disk: OutgoingDisk, chunk: int, mask: int, batch: Batch) -> None:
@@ -198,6 +202,7 @@ class PassReader:
             raise
         disk.sent_bytes += total
         batch.disk_bytes += total
+        batch.cost_bytes += total
         if not zeros:
             frame.chunks.append(chunk)
             return

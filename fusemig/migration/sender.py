@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from fusemig.convergence import Courtesy
-from fusemig.migration.link import Need, drop_sent
+from fusemig.migration.link import Need, drop_sent, first_bytes
 from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from fusemig.migration.reader import Batch, PassReader, SentFrame
     from fusemig.transport import ByteStream
 
-WINDOW_BYTES: Final = 32 << 20
+PIECE_BYTES: Final = 256 << 10
+"""What is sent at a time while guests are busy: a whole chunk would hold up some of them for as long as it takes."""
+WINDOW_BYTES: Final = 64 << 20
 """Disk bytes sent and not acknowledged, at most."""
 
 
@@ -37,6 +39,8 @@ class Politeness:
         self._count_requests = count_requests
         self._courtesy = Courtesy()
         self._worked_since = 0.0
+        self.is_needed = False
+        """Whether guests needed a rest when they were last looked at."""
 
     def begin(self) -> None:
         """Work begins, after a wait of any length."""
@@ -45,6 +49,7 @@ class Politeness:
     def rest(self) -> None:
         """Sleep for as long as the guests need."""
         rest_s = self._courtesy.rest_s(self._count_requests(), time.monotonic() - self._worked_since)
+        self.is_needed = rest_s > 0
         if rest_s:
             time.sleep(rest_s)
         self._worked_since = time.monotonic()
@@ -84,7 +89,7 @@ class PassSender:
         stop_at = self.wire_bytes + limit_bytes
         self._politeness.begin()
         while True:
-            if self._batch is not None and not self._send_rest(self._batch, stream):
+            if self._batch is not None and not self._send_rest(self._batch, stream, is_courteous=is_courteous):
                 return Need.STREAM
             if is_courteous:
                 self._politeness.rest()
@@ -105,15 +110,18 @@ class PassSender:
             self._batch = batch
             self._rest = [memoryview(buffer) for buffer in batch.buffers]
 
-    def _send_rest(self, batch: Batch, stream: ByteStream) -> bool:
+    def _send_rest(self, batch: Batch, stream: ByteStream, *, is_courteous: bool) -> bool:
         """Send what is left of a batch; return whether all of it is sent."""
         while self._rest:
+            in_pieces = is_courteous and self._politeness.is_needed
             try:
-                n = stream.send_shortly(self._rest)
+                n = stream.send_shortly(first_bytes(self._rest, PIECE_BYTES) if in_pieces else self._rest)
             except trio.WouldBlock:
                 return False
             self.wire_bytes += n
             drop_sent(self._rest, n)
+            if in_pieces and self._rest:
+                self._politeness.rest()
         self._batch = None
         batch.buffers.clear()
         for payload in batch.payloads:

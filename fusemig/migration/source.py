@@ -137,6 +137,8 @@ class SourceMigration(OutgoingMigration):
                     await link.stream.wait_writable()
                     need = await self._offload(run_slice, 0)
             await trio.sleep(self._limit.delay_s(sender.wire_bytes - wire_bytes, trio.current_time()))
+        if sender.unacknowledged:
+            await self._say_progress(link)  # which has the destination acknowledge at once
         await self._wait_progress(lambda: not sender.unacknowledged)
 
     async def _wait_progress(self, condition: Callable[[], bool]) -> None:
@@ -178,15 +180,18 @@ class SourceMigration(OutgoingMigration):
         self._progress_made.set()
 
     async def _tick(self, link: NativeLink) -> None:
-        total = sum(disk.allocated_bytes for disk in self._disks)
         next_progress = trio.current_time()
         while True:
             now = trio.current_time()
             self._count_dirtied(now)
             if now >= next_progress:
                 next_progress = now + PROGRESS_INTERVAL_S
-                await link.send_message(native.Progress(self._pass_number, self._pending_bytes(), total))
+                await self._say_progress(link)
             await trio.sleep(TICK_S)
+
+    async def _say_progress(self, link: NativeLink) -> None:
+        total = sum(disk.allocated_bytes for disk in self._disks)
+        await link.send_message(native.Progress(self._pass_number, self._pending_bytes(), total))
 
     # Switchover
 

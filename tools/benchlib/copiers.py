@@ -122,8 +122,12 @@ class QemuPair:
 
 def qemu_migrate(stage: Stage, source: Path, destination: Path, *, zero_blocks: bool = False) -> Sample:
     """Copy with QEMU's block migration, again with a lower downtime limit where it ended before all was sent."""
+    is_allocated = images.allocated(destination) > 0
     for downtime_ms in _DOWNTIMES_MS:
-        images.empty_image(destination, source.stat().st_size)
+        if downtime_ms != _DOWNTIMES_MS[0]:
+            images.empty_image(destination, source.stat().st_size)
+            if is_allocated:
+                images.fill(destination)
         sample = _qemu_migrate(stage, source, destination, downtime_ms, zero_blocks=zero_blocks)
         if images.first_difference(source, destination) is None:
             return sample
@@ -133,6 +137,7 @@ def qemu_migrate(stage: Stage, source: Path, destination: Path, *, zero_blocks: 
 def _qemu_migrate(stage: Stage, source: Path, destination: Path, downtime_ms: int, *, zero_blocks: bool) -> Sample:
     pair = QemuPair(stage, source, destination, zero_blocks=zero_blocks)
     pair.limit(_UNCAPPED, downtime_ms)
+    images.warm(source, destination)
     meters = pair.source.meter(), pair.destination.meter()
     began = time.monotonic()
     pair.start()
@@ -212,6 +217,7 @@ class MirrorPair:
 def mirror(stage: Stage, source: Path, destination: Path) -> Sample:
     """Copy with blockdev-mirror to the NBD export of another qemu-storage-daemon."""
     pair = MirrorPair(stage, source, destination)
+    images.warm(source, destination)
     meters = pair.source.meter(), pair.destination.meter()
     began = time.monotonic()
     pair.start()
@@ -239,6 +245,7 @@ def nbdcopy(stage: Stage, source: Path, destination: Path) -> Sample:
         "nbdkit", "--foreground", "--threads", "4", "-i", "127.0.0.1", "-p", str(port), "file", destination
     )
     server.wait_ready(lambda: is_listening(port))
+    images.warm(source, destination)
     return _one_shot(
         stage, server, "nbdcopy", "--flush", "--destination-is-zero", source, f"nbd://127.0.0.1:{port}"
     )  # fmt: skip
@@ -253,6 +260,7 @@ def convert(stage: Stage, source: Path, destination: Path) -> Sample:
     )  # fmt: skip
     server.wait_ready(lambda: is_listening(port))
     target = f"nbd://127.0.0.1:{port}/disk"
+    images.warm(source, destination)
     return _one_shot(
         stage, server, "qemu-img", "convert", "-n", "-W", "-m", "16", "-f", "raw", "-O", "raw", source, target
     )  # fmt: skip
@@ -274,6 +282,7 @@ def limit(
         time.sleep(1)  # its sockets are in another namespace's tables
     else:
         receiver.wait_ready(lambda: is_listening(port))
+    images.warm(source, destination)
     sender = stage.start(*prefixes[0], *command, "send", host, str(port), source)
     sender.check(MAX_COPY_S)
     receiver.check(20)

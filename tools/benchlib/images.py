@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from benchlib.measure import BenchError
 from benchlib.settings import MIB
+from benchlib.stage import file_system_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,6 +71,21 @@ def fill(path: Path) -> None:
     with path.open("r+b") as file:
         for at in range(0, size, MIB):
             file.write(piece[: size - at])
+
+
+def warm(*paths: Path) -> None:
+    """Read images that are in memory, so that no side pays for what its servers' start has let grow cold.
+
+    A machine may take memory back that was not used for seconds (DAMON, a balloon): the next touch of it then costs ten
+    times as much. What lies on a disk is left as it is.
+    """
+    for path in paths:
+        if file_system_of(path) in ("tmpfs", "ramfs"):
+            buffer = bytearray(MIB)
+            with path.open("rb", buffering=0) as file:
+                for start, stop in _data_runs(file.fileno(), path.stat().st_size):
+                    for offset in range(start, stop, MIB):
+                        os.preadv(file.fileno(), [buffer], offset)
 
 
 def empty_image(path: Path, size: int) -> Path:

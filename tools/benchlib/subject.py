@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from benchlib import images
 from benchlib.measure import BenchError, Sample
 from benchlib.stage import file_system_of, free_port, is_listening, unmount
 
@@ -204,6 +205,7 @@ def copy(stage: Stage, source: Path, destination: Path, *, lane: str | None = No
         BenchError: it failed.
     """
     pair = Pair(stage, source, destination, lane=lane)
+    images.warm(source, destination)
     migration = pair.start().finish(timeout_s)
     usages = pair.usage(migration)
     extra = {"wall_s": migration.wall_s}
