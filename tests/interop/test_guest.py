@@ -321,6 +321,23 @@ def test_whoever_asked_for_the_move_is_killed(move: Move) -> None:
     move.check_moved()
 
 
+def test_the_sources_daemon_ends_in_order(move: Move) -> None:
+    """It calls QEMU's migration off before it takes the disk away; nothing was handed over."""
+    move.here.execute("migrate-set-parameters", max_bandwidth=1 << 20)
+    command = move.start_migrate()
+    move.wait_guest("copying")
+    account = read_console(move.here.console)
+    os.kill(move.source.pid, signal.SIGTERM)
+    assert command.finish().exit_code in (1, 6)
+    assert move.here.migration()["status"] == "cancelled"
+    assert move.here.run_state() == "running"
+    move.here.close()  # whatever holds a file of the mount keeps the daemon from unmounting it
+    assert move.source.wait() == 0
+    wait_until(lambda: move.destination.phase() == "failed", "the end at the destination")
+    assert move.destination.disk()["state"] == "incoming"
+    move.check_records(move.image, account)
+
+
 def test_the_sources_qemu_is_killed(move: Move) -> None:
     """Nothing is handed over; the error says that the guest runs nowhere, with an exit code of its own."""
     move.here.execute("migrate-set-parameters", max_bandwidth=1 << 20)
