@@ -224,7 +224,7 @@ async def test_the_destination_goes_away_during_a_step(
 
     async with trio.open_nursery() as nursery:
         runtime.at_step = lambda name: nursery.start_soon(break_off) if name == step else None
-        runtime.hangs_at = step if step in ("wait_standstill", "load") else ""
+        runtime.hangs_at = "wait_standstill" if step == "wait_standstill" else ""
         await pair.migrate()
     assert_returned(pair, runtime, Phase.FAILED)
     assert pair.outgoing.error is not None
