@@ -48,6 +48,10 @@ class Gate(Enum):
     """It is answered EROFS: the disk is not (yet, or no longer) ours to write."""
 
 
+_OPEN: Final = Gate.OPEN
+"""Every write looks at it twice, and a member of an enumeration is found slowly."""
+
+
 class TrackedDisk(Disk):
     """The layer that guests write through.
 
@@ -130,17 +134,19 @@ class TrackedDisk(Disk):
 
         The two are plain calls because every guest write makes them: a context manager would cost as much as the write.
         """
-        if offset < 0 or offset + length > self.image.size:
+        end = offset + length
+        if offset < 0 or end > self.image.size:
             self.check_range(offset, length)
+        first = offset >> _CHUNK_SHIFT
         with self._lock:
-            if self._gate is not Gate.OPEN:
+            if self._gate is not _OPEN:
                 self._refuse(offset, length)
             self._n_writing += 1
-            chunk = offset >> _CHUNK_SHIFT
-            if not self._written_bits[chunk >> 3] >> (chunk & 7) & 1 or offset + length > chunk + 1 << _CHUNK_SHIFT:
+            if not self._written_bits[first >> 3] >> (first & 7) & 1 or end > first + 1 << _CHUNK_SHIFT:
                 self._note_written(offset, length)
-            for tracker in self._trackers:
-                tracker.mark(offset, length)
+            if self._trackers:
+                for tracker in self._trackers:
+                    tracker.mark(offset, length)
             return self._n_taken
 
     def _end(self, offset: int, length: int, n_taken: int) -> None:
@@ -155,7 +161,7 @@ class TrackedDisk(Disk):
                     tracker.mark(offset, length)
             self._bytes_written += length
             self._n_writing -= 1
-            if not self._n_writing and self._gate is not Gate.OPEN:
+            if not self._n_writing and self._gate is not _OPEN:
                 self._drained.notify_all()
 
     def _note_written(self, offset: int, length: int) -> None:
