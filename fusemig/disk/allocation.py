@@ -15,7 +15,8 @@ B is a bit for each block, rounded up to 4 KiB. The file is sparse. Rules:
 4. The recent map counts only while the host that wrote it is still up (the boot in the session is the present one).
    Then the page cache has every write, synced or not, and a daemon that was killed lost nothing that it acknowledged.
    After a power loss it is not looked at: it may have reached the store before the data did.
-5. A new session begins with the recent bits made durable, then the recent map emptied, then the session written.
+5. A new session begins with everything that was read of both maps made durable, then the recent map emptied, then the
+   session written.
 6. Bits are never cleared, except all of them by `forget`: first the map, durably, then (by the caller) the data.
 
 A block whose bit a power loss took away reads as the base again. Only a write that nobody had synced can be lost so,
@@ -182,6 +183,8 @@ class AllocationMap:
         """
         if self._pages:
             self.persist(sync_data)
+        else:
+            self._store.flush()  # a daemon that was killed may have written the durable map and not synced it yet
         self._store.write_zeroes(_DURABLE_AT + self._region, self._region)
         self._store.pwrite(_encode(_Session(boot=self._boot, stamp=stamp)), _SESSION_AT)
         self.stamp = stamp

@@ -298,8 +298,8 @@ class OverlayFile(OverlayDisk):
                 self._make_map(map_path, base, base_path)
             store = opened.enter_context(RawDisk(name, map_path, read_only=read_only))
             allocation = AllocationMap(store, self._raw.size, boot_id())
-            super().__init__(self._raw, base, allocation)
             stamp = _check_base(base, base_path, path, allocation)
+            super().__init__(self._raw, base, allocation)
             if not read_only:
                 allocation.begin(self._raw.flush, stamp)
             opened.pop_all()

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import lzma
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 from xxhash import xxh3_64_hexdigest
 
-from fusemig.disk.tracked import Gate
+from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
+from fusemig.disk.memory import MemoryDisk
+from fusemig.disk.overlay import OverlayDisk
+from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.epoch import EpochFile, Ownership
-from fusemig.errors import ConnectionLostError, FusemigError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import ConnectionLostError, DiskError, FusemigError, PeerRefusedError, RemoteProtocolError
 from fusemig.migration.arrival import IncomingWire, greet
+from fusemig.migration.incoming import AwaitedDisk
+from fusemig.migration.qemu_receiver import QemuReceiver, Turn
 from fusemig.phase import MigrationPhase as Phase
 from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native, qemu_block, savevm
 from support.pair import Pair, Side, inline
+from support.qemu import disk_bytes
 from support.streams import memory_connection
 
 if TYPE_CHECKING:
@@ -95,6 +103,17 @@ class Arrival:
             self.error = exc
         finally:
             await stream.aclose()
+
+    def lay_over(self, name: str, base: bytes) -> OverlayDisk:
+        """Make a disk an overlay over ``base``, which holds something from an earlier life."""
+        image, under = self.side.images[name], MemoryDisk(name, len(base))
+        under.content[:] = base
+        store = MemoryDisk(name, map_size(image.size))
+        write_header(store, image.size, BaseIdentity(size=under.size, digest=""))
+        overlay = OverlayDisk(image, under, AllocationMap(store, image.size, "boot"))
+        overlay.pwrite(b"\xdd" * (image.size // 2), 0)
+        self.side.disks[name] = TrackedDisk(overlay, gate=Gate.READ_ONLY)
+        return overlay
 
     def gates(self) -> set[Gate]:
         """Return the gates of all disks."""
@@ -303,3 +322,118 @@ async def test_silence(tmp_path: Path, autojump_clock: trio.testing.MockClock, h
     arrival = Arrival(tmp_path, {"a": CHUNK_SIZE})
     assert isinstance(await arrival.receive(head, close=False), FusemigError)
     assert arrival.phases == []
+
+
+async def test_a_shared_base(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """What `migrate -i` leaves out is the base's, whatever the overlay held before; of the rest only chunks are taken."""
+    description, stream = load("incremental")
+    arrival = arrival_for(tmp_path, description)
+    (disk,) = description["disks"]
+    overlay = arrival.lay_over("disk0", disk_bytes(disk["size"], seed=0))
+    assert await arrival.receive(stream) is None
+    assert xxh3_64_hexdigest(bytes(overlay.pread(overlay.size, 0))) == disk["xxh3_64"]
+    assert list(overlay.allocated(0, overlay.size)) == [(2 * CHUNK_SIZE, CHUNK_SIZE)]
+    assert arrival.phases == COMPLETED
+    assert arrival.states() == [Ownership.OWNER]
+
+
+async def test_a_shared_base_needs_a_base_here(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Without one the same stream lacks what it lacks."""
+    description, stream = load("incremental")
+    arrival = arrival_for(tmp_path, description)
+    error = str(await arrival.receive(stream))
+    assert "never sent: bytes 'disk0' 0-2097151, 'disk0' 3145728-5244415" in error
+    arrival.assert_not_taken(Ownership.INCOMING)
+
+
+async def test_a_whole_disk_onto_a_base(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """`migrate -b` to a destination with a base replaces all of it."""
+    description, stream = load("plain")
+    arrival = arrival_for(tmp_path, description)
+    (disk,) = description["disks"]
+    overlay = arrival.lay_over("disk0", b"\x77" * disk["size"])
+    assert await arrival.receive(stream) is None
+    assert xxh3_64_hexdigest(bytes(overlay.pread(overlay.size, 0))) == disk["xxh3_64"]
+    assert overlay.allocated_bytes >= disk["size"]
+
+
+async def test_an_early_finish_over_a_base(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Then only the progress tells."""
+    description, stream = load("early-finish")
+    arrival = arrival_for(tmp_path, description)
+    (disk,) = description["disks"]
+    arrival.lay_over("disk0", bytes(disk["size"]))
+    error = str(await arrival.receive(stream))
+    assert "not taken over: the source finished before it had read its disks: its last progress was" in error
+    assert "b5280437a7f4" in error
+    arrival.assert_not_taken(Ownership.INCOMING)
+
+
+async def test_an_overlay_of_which_nothing_comes(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Nothing says that the QEMU has it, so it is not taken over as a copy of its base."""
+    description, stream = load("plain")
+    arrival = Arrival(tmp_path, {"disk0": description["disks"][0]["size"], "other": CHUNK_SIZE})
+    arrival.lay_over("other", bytes(CHUNK_SIZE))
+    error = str(await arrival.receive(stream))
+    assert "not taken over: of 'other' nothing came at all: serve only the disks that the QEMU has" in error
+    assert "a new one here is the same disk" in error
+    arrival.assert_not_taken(Ownership.INCOMING, Ownership.INCOMING)
+
+
+async def test_an_overlay_that_cannot_be_emptied(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """It must not keep what it held: the migration fails, and the disk is free for the next one."""
+    description, stream = load("incremental")
+    arrival = arrival_for(tmp_path, description)
+    (disk,) = description["disks"]
+    overlay = arrival.lay_over("disk0", disk_bytes(disk["size"], seed=0))
+    forget = overlay.forget
+
+    def fail() -> None:
+        raise DiskError(28, "the map")
+
+    overlay.forget = fail  # type: ignore[method-assign]
+    assert isinstance(await arrival.receive(stream), DiskError)
+    arrival.assert_not_taken(Ownership.INCOMING)
+    overlay.forget = forget  # type: ignore[method-assign]
+    assert await arrival.receive(stream) is None
+
+
+@pytest.mark.parametrize("name", ["plain", "two-disks", "written", "zero-blocks", "early-finish"])
+async def test_memory(tmp_path: Path, autojump_clock: trio.testing.MockClock, name: str) -> None:
+    """Whatever the stream brings, the receiver allocates less than two chunks: one for the payload, and small change."""
+    description, stream = load(name)
+    host = Discarding(description)
+    host.stream = memoryview(stream)
+    receiver = QemuReceiver(host, host.awaited, b"")  # type: ignore[arg-type]
+    tracemalloc.start()
+    try:
+        while (event := receiver.run_slice()) is not Turn.CLOSED:
+            if event is Turn.DISKS:
+                receiver.disks = host.disks
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert host.n_written > CHUNK_SIZE
+    assert peak < 2 * CHUNK_SIZE
+
+
+class Discarding:
+    """A stream, and disks that keep nothing."""
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.stream = memoryview(b"")
+        self.n_written = 0
+        self.awaited = [AwaitedDisk(disk["name"], disk["size"]) for disk in description["disks"]]
+        image = SimpleNamespace(pwrite=self._write, write_zeroes=lambda _offset, _length: None)
+        self.disks: Any = [SimpleNamespace(disk=SimpleNamespace(image=image), received_bytes=0) for _ in self.awaited]
+
+    def _write(self, data: memoryview, _offset: int) -> None:
+        self.n_written += len(data)
+
+    def receive_nowait(self, buffer: memoryview) -> int:
+        n = min(len(buffer), len(self.stream), PIECE)
+        buffer[:n] = self.stream[:n]
+        self.stream = self.stream[n:]
+        return n
+
+    receive_shortly = receive_nowait
