@@ -325,7 +325,7 @@ async def test_silence(tmp_path: Path, autojump_clock: trio.testing.MockClock, h
 
 
 async def test_a_shared_base(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
-    """What `migrate -i` leaves out is the base's, whatever the overlay held before; of the rest only chunks are taken."""
+    """What `migrate -i` leaves out is the base's, whatever the overlay held before."""
     description, stream = load("incremental")
     arrival = arrival_for(tmp_path, description)
     (disk,) = description["disks"]
@@ -372,8 +372,8 @@ async def test_an_early_finish_over_a_base(tmp_path: Path, autojump_clock: trio.
 async def test_an_overlay_of_which_nothing_comes(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     """Nothing says that the QEMU has it, so it is not taken over as a copy of its base."""
     description, stream = load("plain")
-    arrival = Arrival(tmp_path, {"disk0": description["disks"][0]["size"], "other": CHUNK_SIZE})
-    arrival.lay_over("other", bytes(CHUNK_SIZE))
+    arrival = Arrival(tmp_path, {"disk0": description["disks"][0]["size"], "other": 512})
+    arrival.lay_over("other", bytes(512))
     error = str(await arrival.receive(stream))
     assert "not taken over: of 'other' nothing came at all: serve only the disks that the QEMU has" in error
     assert "a new one here is the same disk" in error
@@ -400,7 +400,7 @@ async def test_an_overlay_that_cannot_be_emptied(tmp_path: Path, autojump_clock:
 
 @pytest.mark.parametrize("name", ["plain", "two-disks", "written", "zero-blocks", "early-finish"])
 async def test_memory(tmp_path: Path, autojump_clock: trio.testing.MockClock, name: str) -> None:
-    """Whatever the stream brings, the receiver allocates less than two chunks: one for the payload, and small change."""
+    """Whatever the stream brings, the receiver allocates less than two chunks: one for the payload, and some change."""
     description, stream = load(name)
     host = Discarding(description)
     host.stream = memoryview(stream)
