@@ -355,13 +355,19 @@ class BlockCompleteness:
             total += length
             if n_missing <= _MAX_RANGES:
                 ranges.append(f"'{name}' {offset}-{offset + length - 1}")
+        is_read = self.last_percent is not None and self.last_percent >= self.bulk_percent
         if n_missing:
+            if is_read:
+                reason += (
+                    ". Or it was to leave out what a base has (`inc`): then give the disk here its base"
+                    " (--disk NAME=PATH,base=BASE)"
+                )
             more = f" and {n_missing - _MAX_RANGES} more ranges" if n_missing > _MAX_RANGES else ""
             return (
                 f"the source reported success with {format_size(total)} never sent: bytes {', '.join(ranges)}{more};"
                 f" {progress}. {reason}"
             )
-        if is_shared and (-1 if self.last_percent is None else self.last_percent) < self.bulk_percent:
+        if is_shared and not is_read:
             return f"the source finished before it had read its disks: {progress}, not {self.bulk_percent} %. {reason}"
         return None
 

@@ -333,7 +333,8 @@ def test_what_is_missing_is_named() -> None:
         "the source reported success with 283.0 MiB never sent: bytes 'd0' 1048576-2097151, 'd0' 3145728-5244415,"
         " 'd1' 262144000-555745279; its last progress was 99 %. This is how QEMU 7.2 to 9.0 loses data (qemu commit"
         " b5280437a7f4): set its downtime-limit to 1 ms and its max-bandwidth to 500 MiB/s or less, not 0, and migrate"
-        " again"
+        " again. Or it was to leave out what a base has (`inc`): then give the disk here its base"
+        " (--disk NAME=PATH,base=BASE)"
     )
 
 
@@ -343,6 +344,7 @@ def test_many_missing_ranges_make_no_endless_text() -> None:
     problem = observed(SMALL, [*events, *FINAL]).problem()
     assert problem is not None
     assert " and 296 more ranges; its last progress was none." in problem
+    assert "`inc`" not in problem, "it had not read its disks"
 
 
 def test_a_disk_of_which_nothing_came_is_missing() -> None:
