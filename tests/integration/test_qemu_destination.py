@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -398,23 +399,69 @@ async def test_an_overlay_that_cannot_be_emptied(tmp_path: Path, autojump_clock:
     assert await arrival.receive(stream) is None
 
 
+def block_stream(*records: bytes) -> bytes:
+    """Return the start of a stream with these records in the first part of its `block` section."""
+    start = savevm.encode_header("pc") + savevm.encode_start(1, qemu_block.SECTION, qemu_block.VERSION)
+    return start + qemu_block.END_OF_SECTION + savevm.encode_footer(1) + savevm.encode_part(1) + b"".join(records)
+
+
+def head(sector: int, flags: int, name: bytes = b"") -> bytes:
+    """Return the start of a record."""
+    return (sector << 9 | flags).to_bytes(8, "big") + (bytes([len(name)]) + name if name else b"")
+
+
+CHUNK = b"x" * CHUNK_SIZE
+HOSTILE = {
+    "unknown device": (block_stream(head(0, 1, b"nope"), CHUNK), "unknown block device 'nope'; expected: 'a'"),
+    "unknown flags": (block_stream(head(0, 0x11, b"a"), CHUNK), "unknown block migration flags: 0x11"),
+    "beyond the end": (block_stream(head(2049, 1, b"a"), CHUNK), "sector 2049 is beyond the end of block device 'a'"),
+    "progress": (block_stream(head(101, 4)), "block migration progress of 101 %"),
+    "truncated": (block_stream(head(0, 1, b"a"), CHUNK[:-1]), "ends early"),
+    "no payload": (block_stream(head(0, 1, b"a")), "ends early"),
+    "section id": (block_stream(head(0, 2), savevm.encode_footer(2)), "does not end where it should"),
+    "no such section": (block_stream(head(0, 2), savevm.encode_footer(1), savevm.encode_part(7)), "7"),
+    "version": (
+        savevm.encode_header("pc") + savevm.encode_start(1, "block", 2),
+        "unsupported version 2 of the 'block'",
+    ),
+    "chunks for ever": (block_stream(*[head(0, 1, b"a") + CHUNK] * 40), "ends early"),
+    "zeros for ever": (block_stream(*[head(0, 9, b"a")] * 100_000), "ends early"),
+}
+"""Streams that no QEMU sends, of a disk `a` of 1 MiB and a sector, and what the error says."""
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile(tmp_path: Path, autojump_clock: trio.testing.MockClock, name: str) -> None:
+    """One clear error of one line; nothing is taken over, and the next source is welcome."""
+    stream, text = HOSTILE[name]
+    arrival = Arrival(tmp_path, {"a": CHUNK_SIZE + 512})
+    error = await arrival.receive(stream)
+    assert isinstance(error, RemoteProtocolError)
+    assert text in str(error)
+    assert "\n" not in str(error)
+    # A stream that is wrong before the disks are claimed leaves no mark on them.
+    arrival.assert_not_taken(*[Ownership.INCOMING] * (name != "version"))
+    encoder = qemu_block.Encoder([qemu_block.Device("a", CHUNK_SIZE + 512)])
+    whole = block_stream(*encoder.data(0, 0, CHUNK), *encoder.data(0, CHUNK_SIZE, b"y" * 512), head(0, 2))
+    whole += savevm.encode_footer(1) + savevm.encode_end(1) + encoder.end() + savevm.encode_footer(1)
+    assert await arrival.receive(whole + savevm.encode_eof()) is None
+    assert arrival.side.images["a"].content == CHUNK + b"y" * 512
+
+
+@pytest.mark.parametrize("name", ["chunks for ever", "zeros for ever", "beyond the end", "unknown device", "truncated"])
+def test_memory_of_hostile_streams(name: str) -> None:
+    """The decoder refuses before it asks for memory, and holds one chunk at a time."""
+    host = Discarding({"disks": [{"name": "a", "size": CHUNK_SIZE + 512}]})
+    assert host.peak_of(HOSTILE[name][0]) < 2 * CHUNK_SIZE
+
+
 @pytest.mark.parametrize("name", ["plain", "two-disks", "written", "zero-blocks", "early-finish"])
 async def test_memory(tmp_path: Path, autojump_clock: trio.testing.MockClock, name: str) -> None:
     """Whatever the stream brings, the receiver allocates less than two chunks: one for the payload, and some change."""
     description, stream = load(name)
     host = Discarding(description)
-    host.stream = memoryview(stream)
-    receiver = QemuReceiver(host, host.awaited, b"")  # type: ignore[arg-type]
-    tracemalloc.start()
-    try:
-        while (event := receiver.run_slice()) is not Turn.CLOSED:
-            if event is Turn.DISKS:
-                receiver.disks = host.disks
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    assert host.peak_of(stream) < 2 * CHUNK_SIZE
     assert host.n_written > CHUNK_SIZE
-    assert peak < 2 * CHUNK_SIZE
 
 
 class Discarding:
@@ -426,6 +473,20 @@ class Discarding:
         self.awaited = [AwaitedDisk(disk["name"], disk["size"]) for disk in description["disks"]]
         image = SimpleNamespace(pwrite=self._write, write_zeroes=lambda _offset, _length: None)
         self.disks: Any = [SimpleNamespace(disk=SimpleNamespace(image=image), received_bytes=0) for _ in self.awaited]
+
+    def peak_of(self, stream: bytes) -> int:
+        """Receive a stream, to its end or its error; return the bytes that were allocated at most at one time."""
+        self.stream = memoryview(stream)
+        tracemalloc.start()
+        try:
+            receiver = QemuReceiver(self, self.awaited, b"")  # type: ignore[arg-type]
+            with suppress(RemoteProtocolError):
+                while (event := receiver.run_slice()) is not Turn.CLOSED:
+                    if event is Turn.DISKS:
+                        receiver.disks = self.disks
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
 
     def _write(self, data: memoryview, _offset: int) -> None:
         self.n_written += len(data)

@@ -1,4 +1,4 @@
-"""A real QEMU runs `migrate` with `inc`, from a qcow2 overlay over a base, to a fusemig with an overlay over its own."""
+"""A real QEMU runs `migrate` with `inc`, from a qcow2 overlay over a base, to a fusemig that has one too."""
 
 from __future__ import annotations
 
