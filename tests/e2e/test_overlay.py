@@ -110,6 +110,25 @@ def test_an_overlay_moves_as_a_whole(hosts: Hosts, place: Path) -> None:
     assert pread(back.images["vda"], SIZE) == model
 
 
+def test_an_overlay_moves_over_qemus_wire(hosts: Hosts, place: Path) -> None:
+    """As a whole too, onto a raw image and onto an overlay, which is complete whatever the progress said."""
+    source = start(hosts, "source", place)
+    model = bytearray((place / "golden.img").read_bytes())
+    scribble(source, model, 1)
+    image = place / "raw.img"
+    image.write_bytes(b"\xee" * SIZE)
+    destination = hosts.start("destination", {"vda": image}, incoming="tcp:127.0.0.1:0")
+    assert source.migrate(destination.uri, "--wire", "qemu", "--downtime-limit", "2s").exit_code == 0
+    destination.wait_phase("completed")
+    assert image.read_bytes() == model
+    back = hosts.start(
+        "back", {"vda": place / "back.img"}, incoming="tcp:127.0.0.1:0", bases={"vda": place / "golden.img"}
+    )
+    assert destination.migrate(back.uri, "--wire", "qemu", "--downtime-limit", "2s").exit_code == 0
+    back.wait_phase("completed")
+    assert back.file().read_bytes() == model
+
+
 def test_what_a_disk_option_may_say(hosts: Hosts, place: Path) -> None:
     """A base that is not named is refused, and so is an overlay that lies over itself."""
     image = write_random(place / "a.img", MIB)

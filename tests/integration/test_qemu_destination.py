@@ -399,7 +399,7 @@ async def test_an_overlay_that_cannot_be_emptied(tmp_path: Path, autojump_clock:
     assert await arrival.receive(stream) is None
 
 
-def block_stream(*records: bytes) -> bytes:
+def block_stream(*records: bytes | memoryview) -> bytes:
     """Return the start of a stream with these records in the first part of its `block` section."""
     start = savevm.encode_header("pc") + savevm.encode_start(1, qemu_block.SECTION, qemu_block.VERSION)
     return start + qemu_block.END_OF_SECTION + savevm.encode_footer(1) + savevm.encode_part(1) + b"".join(records)

@@ -109,7 +109,8 @@ async def test_progress(tmp_path: Path, autojump_clock: trio.testing.MockClock, 
 
     pair.streams[0].on_send = keep
     assert (await pair.migrate()).error is None
-    total, done, expected = sum(sizes.values()), 0, []
+    total, done = sum(sizes.values()), 0
+    expected: list[int] = []
     for size in sizes.values():
         for at in range(0, size, CHUNK_SIZE):
             if not expected or expected[-1] != done * 100 // total:

@@ -67,6 +67,11 @@ def wait_over(destination: Host) -> dict[str, object]:
     return destination.migration()
 
 
+def wait_received(destination: Host, n_bytes: int) -> None:
+    """Wait until so much has come."""
+    wait_until(lambda: destination.migration().get("disk", {}).get("transferred", 0) >= n_bytes, f"{n_bytes} bytes")
+
+
 def assert_not_taken(destination: Host, name: str) -> None:
     """See that a disk waits, incomplete, and cannot be written."""
     assert destination.disk(name)["state"] == "incoming"
@@ -112,7 +117,7 @@ def test_a_guest_that_writes_meanwhile(hosts: Hosts) -> None:
     with Qemu(hosts.directory, drives=drives) as qemu:
         qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=8 << 20)
         qemu.start_migration(destination.uri)
-        wait_until(lambda: destination.migration().get("disk", {}).get("transferred", 0) >= CHUNK_SIZE, "a chunk")
+        wait_received(destination, CHUNK_SIZE)
         qemu.monitor('qemu-io vda "write -P 0x5a 512k 1M"')
         qemu.execute("migrate-set-parameters", **UNHURRIED)
         assert qemu.wait_migration()["status"] == "completed"
@@ -134,10 +139,7 @@ def test_guests_that_write_all_the_time(hosts: Hosts, zero_blocks: bool) -> None
         qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=8 << 20)
         qemu.start_migration(destination.uri)
         for n_received in range(1, 13):
-            wait_until(
-                lambda n=n_received: destination.migration().get("disk", {}).get("transferred", 0) >= n * CHUNK_SIZE,
-                "a chunk",
-            )
+            wait_received(destination, n_received * CHUNK_SIZE)
             for name, content in contents.items():
                 n_sectors = len(content) // 512
                 for first in (rng.randrange(n_sectors - 40), n_sectors - 1 - rng.randrange(4)):
@@ -215,7 +217,7 @@ def test_a_source_that_is_cancelled(hosts: Hosts) -> None:
     with Qemu(hosts.directory, drives=drives) as qemu:
         qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=4 << 20)
         qemu.start_migration(destination.uri)
-        wait_until(lambda: destination.migration().get("disk", {}).get("transferred", 0) >= CHUNK_SIZE, "a chunk")
+        wait_received(destination, CHUNK_SIZE)
         qemu.execute("migrate_cancel")
         assert qemu.wait_migration()["status"] == "cancelled"
         info = wait_over(destination)
