@@ -11,7 +11,7 @@ What a disk may do when the daemon starts is decided by its epoch file alone (`f
     handed-off             read-only: in doubt                read-only: in doubt
 
 A disk with a base (``--disk NAME=OVERLAY,base=BASE``) has an image from the start: an overlay that does not exist is
-made (`fusemig.disk.overlay`). An overlay is never served without its base.
+made (`fusemig.disk.overlay_file`). An overlay is never served without its base.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from fusemig.disk.overlay import OverlayFile
+from fusemig.disk.overlay_file import OverlayFile
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.epoch import EpochFile, EpochRecord, Ownership

@@ -25,6 +25,7 @@ and it is lost as a whole: what it had copied from the base is in the base still
 
 from __future__ import annotations
 
+import mmap
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -34,7 +35,7 @@ from xxhash import xxh3_64_hexdigest
 
 from fusemig.bitmap import ChunkBitmap
 from fusemig.errors import ConfigError, DiskError
-from fusemig.units import BLOCK_SIZE, n_blocks
+from fusemig.units import BLOCK_SIZE, mask_runs, n_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from fusemig.disk.base import Disk
 
 _PAGE: Final = 4096
+_BITS_PER_PAGE: Final = 8 * _PAGE
+_WINDOW: Final = 4096
+"""Blocks that a search looks at at once; divides `_BITS_PER_PAGE`."""
 _HEADER_AT: Final = 0
 _SESSION_AT: Final = _PAGE
 _DURABLE_AT: Final = 2 * _PAGE
@@ -55,7 +59,7 @@ class BaseIdentity(msgspec.Struct, frozen=True, kw_only=True):
     size: int
     """Bytes."""
     digest: str
-    """As `fusemig.disk.overlay.content_digest` makes it."""
+    """As `fusemig.disk.overlay_file.content_digest` makes it."""
     path: str = ""
     """Where it was, for people."""
 
@@ -98,7 +102,7 @@ def map_size(disk_size: int) -> int:
 
 
 def _region_size(disk_size: int) -> int:
-    return -(-n_blocks(disk_size) // (8 * _PAGE)) * _PAGE
+    return -(-n_blocks(disk_size) // _BITS_PER_PAGE) * _PAGE
 
 
 def write_header(store: Disk, disk_size: int, base: BaseIdentity) -> None:
@@ -126,9 +130,14 @@ class AllocationMap:
         self._region = _region_size(disk_size)
         self.base = self._read_header(disk_size)
         self.n_blocks = n_blocks(disk_size)
+        self.n_allocated = 0
+        """How many blocks the overlay holds."""
         self._lock = threading.Lock()
-        # Guarded by _lock:
-        self._bits = bytearray(self._region)  # zeros that nobody touches cost no memory
+        # Written under _lock. A private mapping: what nobody writes costs no memory.
+        self.bits = mmap.mmap(-1, self._region, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        """The map: bit ``block & 7`` of byte ``block >> 3``."""
+        self._used = ChunkBitmap(self._region // _PAGE)
+        """A bit for each page of the map that has bits."""
         self._pages: set[int] = set()
         """Pages of the map with bits that are not durable."""
         # Taken before _lock, and held while the map is written:
@@ -139,7 +148,6 @@ class AllocationMap:
         self._load(_DURABLE_AT, is_durable=True)
         if session is not None and session.boot == boot:
             self._load(_DURABLE_AT + self._region, is_durable=False)
-        self._map = ChunkBitmap(self.n_blocks, self._bits)
 
     def _read_header(self, disk_size: int) -> BaseIdentity:
         header = _decode(self._store.pread(_PAGE, _HEADER_AT), _Header) if self._store.size >= _DURABLE_AT else None
@@ -167,11 +175,15 @@ class AllocationMap:
 
     def _merge(self, page: int, found: bytes, *, is_durable: bool) -> None:
         part = slice(page * _PAGE, (page + 1) * _PAGE)
-        known = int.from_bytes(self._bits[part], "little")
-        both = known | int.from_bytes(found, "little")
+        known = int.from_bytes(self.bits[part], "little")
+        # What is beyond the disk's end is no block.
+        n_bits = min(_BITS_PER_PAGE, self.n_blocks - page * _BITS_PER_PAGE)
+        both = known | int.from_bytes(found, "little") & ((1 << n_bits) - 1)
         if both == known:
             return
-        self._bits[part] = both.to_bytes(_PAGE, "little")
+        self._used.set(page)
+        self.bits[part] = both.to_bytes(_PAGE, "little")
+        self.n_allocated += both.bit_count() - known.bit_count()
         if not is_durable:
             self._pages.add(page)
 
@@ -191,22 +203,30 @@ class AllocationMap:
 
     def mask(self, first: int, stop: int) -> int:
         """Return the bits of the blocks ``first`` to ``stop - 1``, the first one lowest."""
-        bits = int.from_bytes(self._bits[first >> 3 : stop + 7 >> 3], "little")
+        bits = int.from_bytes(self.bits[first >> 3 : stop + 7 >> 3], "little")
         return bits >> (first & 7) & ((1 << (stop - first)) - 1)
 
     def runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield ``(first, stop)`` of each run of allocated blocks in a range, in ascending order."""
-        at = self._map.next_set(first)
-        while at is not None and at < stop:
-            end = self._map.next_clear(at)
-            end = stop if end is None or end > stop else end
-            yield at, end
-            at = self._map.next_set(end)
+        start = end = first
+        for base, limit in self._windows(first, stop):
+            for offset, count in mask_runs(self.mask(base, limit)):
+                if base + offset != end:
+                    if end > start:
+                        yield start, end
+                    start = base + offset
+                end = base + offset + count
+        if end > start:
+            yield start, end
 
-    @property
-    def n_allocated(self) -> int:
-        """How many blocks the overlay holds."""
-        return self._map.count
+    def _windows(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of a range of blocks that may have bits, a window at a time."""
+        page = self._used.next_set(first // _BITS_PER_PAGE)
+        while page is not None and page * _BITS_PER_PAGE < stop:
+            for at in range(page * _BITS_PER_PAGE, (page + 1) * _BITS_PER_PAGE, _WINDOW):
+                if first < at + _WINDOW and at < stop:
+                    yield max(first, at), min(stop, at + _WINDOW)
+            page = self._used.next_set(page + 1)
 
     def add(self, first: int, stop: int) -> None:
         """Take note that the blocks ``first`` to ``stop - 1`` lie in the image, before their writes are acknowledged.
@@ -217,10 +237,14 @@ class AllocationMap:
         low, high = first >> 3, stop + 7 >> 3
         fresh = ((1 << (stop - first)) - 1) << (first & 7)
         with self._lock:
-            both = int.from_bytes(self._bits[low:high], "little") | fresh
-            self._store.pwrite(both.to_bytes(high - low, "little"), _DURABLE_AT + self._region + low)
-            self._map.set_range(first, stop)
-            self._pages.update(range(low // _PAGE, -(-high // _PAGE)))
+            known = int.from_bytes(self.bits[low:high], "little")
+            content = (known | fresh).to_bytes(high - low, "little")
+            self._store.pwrite(content, _DURABLE_AT + self._region + low)
+            first_page, stop_page = low // _PAGE, -(-high // _PAGE)
+            self._used.set_range(first_page, stop_page)
+            self.bits[low:high] = content
+            self.n_allocated += (known | fresh).bit_count() - known.bit_count()
+            self._pages.update(range(first_page, stop_page))
 
     def persist(self, sync_data: Callable[[], None]) -> None:
         """Make the data, by ``sync_data``, and then every bit that is set by now durable.
@@ -234,7 +258,7 @@ class AllocationMap:
         with self._persisting:
             with self._lock:
                 pages, self._pages = self._pages, set()
-                contents = {page: bytes(self._bits[page * _PAGE : (page + 1) * _PAGE]) for page in pages}
+                contents = {page: self.bits[page * _PAGE : (page + 1) * _PAGE] for page in pages}
             if contents:
                 try:
                     sync_data()
@@ -255,7 +279,10 @@ class AllocationMap:
             DiskError: the store failed; any of the bits may be gone.
         """
         with self._persisting, self._lock:
-            self._map.clear_range(0, self.n_blocks)
+            for page, stop in self._used.runs():
+                self.bits[page * _PAGE : stop * _PAGE] = bytes((stop - page) * _PAGE)
+            self._used.clear_range(0, self._used.n_bits)
+            self.n_allocated = 0
             self._pages.clear()
             self._store.write_zeroes(_DURABLE_AT, 2 * self._region)
             self._store.flush()

@@ -13,39 +13,28 @@
 3. Zeroing is a write of zeros: the block becomes the overlay's, a hole there. The base never shows through again.
 4. A flush makes the data durable, then the map; a block without a durable bit reads as the base after a power loss.
 
-The base is opened read-only under a shared lock, and its size and a digest of its contents are kept with the map: over
-another base the overlay is refused.
+`fusemig.disk.overlay_file` opens all of it as files, and sees that the base is the right one.
 """
 
 from __future__ import annotations
 
-import os
-import stat
 import threading
-import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from xxhash import xxh3_128
-
-from fusemig.disk.allocation import AllocationMap, BaseIdentity, boot_id, map_size, write_header
 from fusemig.disk.base import Disk, Extent
-from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunks_of, mask_runs
+from fusemig.units import BLOCK_SIZE, mask_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from fusemig.disk.allocation import AllocationMap
     from fusemig.disk.base import Buffer
 
 _SHIFT: Final = BLOCK_SIZE.bit_length() - 1
-_ZEROS: Final = bytes(CHUNK_SIZE)
 _ZERO_STEP: Final = 1 << 30
 """Bytes that are zeroed under one claim."""
-_YOUNG_NS: Final = 2_000_000_000
-"""A base that changed so lately may change again without its times telling."""
 
 
 class OverlayDisk(Disk):
@@ -57,12 +46,13 @@ class OverlayDisk(Disk):
         Raises:
             ConfigError: the base is larger than the image.
         """
-        _check_sizes(image, base)
+        check_sizes(image, base)
         self.name = image.name
         self.size = image.size
         self.image = image
         self.base = base
         self._allocation = allocation
+        self._bits = allocation.bits  # looked at here for single blocks, which most requests are
         self._claims_changed = threading.Condition()
         self._claims: list[tuple[int, int]] = []  # guarded by _claims_changed
         self._flush_error: DiskError | None = None
@@ -72,7 +62,7 @@ class OverlayDisk(Disk):
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from the image and, where that holds nothing, from the base."""
         first, stop = offset >> _SHIFT, offset + len(buffer) + BLOCK_SIZE - 1 >> _SHIFT
-        mask = self._allocation.mask(first, stop)
+        mask = self._bits[first >> 3] >> (first & 7) & 1 if stop - first == 1 else self._allocation.mask(first, stop)
         if not mask:
             self._read_base(buffer, offset)
         elif mask == (1 << (stop - first)) - 1:
@@ -86,16 +76,18 @@ class OverlayDisk(Disk):
                     self._read_base(part, start)
 
     def _read_base(self, buffer: memoryview, offset: int) -> None:
-        n = min(len(buffer), max(0, self.base.size - offset))
+        if offset + len(buffer) <= self.base.size:
+            self.base.pread_into(buffer, offset)
+            return
+        n = max(0, self.base.size - offset)
         if n:
             self.base.pread_into(buffer[:n], offset)
-        if n < len(buffer):
-            buffer[n:] = bytes(len(buffer) - n)
+        buffer[n:] = bytes(len(buffer) - n)
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill ``buffer`` if everything is in memory, wherever it lies."""
         first, stop = offset >> _SHIFT, offset + len(buffer) + BLOCK_SIZE - 1 >> _SHIFT
-        mask = self._allocation.mask(first, stop)
+        mask = self._bits[first >> 3] >> (first & 7) & 1 if stop - first == 1 else self._allocation.mask(first, stop)
         if mask == (1 << (stop - first)) - 1:
             return self.image.pread_nowait(buffer, offset)
         if not mask and offset + len(buffer) <= self.base.size:
@@ -188,7 +180,7 @@ class OverlayDisk(Disk):
 
     def _is_base(self, offset: int) -> bool:
         block = offset >> _SHIFT
-        return not self._allocation.mask(block, block + 1)
+        return not self._bits[block >> 3] >> (block & 7) & 1
 
     @contextmanager
     def _claimed(self, first: int, stop: int) -> Iterator[None]:
@@ -267,145 +259,10 @@ class OverlayDisk(Disk):
         self.base.close()
 
 
-class OverlayFile(OverlayDisk):
-    """An overlay in files: an image, its map and a base."""
-
-    def __init__(self, name: str, path: Path, base_path: Path, map_path: Path, *, read_only: bool = False) -> None:
-        """Open and lock ``path`` over ``base_path``.
-
-        An overlay that does not exist is made, as large as its base; so is the map of an image without any data
-        (``truncate -s SIZE``), which may be larger than the base. May read all of the base.
-
-        Raises:
-            ConfigError: a file cannot be used, they do not belong together, or the base has changed.
-            DiskError: a store failed.
-        """
-        self.path = path
-        self.read_only = read_only
-        with ExitStack() as opened:
-            base = opened.enter_context(_open_base(name, path, base_path))
-            if not read_only and not path.exists() and not map_path.exists():
-                create_image(path, base.size)
-            if map_path.exists() and not path.exists():
-                raise ConfigError(
-                    f"overlay {path} of disk '{name}' is missing and its map {map_path} is there: restore the image, "
-                    "or delete the map too to begin anew"
-                )
-            self._raw = opened.enter_context(RawDisk(name, path, read_only=read_only))
-            if not self._raw.is_regular:
-                raise ConfigError(f"overlay {path} of disk '{name}' is a device: an overlay is a file")
-            if not map_path.exists():
-                self._make_map(map_path, base, base_path)
-            store = opened.enter_context(RawDisk(name, map_path, read_only=read_only))
-            allocation = AllocationMap(store, self._raw.size, boot_id())
-            stamp = _check_base(base, base_path, path, allocation)
-            super().__init__(self._raw, base, allocation)
-            if not read_only:
-                allocation.begin(self._raw.flush, stamp)
-            opened.pop_all()
-
-    def _make_map(self, map_path: Path, base: RawDisk, base_path: Path) -> None:
-        image = self._raw
-        if self.read_only or any(extent.is_data for extent in image.extents(0, image.size)):
-            raise ConfigError(
-                f"image {image.path} of disk '{image.name}' has no map {map_path}, so it is no overlay: serve it "
-                "without a base, restore its map, or name an image that does not exist"
-            )
-        _check_sizes(image, base)
-        identity = BaseIdentity(size=base.size, digest=content_digest(base), path=str(base_path))
-        new = map_path.with_name(f"{map_path.name}.new")
-        with suppress(FileNotFoundError):
-            new.unlink()
-        create_image(new, map_size(image.size))
-        with RawDisk(image.name, new) as store:
-            write_header(store, image.size, identity)
-        try:
-            new.rename(map_path)
-            for directory in {image.path.parent, map_path.parent}:
-                _sync_directory(directory)
-        except OSError as exc:
-            raise ConfigError(f"cannot make the map {map_path}: {exc.strerror}") from exc
-
-    def stat(self) -> os.stat_result:
-        """Return the image's own stat."""
-        return self._raw.stat()
-
-    def statvfs(self) -> os.statvfs_result:
-        """Return the statvfs of the file system that holds the image."""
-        return self._raw.statvfs()
-
-
-def content_digest(disk: Disk) -> str:
-    """Return a digest of a disk's bytes; holes and zeros are the same. Reads all of its data.
-
-    It tells accidents, not attackers: xxh3 is no cryptographic hash.
-    """
-    digest, buffer, next_chunk = xxh3_128(), memoryview(bytearray(CHUNK_SIZE)), 0
-    for extent in disk.extents(0, disk.size):
-        if not extent.is_data:
-            continue
-        for chunk in chunks_of(extent.offset, extent.length):
-            if chunk < next_chunk:
-                continue
-            next_chunk = chunk + 1
-            offset = chunk * CHUNK_SIZE
-            view = buffer[: min(CHUNK_SIZE, disk.size - offset)]
-            disk.pread_into(view, offset)
-            if not _ZEROS.startswith(view):
-                digest.update(chunk.to_bytes(8, "little"))
-                digest.update(view)
-    return digest.hexdigest()
-
-
-def _check_sizes(image: Disk, base: Disk) -> None:
+def check_sizes(image: Disk, base: Disk) -> None:
+    """Raise `ConfigError` if a base is larger than the image that is to lie over it."""
     if base.size > image.size:
         raise ConfigError(
             f"the base of disk '{image.name}' has {base.size} bytes and its overlay only {image.size}: "
             "an overlay is at least as large as its base"
         )
-
-
-def _open_base(name: str, path: Path, base_path: Path) -> RawDisk:
-    if not base_path.exists():
-        raise ConfigError(
-            f"base {base_path} of disk '{name}' does not exist: name the image that the overlay lies over"
-        )
-    if path.exists() and path.samefile(base_path):
-        raise ConfigError(f"disk '{name}': {path} cannot be its own base; name another image")
-    return RawDisk(name, base_path, read_only=True)
-
-
-def _check_base(base: RawDisk, base_path: Path, path: Path, allocation: AllocationMap) -> str:
-    """See that the base is the one that the overlay was made over; return its stamp, for the next time.
-
-    Its contents are read only if its times or its inode differ from those of the last time.
-    """
-    known = allocation.base
-    stamp = _stamp_of(base)
-    how = ""
-    if base.size != known.size:
-        how = f"it has {base.size} bytes, not {known.size}"
-    elif (not stamp or stamp != allocation.stamp) and content_digest(base) != known.digest:
-        how = "its contents differ"
-    if how:
-        raise ConfigError(
-            f"base {base_path} of disk '{base.name}' is not the one that {path} was made over ({known.path}): {how}; "
-            "restore it: the overlay holds nothing but what differs from it"
-        )
-    return stamp
-
-
-def _stamp_of(base: RawDisk) -> str:
-    """Return what changes whenever a file does, or nothing where that cannot be told."""
-    found = base.stat()
-    if not stat.S_ISREG(found.st_mode) or time.time_ns() - found.st_ctime_ns < _YOUNG_NS:
-        return ""
-    return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

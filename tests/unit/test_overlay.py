@@ -8,26 +8,26 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusemig.disk import overlay as overlay_module
+from fusemig.disk import overlay_file
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.base import Extent
 from fusemig.disk.fault import Fault, FaultDisk, Operation
 from fusemig.disk.memory import MemoryDisk
-from fusemig.disk.overlay import OverlayDisk, OverlayFile, content_digest
+from fusemig.disk.overlay import OverlayDisk
+from fusemig.disk.overlay_file import OverlayFile, content_digest
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError
 from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
 from support.crash import CrashDisk, Fate
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fusemig.disk.base import Disk
 
 SIZE = 64 * BLOCK_SIZE + 512
@@ -328,7 +328,7 @@ def make_base(directory: Path, size: int = 3 * CHUNK_SIZE) -> Path:
 @pytest.fixture(autouse=True)
 def _trust_young_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let times count at once: the tests' bases are younger than two seconds."""
-    monkeypatch.setattr(overlay_module, "_YOUNG_NS", 0)
+    monkeypatch.setattr(overlay_file, "_YOUNG_NS", 0)
 
 
 def open_file(directory: Path, *, read_only: bool = False) -> OverlayFile:
@@ -395,14 +395,14 @@ def test_an_unchanged_base_is_not_read_again(tmp_path: Path, monkeypatch: pytest
         n_digests += 1
         return content_digest(disk)
 
-    monkeypatch.setattr(overlay_module, "content_digest", count)
+    monkeypatch.setattr(overlay_file, "content_digest", count)
     open_file(tmp_path).close()
     assert n_digests == 0
     os.utime(base)
     for _ in range(2):
         open_file(tmp_path).close()
     assert n_digests == 1
-    monkeypatch.setattr(overlay_module, "_YOUNG_NS", 1 << 62)
+    monkeypatch.setattr(overlay_file, "_YOUNG_NS", 1 << 62)
     open_file(tmp_path).close()
     assert n_digests == 2, "times that are too young are not trusted"
 
@@ -471,9 +471,16 @@ def test_a_huge_overlay_costs_nothing(tmp_path: Path) -> None:
     """15 TiB, as much as ext4 takes: the map is sparse, and so is what of it is read."""
     path = tmp_path / "golden.img"
     create_image(path, HUGE)
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident_bytes()
     with open_file(tmp_path) as disk:
         disk.pwrite(b"far", HUGE - 4096)
         disk.flush()
+        assert list(disk.extents(0, HUGE))[1:] == [Extent(HUGE - 4096, 4096, is_data=True)]
+        assert resident_bytes() - before < 32 << 20  # the map alone has 480 MiB
     store = tmp_path / "overlay.img.fusemig-map"
     assert store.stat().st_blocks * 512 < 1 << 16
     with open_file(tmp_path) as disk:
@@ -484,7 +491,7 @@ def test_a_huge_overlay_costs_nothing(tmp_path: Path) -> None:
 WRITER = """
 import random, sys
 from pathlib import Path
-from fusemig.disk.overlay import OverlayFile
+from fusemig.disk.overlay_file import OverlayFile
 directory = Path(sys.argv[1])
 disk = OverlayFile("vda", directory / "overlay.img", directory / "golden.img", directory / "overlay.img.fusemig-map")
 rng = random.Random(int(sys.argv[2]))
