@@ -344,7 +344,8 @@ class Daemon:
         awaited = []
         for served in free:
             had_size = served.disk is not None
-            awaited.append(AwaitedDisk(served.name, await trio.to_thread.run_sync(served.open_created)))
+            size = await trio.to_thread.run_sync(served.open_created)
+            awaited.append(AwaitedDisk(served.name, size, served.base is not None))
             if not had_size:
                 await self.mount.invalidate(served.export, attributes_only=True)
         return awaited

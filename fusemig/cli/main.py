@@ -55,7 +55,14 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.option("--disk", "disks", multiple=True, required=True, metavar="NAME=PATH", help="Serve PATH as NAME.")
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    required=True,
+    metavar="NAME=PATH[,base=BASE]",
+    help="Serve PATH as NAME; with a base, as an overlay over it.",
+)
 @click.option("--control", type=click.Path(path_type=Path), required=True, help="Control socket (QMP), mode 0600.")
 @click.option("--incoming", metavar="URI", help="Wait for disks at tcp:HOST:PORT or unix:PATH.")
 @click.option(
