@@ -58,6 +58,7 @@ class ServedDisk:
         self.epoch_file = EpochFile(_state_directory(spec, state_dir) / f"{spec.path.name}.fusemig")
         self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in _RECEIVABLE
         """Whether a source may fill this disk."""
+        self._is_held = False
         self.image: RawDisk | None = None
         self.disk: TrackedDisk | None = None
         if not self.is_waiting or _exists(spec.path):
@@ -104,6 +105,13 @@ class ServedDisk:
     def _open(self, gate: Gate) -> None:
         self.image = RawDisk(self.name, self.path, read_only=self.is_read_only)
         self.disk = TrackedDisk(self.image, gate=gate)
+        self.disk.set_held(self._is_held)
+
+    def set_held(self, is_held: bool) -> None:
+        """Hold the disk (`TrackedDisk`), also one whose image is still to come."""
+        self._is_held = is_held
+        if self.disk is not None:
+            self.disk.set_held(is_held)
 
     def check_offer(self, offer: DiskOffer) -> None:
         """Raise `PeerRefusedError` unless this disk can be received as offered; changes nothing."""

@@ -46,7 +46,7 @@ async def serving(path: Path) -> AsyncIterator[None]:
     commands = {
         name: Command(declared, lambda *_: None)
         for name, declared in schema.COMMANDS.items()
-        if name not in ("qmp_capabilities", "query-version", "query-commands", "query-events")
+        if name not in ("qmp_capabilities", "query-version", "query-commands", "query-events", "query-qmp-schema")
     }
     commands["migrate"] = Command(schema.Migrate, migrate)
     commands["query-migrate"] = Command(
