@@ -345,7 +345,7 @@ async def test_garbage_is_answered(sock: Path) -> None:
     async with serving(sock), raw(sock) as client:
         reply = await client.ask("GET / HTTP/1.1\r\n")
         assert reply == {
-            "error": {"class": "GenericError", "desc": "QMP input must be a JSON object"},
+            "error": {"class": "GenericError", "desc": "JSON parse error, stray 'G'"},
         }
         assert await client.ask('\u00ff\n{"execute":"query-name"}') != {"return": {"name": "test"}}
         assert await client.line() == {"return": {"name": "test"}}
