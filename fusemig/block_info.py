@@ -19,7 +19,7 @@ def block_info(served: ServedDisk) -> block.BlockInfo:
     node = block_node(served)
     if served.image is None or node is None:
         return block.BlockInfo(device=served.name)
-    io_status = "ok" if served.image.io_error is None else "failed"
+    io_status = block.IoStatus.OK if served.image.io_error is None else block.IoStatus.FAILED
     return block.BlockInfo(device=served.name, io_status=io_status, inserted=node)
 
 

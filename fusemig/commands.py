@@ -151,7 +151,7 @@ class _Commands:
         try:
             uri = parse_uri(arguments.uri)
         except ConfigError as exc:
-            raise ConfigError(f"unknown migration protocol: {exc}") from exc
+            raise ConfigError(f"unknown migration protocol: {arguments.uri}: {exc}") from exc
         await self._daemon.listen(uri)
 
     def migrate_pause(self, _session: Session, _arguments: schema.NoArguments) -> None:
@@ -340,8 +340,8 @@ def _socket_address(daemon: Daemon) -> list[schema.SocketAddress] | UnsetType:
         return UNSET
     uri = daemon.listener.uri
     if uri.kind == "unix":
-        return [schema.SocketAddress(type="unix", path=uri.path)]
-    return [schema.SocketAddress(type="inet", host=uri.host, port=str(uri.port))]
+        return [schema.SocketAddress(type=schema.SocketAddressType.UNIX, path=uri.path)]
+    return [schema.SocketAddress(type=schema.SocketAddressType.INET, host=uri.host, port=str(uri.port))]
 
 
 _RUNNING = frozenset({"setup", "active", "pre-switchover", "device", "cancelling"})
@@ -430,6 +430,7 @@ def _incoming_info(
             wire_bytes=stats.received_bytes,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
         ),
-        socket_address=socket_address,
+        # As in QEMU, it is not told of a migration that has been taken over.
+        socket_address=UNSET if stats.phase is MigrationPhase.COMPLETED else socket_address,
         **fields,
     )

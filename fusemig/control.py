@@ -342,7 +342,7 @@ class _Client:
         if self._is_negotiated:
             raise CommandNotFoundError("Capabilities negotiation is already complete, command ignored")
         for name in check_arguments(schema.QmpCapabilities, request.arguments).enable:
-            raise CommandError(f"Capability '{name}' not available")
+            raise CommandError(f"Capability {name} not available")
         self._is_negotiated = True
 
 

@@ -184,14 +184,14 @@ class Daemon:
         if self._nursery is None:
             raise StateError("the daemon is still starting: try again")
         self._is_listening = True
-        # As in QEMU, where this `setup` is that of the first migration to come.
-        self._last_status = ""
-        self._emit_status(MigrationPhase.SETUP)
         try:
             await self._nursery.start(self._serve_listener, uri)
         except BaseException:
             self._is_listening = False
             raise
+        # As in QEMU, where this `setup` is that of the first migration to come.
+        self._last_status = ""
+        self._emit_status(MigrationPhase.SETUP)
 
     async def _serve_listener(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with listening(uri) as self.listener:
@@ -216,8 +216,9 @@ class Daemon:
         """Ask for an orderly end; returns at once."""
         if not self._stop.is_set():
             self.stop_reason = reason
-            qmp_reason = reason if reason.startswith("host-") else "host-signal"
-            self.events.emit("SHUTDOWN", schema.ShutdownEvent(reason=qmp_reason))
+            causes = [cause for cause in schema.ShutdownCause if cause == reason]
+            cause = causes[0] if causes else schema.ShutdownCause.HOST_SIGNAL  # QAPI knows no unmount
+            self.events.emit("SHUTDOWN", schema.ShutdownEvent(reason=cause))
             self._stop.set()
 
     async def _wind_down(self) -> None:
@@ -321,11 +322,17 @@ class Daemon:
         return self.mount.count_requests()
 
     def _on_phase(self, phase: MigrationPhase) -> None:
-        """Tell QMP clients, in QEMU's order: STOP before the freeze is announced, RESUME after a failure is."""
+        """Tell QMP clients, in QEMU's order: STOP before the freeze is announced, RESUME after a failure is.
+
+        The first pass is announced before `active`, and `device` only if the migration paused at `pre-switchover`.
+        """
+        if phase is MigrationPhase.BULK:
+            self.events.emit("MIGRATION_PASS", schema.MigrationPassEvent(pass_=1))
         if phase is MigrationPhase.FROZEN and not self.pause.is_on:
             self._is_stopped_for_guests = True
             self.events.emit("STOP")
-        self._emit_status(phase)
+        if QMP_STATUS[phase] != "device" or self.parameters.pause_before_switchover:
+            self._emit_status(phase)
         if phase in (MigrationPhase.FAILED, MigrationPhase.CANCELLED) and self._is_stopped_for_guests:
             self._is_stopped_for_guests = False
             if not self.pause.is_on:
@@ -338,7 +345,8 @@ class Daemon:
             self.events.emit("MIGRATION", schema.MigrationEvent(status=schema.MigrationStatus(status)))
 
     def _on_pass(self, number: int) -> None:
-        self.events.emit("MIGRATION_PASS", schema.MigrationPassEvent(pass_=number))
+        if number > 1:
+            self.events.emit("MIGRATION_PASS", schema.MigrationPassEvent(pass_=number))
 
     # Incoming: this is the host of IncomingMigration
 
@@ -368,9 +376,11 @@ class Daemon:
         log.warning("connection rejected", peer=stream.peer, reason=str(reason))
 
     def _on_incoming_phase(self, phase: MigrationPhase) -> None:
-        self._emit_status(phase)
+        """Tell QMP clients, in QEMU's order: whoever hears `completed` finds the disks writable."""
         if phase is MigrationPhase.COMPLETED and not self.pause.is_on:
             self.events.emit("RESUME")
+        if QMP_STATUS[phase] != "device":
+            self._emit_status(phase)
 
     async def awaited(self) -> list[AwaitedDisk]:
         """Return every disk that waits and is not busy (`IncomingHost.awaited`)."""

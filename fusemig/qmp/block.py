@@ -5,11 +5,28 @@ What a raw file served by FUSE has no use for is there with the value that QEMU 
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any
 
 from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
 
 from fusemig.qmp.base import Arguments, Result, underscores
+
+
+class DetectZeroes(StrEnum):
+    """QAPI BlockdevDetectZeroesOptions."""
+
+    OFF = "off"
+    ON = "on"
+    UNMAP = "unmap"
+
+
+class IoStatus(StrEnum):
+    """QAPI BlockDeviceIoStatus."""
+
+    OK = "ok"
+    FAILED = "failed"
+    NOSPACE = "nospace"
 
 
 class QueryBlockstats(Arguments, frozen=True, kw_only=True):
@@ -65,7 +82,7 @@ class BlockDeviceInfo(Result, frozen=True, kw_only=True, rename=underscores):
     drv: str = "raw"
     backing_file_depth: int = 0
     encrypted: bool = False
-    detect_zeroes: str = "off"
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     write_threshold: int = 0
     bps: int = 0
     bps_rd: int = 0
@@ -86,8 +103,7 @@ class BlockInfo(Result, frozen=True, kw_only=True):
     type: str = "unknown"
     removable: bool = False
     locked: bool = False
-    io_status: str | UnsetType = UNSET
-    """``ok``, ``failed`` or ``nospace``."""
+    io_status: IoStatus | UnsetType = UNSET
 
 
 class BlockDeviceStats(Result, frozen=True, kw_only=True, rename=underscores):

@@ -62,7 +62,7 @@ class BadRequest:
 # values and a control byte inside a string.
 _RESET: Final = rb"\x00-\x08\x0b\x0c\x0e-\x1f\xfe\xff"
 _VALUE_START: Final = re.compile(rb"[^ \t\r\n]")
-_WORD: Final = re.compile(rb"[a-z]+|-?[0-9][0-9.eE+-]*")
+_WORD: Final = re.compile(rb"[a-z]+|-?[0-9][0-9.eE+-]*|-\Z")
 _STRUCTURE: Final = re.compile(rb'["{}\[\]' + _RESET + rb"]")
 _STRING: Final = re.compile(rb'["\\\t\r\n' + _RESET + rb"]")
 _RECOVERY: Final = re.compile(rb"[{\r\n" + _RESET + rb"]")
@@ -159,9 +159,8 @@ class RequestParser:
                 self._buffer.clear()
                 return None
             self._is_recovering = False
-            # The control byte that ends the garbage belongs to it. (A match reads the buffer as it is *now*: bytes are
-            # looked at before they are deleted, here and below.)
-            del self._buffer[: match.start() if match[0] == b"{" else match.end()]
+            # As in QEMU, a control byte that ends the garbage is an error of its own.
+            del self._buffer[: match.start()]
         match = _VALUE_START.search(self._buffer)
         if match is None:
             self._buffer.clear()
@@ -175,7 +174,9 @@ class RequestParser:
             return self._end_word(bytes(match[0]))
         self._at = 1
         if byte in b"]},:":
-            return self._fail("JSON parse error, expecting value")
+            bad = self._fail("JSON parse error, expecting value")
+            self._is_recovering = False  # a token in the wrong place; the next one may be in its place
+            return bad
         if byte == _QUOTE:
             return self._fail("QMP input must be a JSON object")
         return self._fail(_stray(self._buffer[:1]))
@@ -194,7 +195,8 @@ class RequestParser:
 
     def _fail(self, desc: str) -> BadRequest:
         """Drop what was scanned and skip to a new beginning; a control byte that failed is the end of the garbage."""
-        self._is_recovering = 0x20 <= self._buffer[self._at - 1] < 0xFE
+        byte = self._buffer[self._at - 1]
+        self._is_recovering = 0x20 <= byte < 0xFE or byte in b"\t"
         self._drop()
         return BadRequest(desc)
 

@@ -102,6 +102,26 @@ ALWAYS_ON_CAPABILITIES: Final = frozenset({MigrationCapability.ZERO_BLOCKS, Migr
 """What cannot be switched off: there is nothing to migrate but blocks, and zero chunks are never sent as bytes."""
 
 
+class QmpCapability(StrEnum):
+    """QAPI QMPCapability; none is offered."""
+
+    OOB = "oob"
+
+
+class ShutdownCause(StrEnum):
+    """The QAPI ShutdownCauses of a disk server's end."""
+
+    HOST_QMP_QUIT = "host-qmp-quit"
+    HOST_SIGNAL = "host-signal"
+
+
+class SocketAddressType(StrEnum):
+    """The QAPI SocketAddressTypes that we know."""
+
+    INET = "inet"
+    UNIX = "unix"
+
+
 class Compression(StrEnum):
     """QAPI MultiFDCompression."""
 
@@ -149,7 +169,7 @@ ZstdLevel = Annotated[int, msgspec.Meta(ge=0, le=20, description="a value betwee
 class QmpCapabilities(Arguments, frozen=True, kw_only=True):
     """``qmp_capabilities``; none is offered, so only the empty list can be honoured."""
 
-    enable: list[str] = field(default_factory=list)
+    enable: list[QmpCapability] = field(default_factory=list)
 
 
 class Migrate(Arguments, frozen=True, kw_only=True):
@@ -417,8 +437,7 @@ class Uuid(Result, frozen=True, kw_only=True):
 class SocketAddress(Result, frozen=True, kw_only=True):
     """Where a destination listens."""
 
-    type: str
-    """``inet`` or ``unix``."""
+    type: SocketAddressType
     host: str | UnsetType = UNSET
     port: str | UnsetType = UNSET
     path: str | UnsetType = UNSET
@@ -468,8 +487,7 @@ class ShutdownEvent(Result, frozen=True, kw_only=True):
     """Data of SHUTDOWN."""
 
     guest: bool = False
-    reason: str = "host-qmp-quit"
-    """``host-qmp-quit`` or ``host-signal``."""
+    reason: ShutdownCause = ShutdownCause.HOST_QMP_QUIT
 
 
 EVENTS: Final[dict[str, type[Result] | None]] = {
