@@ -21,6 +21,8 @@ from support.qemu import is_available
 qmp_scenario = pytest.importorskip("support.qmp_scenario", reason="needs qemu.qmp: tools/setup test")
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from support.hosts import Host, Hosts
     from support.qmp_scenario import Transcript
 
@@ -73,7 +75,7 @@ def test_the_comparison_sees_differences() -> None:
     golden = json.loads((VECTORS / "migration.json").read_text())
     qemu = qmp_scenario.Transcript(golden["steps"], golden["events"])
     assert qmp_scenario.differences(qemu, qemu) == []
-    for change in (
+    changes: tuple[Callable[[Any, Any], object], ...] = (
         lambda steps, _events: steps[5]["return"].pop("status"),
         lambda steps, _events: steps[5]["return"].update(status="failed"),
         lambda steps, _events: steps[5]["return"].update({"total-time": "1"}),
@@ -83,7 +85,8 @@ def test_the_comparison_sees_differences() -> None:
         lambda steps, _events: steps[8]["error"].update(desc="Something else"),
         lambda _steps, events: events["source"].reverse(),
         lambda _steps, events: events["destination"].pop(),
-    ):
+    )
+    for change in changes:
         steps, events = json.loads(json.dumps(golden["steps"])), json.loads(json.dumps(golden["events"]))
         change(steps, events)
         assert len(qmp_scenario.differences(qemu, qmp_scenario.Transcript(steps, events))) == 1

@@ -365,13 +365,12 @@ def test_a_held_disk_stays_closed_whatever_a_migration_does() -> None:
     disk = TrackedDisk(MemoryDisk("a", CHUNK_SIZE))
     tried: list[str] = []
     disk.set_held(True)
-    assert disk.gate is Gate.CLOSED
-    assert not disk.is_frozen
+    assert (disk.gate, disk.is_frozen) == (Gate.CLOSED, False)
     with pytest.raises(GateClosedError, match="is stopped"):
         disk.pwrite(b"x", 0)
     assert disk.park(lambda: tried.append("parked"))
     disk.set_gate(Gate.CLOSED)
-    assert disk.is_frozen
+    assert (disk.gate, disk.is_frozen) == (Gate.CLOSED, True)
     with pytest.raises(GateClosedError, match="is frozen"):
         disk.pwrite(b"x", 0)
     disk.set_gate(Gate.OPEN)
