@@ -377,8 +377,7 @@ def test_a_held_disk_stays_closed_whatever_a_migration_does() -> None:
     assert disk.gate is Gate.CLOSED
     assert not tried
     disk.set_gate(Gate.READ_ONLY)
-    assert tried == ["parked"]
-    assert disk.gate is Gate.READ_ONLY
+    assert (disk.gate, tried) == (Gate.READ_ONLY, ["parked"])
 
 
 def test_lifting_a_hold_opens_only_what_would_be_open() -> None:
