@@ -83,6 +83,7 @@ class ServedDisk:
         self._map_path = state_dir / f"{spec.path.name}.fusemig-map"
         self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in _RECEIVABLE
         """Whether a source may fill this disk."""
+        self._is_held = False
         self.image: RawDisk | OverlayFile | None = None
         self.disk: TrackedDisk | None = None
         if not self.is_waiting or self.base is not None or _exists(spec.path):
@@ -129,6 +130,13 @@ class ServedDisk:
     def _open(self, gate: Gate) -> None:
         self.image = self._open_image()
         self.disk = TrackedDisk(self.image, gate=gate)
+        self.disk.set_held(self._is_held)
+
+    def set_held(self, is_held: bool) -> None:
+        """Hold the disk (`TrackedDisk`), also one whose image is still to come."""
+        self._is_held = is_held
+        if self.disk is not None:
+            self.disk.set_held(is_held)
 
     def _open_image(self) -> RawDisk | OverlayFile:
         if self.base is None:
