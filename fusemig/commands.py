@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 from msgspec import UNSET, UnsetType
 
 from fusemig import __version__
-from fusemig.control import Command, CommandError
+from fusemig.block_info import block_info, block_node, block_stats, served_disk
+from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.disk.tracked import Gate
+from fusemig.epoch import Ownership
+from fusemig.errors import ConfigError
 from fusemig.migration.outgoing import OutgoingMigration
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
 from fusemig.phase import QMP_STATUS, MigrationPhase
-from fusemig.qmp import schema
+from fusemig.qmp import monitor, schema
 from fusemig.runtimes.account import guest_info
 from fusemig.runtimes.options import guest_options
-from fusemig.units import CHUNK_SIZE
+from fusemig.transport import parse_uri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from fusemig.daemon import Daemon
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.stats import DiskStatistics
-    from fusemig.served import ServedDisk
+    from fusemig.qmp import block
 
 
 def command_table(daemon: Daemon) -> Mapping[str, Command]:
@@ -37,18 +40,26 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
     commands = _Commands(daemon)
     functions: dict[str, Callable[[Session, Any], Any]] = {
         "query-name": commands.query_name,
+        "query-uuid": commands.query_uuid,
         "query-status": commands.query_status,
         "query-block": commands.query_block,
         "query-blockstats": commands.query_blockstats,
+        "query-block-jobs": commands.query_block_jobs,
+        "query-named-block-nodes": commands.query_named_block_nodes,
         "query-migrate": commands.query_migrate,
         "query-migrate-parameters": commands.query_migrate_parameters,
         "query-migrate-capabilities": commands.query_migrate_capabilities,
         "migrate": commands.migrate,
         "migrate_cancel": commands.migrate_cancel,
         "migrate-continue": commands.migrate_continue,
+        "migrate-incoming": commands.migrate_incoming,
+        "migrate-pause": commands.migrate_pause,
         "migrate-set-parameters": commands.migrate_set_parameters,
         "migrate-set-capabilities": commands.migrate_set_capabilities,
+        "stop": commands.stop,
+        "cont": commands.cont,
         "quit": commands.quit,
+        "human-monitor-command": commands.human_monitor_command,
         "x-fusemig-status": commands.status,
     }
     return {name: Command(schema.COMMANDS[name], function) for name, function in functions.items()}
@@ -63,22 +74,26 @@ class _Commands:
     def query_name(self, _session: Session, _arguments: schema.NoArguments) -> schema.Name:
         return schema.Name(name=str(self._daemon.options.mountpoint))
 
+    def query_uuid(self, _session: Session, _arguments: schema.NoArguments) -> schema.Uuid:
+        return schema.Uuid()
+
     def query_status(self, _session: Session, _arguments: schema.NoArguments) -> schema.StatusInfo:
-        state = _run_state(self._daemon)
-        return schema.StatusInfo(running=state is schema.RunState.RUNNING, status=state)
+        return _status(self._daemon)
 
-    def query_block(self, _session: Session, _arguments: schema.NoArguments) -> list[schema.BlockInfo]:
-        return [_block_info(served) for served in self._daemon.disks.values()]
+    def query_block(self, _session: Session, _arguments: schema.NoArguments) -> list[block.BlockInfo]:
+        return [block_info(served) for served in self._daemon.disks.values()]
 
-    def query_blockstats(self, _session: Session, _arguments: schema.QueryBlockstats) -> list[schema.BlockStats]:
-        return [
-            schema.BlockStats(
-                device=served.name,
-                node_name=served.name,
-                stats=schema.BlockDeviceStats(wr_bytes=0 if served.disk is None else served.disk.bytes_written),
-            )
-            for served in self._daemon.disks.values()
-        ]
+    def query_blockstats(self, _session: Session, _arguments: block.QueryBlockstats) -> list[block.BlockStats]:
+        return [block_stats(served) for served in self._daemon.disks.values()]
+
+    def query_block_jobs(self, _session: Session, _arguments: schema.NoArguments) -> list[Any]:
+        return []
+
+    def query_named_block_nodes(
+        self, _session: Session, _arguments: block.QueryNamedBlockNodes
+    ) -> list[block.BlockDeviceInfo]:
+        nodes = [block_node(served) for served in self._daemon.disks.values()]
+        return [node for node in nodes if node is not None]
 
     def query_migrate(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationInfo:
         return _migration_info(self._daemon)
@@ -109,6 +124,9 @@ class _Commands:
             if is_asked:
                 raise CommandError(f"'{name}' is not supported by version {__version__}: leave it out")
         disks = None if isinstance(arguments.x_fusemig_disks, UnsetType) else arguments.x_fusemig_disks
+        for name in disks or ():
+            if name not in self._daemon.disks:
+                raise DeviceNotFoundError(name, self._daemon.disks)
         machine = None if isinstance(arguments.x_fusemig_machine, UnsetType) else arguments.x_fusemig_machine
         is_qemu = arguments.x_fusemig_wire is schema.WireName.QEMU
         if machine is not None and not is_qemu:
@@ -116,6 +134,10 @@ class _Commands:
         guest = guest_options(arguments, are_commands_allowed=self._daemon.options.allow_guest_commands)
         if guest is not None and is_qemu:
             raise CommandError("a guest moves with its disks over the native wire only: leave 'x-fusemig-wire' out")
+        try:
+            parse_uri(arguments.uri)
+        except ConfigError as exc:
+            raise ConfigError(f"Parameter 'uri' expects a valid migration protocol: {exc}") from exc
         self._daemon.migrate(arguments.uri, disks, is_qemu=is_qemu, machine=machine or DEFAULT_MACHINE, guest=guest)
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
@@ -129,6 +151,19 @@ class _Commands:
         if outgoing is None or QMP_STATUS[phase] != arguments.state:
             raise CommandError(f"Migration not in expected state: {QMP_STATUS[phase]}")
         outgoing.proceed()
+
+    async def migrate_incoming(self, _session: Session, arguments: schema.MigrateIncoming) -> None:
+        try:
+            uri = parse_uri(arguments.uri)
+        except ConfigError as exc:
+            raise ConfigError(f"unknown migration protocol: {arguments.uri}: {exc}") from exc
+        await self._daemon.listen(uri)
+
+    def migrate_pause(self, _session: Session, _arguments: schema.NoArguments) -> None:
+        raise CommandError(
+            "migrate-pause is currently only supported during postcopy-active state; to call a migration off, use "
+            "migrate_cancel"
+        )
 
     def migrate_set_parameters(self, _session: Session, arguments: schema.MigrateSetParameters) -> None:
         for name, is_asked in (
@@ -158,12 +193,40 @@ class _Commands:
         for one in arguments.capabilities:
             (self._daemon.capabilities.add if one.state else self._daemon.capabilities.discard)(one.capability)
 
+    async def stop(self, _session: Session, _arguments: schema.NoArguments) -> None:
+        daemon = self._daemon
+        was_running = _run_state(daemon) is schema.RunState.RUNNING
+
+        def on_stopped() -> None:
+            if was_running:
+                daemon.events.emit("STOP")
+
+        await daemon.pause.start(on_stopped)
+
+    def cont(self, _session: Session, _arguments: schema.NoArguments) -> None:
+        daemon = self._daemon
+        state = _run_state(daemon)
+        if state is schema.RunState.RUNNING:
+            return
+        if state is schema.RunState.FINISH_MIGRATE:
+            raise CommandError("Migration is not finalized yet")
+        if state is schema.RunState.POSTMIGRATE or not daemon.pause.is_on:
+            raise CommandError(_why_guests_may_not_write(daemon))
+        daemon.pause.lift()
+        if _run_state(daemon) is schema.RunState.RUNNING:
+            daemon.events.emit("RESUME")
+
+    def human_monitor_command(self, _session: Session, arguments: schema.HumanMonitorCommand) -> str:
+        if arguments.cpu_index not in (UNSET, 0):
+            raise CommandError("Parameter 'cpu-index' expects a CPU number")
+        return monitor.answer(arguments.command_line, _Queries(self._daemon))
+
     def quit(self, _session: Session, _arguments: schema.NoArguments) -> None:
         self._daemon.stop("host-qmp-quit")
 
     def status(self, _session: Session, _arguments: schema.NoArguments) -> schema.DaemonStatus:
         daemon = self._daemon
-        disks = [_served_disk(served) for served in daemon.disks.values()]
+        disks = [served_disk(served) for served in daemon.disks.values()]
         info = _migration_info(daemon)
         return schema.DaemonStatus(
             version=__version__,
@@ -180,86 +243,87 @@ class _Commands:
         )
 
 
+class _Queries:
+    """What the human monitor asks of the daemon (`monitor.Queries`)."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def blocks(self) -> list[block.BlockInfo]:
+        return [block_info(served) for served in self._daemon.disks.values()]
+
+    def status(self) -> schema.StatusInfo:
+        return _status(self._daemon)
+
+    def migration(self) -> schema.MigrationInfo:
+        return _migration_info(self._daemon)
+
+
+def _status(daemon: Daemon) -> schema.StatusInfo:
+    state = _run_state(daemon)
+    return schema.StatusInfo(running=state is schema.RunState.RUNNING, status=state)
+
+
 def _run_state(daemon: Daemon) -> schema.RunState:
     """Return the one word for all disks: the state that keeps most from being written."""
-    gates = {
-        served.name: Gate.READ_ONLY if served.disk is None else served.disk.gate for served in daemon.disks.values()
-    }
-    if any(served.image is not None and served.image.io_error is not None for served in daemon.disks.values()):
+    disks = [served.disk for served in daemon.disks.values() if served.disk is not None]
+    if _io_error(daemon) is not None:
         return schema.RunState.IO_ERROR
-    if Gate.CLOSED in gates.values():
+    if any(disk.is_frozen for disk in disks):
         return schema.RunState.FINISH_MIGRATE
-    if Gate.OPEN in gates.values():
+    if any(disk.gate is Gate.CLOSED for disk in disks):
+        return schema.RunState.PAUSED
+    if any(disk.gate is Gate.OPEN for disk in disks):
         return schema.RunState.RUNNING
     if any(served.is_waiting for served in daemon.disks.values()):
         return schema.RunState.INMIGRATE
     return schema.RunState.POSTMIGRATE
 
 
+def _io_error(daemon: Daemon) -> str | None:
+    for served in daemon.disks.values():
+        if served.image is not None and served.image.io_error is not None:
+            return f"disk '{served.name}' has an I/O error: {served.image.io_error}"
+    return None
+
+
+def _why_guests_may_not_write(daemon: Daemon) -> str:
+    """Say why `cont` cannot be honoured, and what to do: to open a gate here might make a second writer."""
+    error = _io_error(daemon)
+    if error is not None:
+        return f"{error}; mend the store, then restart `fusemig serve`"
+    for served in daemon.disks.values():
+        record = served.epoch_file.record
+        if served.is_waiting:
+            return f"disk '{served.name}' is still to come: it may be written here once a migration has been taken over"
+        if record is not None and record.state is Ownership.HANDED_OFF:
+            return (
+                f"it is not known whether {record.peer or 'the destination'} took disk '{served.name}', and a guest "
+                "may be writing it there: look there first (`fusemig status`)"
+            )
+        if record is not None and record.state is Ownership.RELEASED:
+            return (
+                f"disk '{served.name}' was handed off to {record.peer or 'another host'}, and a guest may be writing "
+                "it there: migrate it back to write it here"
+            )
+    return "every disk is served with --readonly"
+
+
 def _role(daemon: Daemon) -> schema.Role | UnsetType:
     if isinstance(daemon.shown, OutgoingMigration):
         return schema.Role.SOURCE
-    if daemon.listener is not None:
+    if daemon.is_destination:
         return schema.Role.DESTINATION
     return UNSET
 
 
-def _block_info(served: ServedDisk) -> schema.BlockInfo:
-    if served.disk is None or served.image is None:
-        return schema.BlockInfo(device=served.name)
-    return schema.BlockInfo(
-        device=served.name,
-        io_status="ok" if served.image.io_error is None else "failed",
-        inserted=schema.BlockDeviceInfo(
-            file=str(served.path),
-            ro=served.is_read_only,
-            node_name=served.name,
-            image=schema.ImageInfo(
-                filename=str(served.path),
-                virtual_size=served.disk.size,
-                actual_size=served.image.stat().st_blocks * 512,
-            ),
-            dirty_bitmaps=[
-                schema.DirtyBitmapInfo(
-                    name="x-fusemig-written",
-                    count=min(served.disk.written_chunks * CHUNK_SIZE, served.disk.size),
-                    granularity=CHUNK_SIZE,
-                    recording=True,
-                    busy=bool(served.busy),
-                    persistent=False,
-                )
-            ],
-        ),
-    )
-
-
-def _served_disk(served: ServedDisk) -> schema.ServedDisk:
-    disk, record = served.disk, served.epoch_file.record
-    return schema.ServedDisk(
-        name=served.name,
-        size=0 if disk is None else disk.size,
-        path=str(served.path),
-        state="owner"
-        if record is None and not served.is_waiting
-        else "waiting"
-        if record is None
-        else record.state.value,
-        gate=Gate.READ_ONLY.value if disk is None else disk.gate.value,
-        parked_writes=0 if disk is None else disk.parked_writes,
-        read_only=served.is_read_only,
-        io_error=served.image is not None and served.image.io_error is not None,
-        dirty_bytes=0 if disk is None else min(disk.written_chunks * CHUNK_SIZE, disk.size),
-        epoch=UNSET if record is None else record.epoch,
-    )
-
-
 def _incoming(daemon: Daemon) -> schema.Incoming | UnsetType:
-    if daemon.listener is None:
+    if not daemon.is_destination:
         return UNSET
     incoming = daemon.incoming
     error = None if incoming is None else incoming.error
     return schema.Incoming(
-        uri=str(daemon.listener.uri),
+        uri="defer" if daemon.listener is None else str(daemon.listener.uri),
         status=schema.MigrationStatus(QMP_STATUS[MigrationPhase.NONE if incoming is None else incoming.phase]),
         error_desc=UNSET if error is None else str(error),
         rejected_connections=daemon.n_rejected,
@@ -268,9 +332,21 @@ def _incoming(daemon: Daemon) -> schema.Incoming | UnsetType:
 
 def _migration_info(daemon: Daemon) -> schema.MigrationInfo:
     shown = daemon.shown
-    if shown is None or shown.phase is MigrationPhase.NONE:
-        return schema.MigrationInfo()
-    return _outgoing_info(shown) if isinstance(shown, OutgoingMigration) else _incoming_info(shown)
+    if isinstance(shown, OutgoingMigration) and shown.phase is not MigrationPhase.NONE:
+        return _outgoing_info(shown)
+    where = _socket_address(daemon)
+    if shown is None or isinstance(shown, OutgoingMigration) or shown.phase is MigrationPhase.NONE:
+        return schema.MigrationInfo(socket_address=where)
+    return _incoming_info(shown, where)
+
+
+def _socket_address(daemon: Daemon) -> list[schema.SocketAddress] | UnsetType:
+    if daemon.listener is None:
+        return UNSET
+    uri = daemon.listener.uri
+    if uri.kind == "unix":
+        return [schema.SocketAddress(type=schema.SocketAddressType.UNIX, path=uri.path)]
+    return [schema.SocketAddress(type=schema.SocketAddressType.INET, host=uri.host, port=str(uri.port))]
 
 
 _RUNNING = frozenset({"setup", "active", "pre-switchover", "device", "cancelling"})
@@ -337,7 +413,9 @@ def _migrating_disk(disk: DiskStatistics) -> schema.MigratingDisk:
     )
 
 
-def _incoming_info(migration: IncomingMigration) -> schema.MigrationInfo:
+def _incoming_info(
+    migration: IncomingMigration, socket_address: list[schema.SocketAddress] | UnsetType
+) -> schema.MigrationInfo:
     stats = migration.statistics()
     fields: dict[str, Any] = {}
     if stats.error is not None:
@@ -358,5 +436,7 @@ def _incoming_info(migration: IncomingMigration) -> schema.MigrationInfo:
             wire_bytes=stats.received_bytes,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
         ),
+        # As in QEMU, it is not told of a migration that has been taken over.
+        socket_address=UNSET if stats.phase is MigrationPhase.COMPLETED else socket_address,
         **fields,
     )

@@ -36,10 +36,11 @@ import trio
 
 from fusemig import __version__
 from fusemig.errors import ConfigError, ConnectError, FusemigError, RemoteProtocolError
-from fusemig.qmp import codec, schema
+from fusemig.qmp import codec, introspection, schema
+from fusemig.qmp.check import check_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from fusemig.qmp.codec import ErrorClass, Request
@@ -62,7 +63,7 @@ _RECEIVE_BYTES: Final = 65536
 _LOCK_DEADLINE_S: Final = 5.0
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid: struct ucred of SO_PEERCRED, unix(7)
 _NEGOTIATE: Final = "qmp_capabilities"
-_OWN_COMMANDS: Final = frozenset({_NEGOTIATE, "query-version", "query-commands", "query-events"})
+_OWN_COMMANDS: Final = frozenset({_NEGOTIATE, "query-version", "query-commands", "query-events", "query-qmp-schema"})
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -87,17 +88,11 @@ class CommandNotFoundError(CommandError):
 class DeviceNotFoundError(CommandError):
     """There is no such disk."""
 
-    def __init__(self, name: str) -> None:
-        """Name it, in QEMU's words."""
-        super().__init__(f"Device '{name}' not found", "DeviceNotFound")
+    kind = "usage"
 
-
-class DeviceNotActiveError(CommandError):
-    """The disk is there and cannot be used yet."""
-
-    def __init__(self, desc: str) -> None:
-        """Say which and why."""
-        super().__init__(desc, "DeviceNotActive")
+    def __init__(self, name: str, served: Iterable[str]) -> None:
+        """Name it, in QEMU's words, and those that there are."""
+        super().__init__(f"Device '{name}' not found; served are: {', '.join(sorted(served))}", "DeviceNotFound")
 
 
 @dataclass(frozen=True)
@@ -190,10 +185,14 @@ class _Server:
             "query-version": Command(schema.NoArguments, lambda *_: codec.version(__version__)),
             "query-commands": Command(schema.NoArguments, self._query_commands),
             "query-events": Command(schema.NoArguments, lambda *_: [schema.Name(name=name) for name in schema.EVENTS]),
+            "query-qmp-schema": Command(schema.NoArguments, lambda *_: introspection.describe(self._names())),
         }
 
+    def _names(self) -> list[str]:
+        return sorted({_NEGOTIATE, *self.commands})
+
     def _query_commands(self, _session: Session, _arguments: schema.NoArguments) -> list[schema.Name]:
-        return [schema.Name(name=name) for name in sorted({_NEGOTIATE, *self.commands})]
+        return [schema.Name(name=name) for name in self._names()]
 
     async def serve_client(self, stream: trio.SocketStream) -> None:
         """Serve one client to its end; nothing that it does ends the server."""
@@ -334,7 +333,7 @@ class _Client:
         command = self._server.commands.get(request.execute)
         if command is None:
             raise CommandNotFoundError(f"The command {request.execute} has not been found")
-        arguments = schema.check_arguments(command.arguments, request.arguments)
+        arguments = check_arguments(command.arguments, request.arguments)
         self._log.debug("control.command", command=request.execute)
         result = command.run(self._session, arguments)
         return await result if inspect.isawaitable(result) else result
@@ -342,8 +341,8 @@ class _Client:
     def _negotiate(self, request: Request) -> None:
         if self._is_negotiated:
             raise CommandNotFoundError("Capabilities negotiation is already complete, command ignored")
-        for name in schema.check_arguments(schema.QmpCapabilities, request.arguments).enable:
-            raise CommandError(f"Capability '{name}' not available")
+        for name in check_arguments(schema.QmpCapabilities, request.arguments).enable:
+            raise CommandError(f"Capability {name} not available")
         self._is_negotiated = True
 
 

@@ -3,7 +3,7 @@
     Daemon.run
       ├ control socket (QMP)            fusemig.control with the table of fusemig.commands
       ├ mount                           fusemig.fuse
-      ├ listener (--incoming)           one task per connection: IncomingMigration
+      ├ listener (--incoming)           one task per connection: IncomingMigration; with `defer`, when told where
       ├ OutgoingMigration, if one runs
       └ signals, unmount from outside   both ask for an orderly end
 
@@ -17,7 +17,7 @@ import signal
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
@@ -37,6 +37,7 @@ from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.writer import IncomingDisk
+from fusemig.pause import Pause
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import schema
 from fusemig.runtimes.move import GuestMove
@@ -53,12 +54,14 @@ if TYPE_CHECKING:
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.runtimes.options import GuestOptions
     from fusemig.served import DiskSpec
-    from fusemig.transport import ByteStream, Listener
+    from fusemig.transport import ByteStream, Listener, Uri
     from fusemig.wire.native import DiskOffer
 
 CONNECT_DEADLINE_S: Final = 10.0
 MAX_CONNECTIONS: Final = 8
 """Connections to the incoming port that are looked at at once."""
+DEFER: Final = "defer"
+"""For a URI: listen when QMP's `migrate-incoming` says where."""
 
 log = structlog.get_logger(__name__)
 
@@ -93,6 +96,7 @@ class Daemon:
         self.capabilities = set(schema.ALWAYS_ON_CAPABILITIES)
         self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.capabilities)
         self.mount: AnyMount | None = None
+        self.pause = Pause(self.disks.values(), self._push_out)
         self.listener: Listener | None = None
         self.outgoing: OutgoingMigration | None = None
         self.incoming: IncomingMigration | None = None
@@ -104,6 +108,7 @@ class Daemon:
         self._nursery: trio.Nursery | None = None
         self._stop = trio.Event()
         self._is_stopped_for_guests = False
+        self._is_listening = False
         self._last_status = ""
 
     async def run(self) -> None:
@@ -149,6 +154,7 @@ class Daemon:
             ):
                 self._nursery.start_soon(self._watch_mount)
                 if self.listener is not None:
+                    self._is_listening = True
                     self._nursery.start_soon(self.listener.serve, self._receive, MAX_CONNECTIONS)
                 log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
                 try:
@@ -161,11 +167,46 @@ class Daemon:
 
     @asynccontextmanager
     async def _listening(self) -> AsyncIterator[Listener | None]:
-        if self.options.incoming is None:
+        if self.options.incoming in (None, DEFER):
             yield None
             return
         async with listening(parse_uri(self.options.incoming)) as listener:
             yield listener
+
+    async def listen(self, uri: Uri) -> None:
+        """Begin to listen where ``--incoming defer`` left that open; return once connections are taken.
+
+        Raises:
+            StateError: it listens, or was not started as a destination.
+            ConnectError: the address cannot be bound.
+        """
+        if self.options.incoming is None:
+            raise StateError(
+                "'-incoming' was not specified on the command line: start `fusemig serve` with --incoming defer"
+            )
+        if self._is_listening:
+            raise StateError("The incoming migration has already been started")
+        if self._nursery is None:
+            raise StateError("the daemon is still starting: try again")
+        self._is_listening = True
+        try:
+            await self._nursery.start(self._serve_listener, uri)
+        except BaseException:
+            self._is_listening = False
+            raise
+        # As in QEMU, where this `setup` is that of the first migration to come.
+        self._last_status = ""
+        self._emit_status(MigrationPhase.SETUP)
+
+    async def _serve_listener(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with listening(uri) as self.listener:
+            task_status.started()
+            await self.listener.serve(self._receive, MAX_CONNECTIONS)
+
+    @property
+    def is_destination(self) -> bool:
+        """Whether disks may come here."""
+        return self.options.incoming is not None
 
     async def _watch_signals(self, signals: AsyncIterator[int]) -> None:
         async for _ in signals:
@@ -180,8 +221,9 @@ class Daemon:
         """Ask for an orderly end; returns at once."""
         if not self._stop.is_set():
             self.stop_reason = reason
-            qmp_reason = reason if reason.startswith("host-") else "host-signal"
-            self.events.emit("SHUTDOWN", schema.ShutdownEvent(reason=qmp_reason))
+            causes = [cause for cause in schema.ShutdownCause if cause == reason]
+            cause = causes[0] if causes else schema.ShutdownCause.HOST_SIGNAL  # QAPI knows no unmount
+            self.events.emit("SHUTDOWN", schema.ShutdownEvent(reason=cause))
             self._stop.set()
 
     async def _wind_down(self) -> None:
@@ -190,7 +232,8 @@ class Daemon:
             await self.outgoing.wind_down()
         for served in self.disks.values():
             if served.disk is not None and served.disk.gate is Gate.CLOSED:
-                served.disk.set_gate(Gate.OPEN)
+                # What was stopped is not written again: its parked writes are answered EROFS.
+                served.disk.set_gate(Gate.READ_ONLY if self.pause.is_on else Gate.OPEN)
         for served in self.disks.values():
             if served.disk is not None and not served.is_read_only:
                 try:
@@ -215,7 +258,7 @@ class Daemon:
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
-            ConfigError: the URI or a name is wrong.
+            ConfigError: the URI is wrong.
         """
         assert self._nursery is not None
         uri = parse_uri(uri_text)
@@ -229,8 +272,7 @@ class Daemon:
         lent = []
         for served in chosen:
             assert served.disk is not None
-            assert self.mount is not None
-            lent.append(SourceDisk(served.disk, served.epoch_file, _invalidator(self.mount, served)))
+            lent.append(SourceDisk(served.disk, served.epoch_file, partial(self.pause.push_out, served)))
 
         async def dial() -> ByteStream:
             return await connect(uri, CONNECT_DEADLINE_S)
@@ -253,12 +295,11 @@ class Daemon:
     def _choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
         if names is None:
             chosen = [served for served in self.disks.values() if served.is_writable and not served.is_read_only]
+            if not chosen and any(served.is_waiting for served in self.disks.values()):
+                raise StateError("Guest is waiting for an incoming migration: no disk here is writable yet")
             if not chosen:
                 raise StateError("no disk here is writable: there is nothing to migrate")
         else:
-            for name in names:
-                if name not in self.disks:
-                    raise ConfigError(f"disk '{name}' is not served here; served are: {', '.join(sorted(self.disks))}")
             chosen = [self.disks[name] for name in dict.fromkeys(names)]
         for served in chosen:
             if served.busy:
@@ -278,7 +319,7 @@ class Daemon:
             for served in chosen:
                 served.busy = ""
                 # A daemon that listens gets the disk back into the image that it released.
-                served.is_waiting = self.listener is not None and served.ownership is Ownership.RELEASED
+                served.is_waiting = self.is_destination and served.ownership is Ownership.RELEASED
 
     @property
     def is_migrating(self) -> bool:
@@ -290,14 +331,21 @@ class Daemon:
         return self.mount.count_requests()
 
     def _on_phase(self, phase: MigrationPhase) -> None:
-        """Tell QMP clients, in QEMU's order: STOP before the freeze is announced, RESUME after a failure is."""
-        if phase is MigrationPhase.FROZEN:
+        """Tell QMP clients, in QEMU's order: STOP before the freeze is announced, RESUME after a failure is.
+
+        The first pass is announced before `active`, and `device` only if the migration paused at `pre-switchover`.
+        """
+        if phase is MigrationPhase.BULK:
+            self.events.emit("MIGRATION_PASS", schema.MigrationPassEvent(pass_=1))
+        if phase is MigrationPhase.FROZEN and not self.pause.is_on:
             self._is_stopped_for_guests = True
             self.events.emit("STOP")
-        self._emit_status(phase)
+        if QMP_STATUS[phase] != "device" or self.parameters.pause_before_switchover:
+            self._emit_status(phase)
         if phase in (MigrationPhase.FAILED, MigrationPhase.CANCELLED) and self._is_stopped_for_guests:
             self._is_stopped_for_guests = False
-            self.events.emit("RESUME")
+            if not self.pause.is_on:
+                self.events.emit("RESUME")
 
     def _emit_status(self, phase: MigrationPhase) -> None:
         status = QMP_STATUS[phase]
@@ -306,7 +354,8 @@ class Daemon:
             self.events.emit("MIGRATION", schema.MigrationEvent(status=schema.MigrationStatus(status)))
 
     def _on_pass(self, number: int) -> None:
-        self.events.emit("MIGRATION_PASS", schema.MigrationPassEvent(pass_=number))
+        if number > 1:
+            self.events.emit("MIGRATION_PASS", schema.MigrationPassEvent(pass_=number))
 
     # Incoming: this is the host of IncomingMigration
 
@@ -336,11 +385,11 @@ class Daemon:
         log.warning("connection rejected", peer=stream.peer, reason=str(reason))
 
     def _on_incoming_phase(self, phase: MigrationPhase) -> None:
-        if phase is MigrationPhase.SETUP:
-            self._last_status = ""
-        self._emit_status(phase)
-        if phase is MigrationPhase.COMPLETED:
+        """Tell QMP clients, in QEMU's order: whoever hears `completed` finds the disks writable."""
+        if phase is MigrationPhase.COMPLETED and not self.pause.is_on:
             self.events.emit("RESUME")
+        if QMP_STATUS[phase] != "device":
+            self._emit_status(phase)
 
     async def awaited(self) -> list[AwaitedDisk]:
         """Return every disk that waits and is not busy (`IncomingHost.awaited`)."""
@@ -353,7 +402,8 @@ class Daemon:
         awaited = []
         for served in free:
             had_size = served.disk is not None
-            awaited.append(AwaitedDisk(served.name, await trio.to_thread.run_sync(served.open_created)))
+            size = await trio.to_thread.run_sync(served.open_created)
+            awaited.append(AwaitedDisk(served.name, size, served.base is not None))
             if not had_size:
                 await self.mount.invalidate(served.export, attributes_only=True)
         return awaited
@@ -387,7 +437,11 @@ class Daemon:
         disk = await trio.to_thread.run_sync(served.receive, offer, session, peer)
         if not had_size:
             await self.mount.invalidate(served.export, attributes_only=True)
-        return IncomingDisk(disk, served.epoch_file, _invalidator(self.mount, served))
+        return IncomingDisk(disk, served.epoch_file, partial(self._push_out, served))
+
+    async def _push_out(self, served: ServedDisk) -> None:
+        if self.mount is not None:  # what is not mounted is not cached either
+            await self.mount.invalidate(served.export)
 
     def release(self, disks: Sequence[IncomingDisk]) -> None:
         """End a reservation (`IncomingHost.release`)."""
@@ -395,13 +449,6 @@ class Daemon:
             served = self.disks[disk.disk.name]
             served.busy = ""
             served.is_waiting = not served.is_writable
-
-
-def _invalidator(mount: AnyMount, served: ServedDisk) -> Any:
-    async def invalidate() -> None:
-        await mount.invalidate(served.export)
-
-    return invalidate
 
 
 def _most_telling(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -9,22 +9,27 @@ What a disk may do when the daemon starts is decided by its epoch file alone (`f
     incoming, prepared     refused: the image is incomplete   waits for a source
     released               read-only                          waits for a source (the disk may come back)
     handed-off             read-only: in doubt                read-only: in doubt
+
+A disk with a base (``--disk NAME=OVERLAY,base=BASE``) has an image from the start: an overlay that does not exist is
+made (`fusemig.disk.overlay_file`). An overlay is never served without its base.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
+from fusemig.disk.overlay_file import OverlayFile
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.errors import ConfigError, PeerRefusedError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Collection
 
     from fusemig.fuse.export import Export, Exports
     from fusemig.wire.native import DiskOffer
@@ -39,6 +44,23 @@ class DiskSpec:
     name: str
     path: Path
     is_read_only: bool = False
+    base: Path | None = None
+    """What the image is an overlay over."""
+
+
+def parse_disk(text: str, read_only: Collection[str]) -> DiskSpec:
+    """Return what ``NAME=PATH[,base=BASE]`` means; ``read_only`` are the names of the disks that are.
+
+    Raises:
+        ConfigError: it is not written so.
+    """
+    name, separator, rest = text.partition("=")
+    path, base_separator, base = rest.partition(",base=")
+    if not separator or not name or not path:
+        raise ConfigError(f"--disk {text}: write NAME=PATH, such as vda=/var/lib/vm/vda.img")
+    if base_separator and not base:
+        raise ConfigError(f"--disk {text}: name the base, such as vda=/var/lib/vm/vda.img,base=/var/lib/vm/golden.img")
+    return DiskSpec(name, Path(path).absolute(), name in read_only, Path(base).absolute() if base else None)
 
 
 class ServedDisk:
@@ -52,15 +74,19 @@ class ServedDisk:
         """
         self.name = spec.name
         self.path = spec.path
+        self.base = spec.base
         self.is_read_only = spec.is_read_only
         self.busy = ""
         """Why the disk must not be migrated, received or closed now; empty if nothing keeps it (an op blocker)."""
-        self.epoch_file = EpochFile(_state_directory(spec, state_dir) / f"{spec.path.name}.fusemig")
+        state_dir = _state_directory(spec, state_dir)
+        self.epoch_file = EpochFile(state_dir / f"{spec.path.name}.fusemig")
+        self._map_path = state_dir / f"{spec.path.name}.fusemig-map"
         self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in _RECEIVABLE
         """Whether a source may fill this disk."""
-        self.image: RawDisk | None = None
+        self._is_held = False
+        self.image: RawDisk | OverlayFile | None = None
         self.disk: TrackedDisk | None = None
-        if not self.is_waiting or _exists(spec.path):
+        if not self.is_waiting or self.base is not None or _exists(spec.path):
             self._open(self._starting_gate())
         try:
             self.export: Export = exports.add(self.name, self.disk, read_only=spec.is_read_only)
@@ -102,8 +128,28 @@ class ServedDisk:
         return Gate.READ_ONLY
 
     def _open(self, gate: Gate) -> None:
-        self.image = RawDisk(self.name, self.path, read_only=self.is_read_only)
+        self.image = self._open_image()
         self.disk = TrackedDisk(self.image, gate=gate)
+        self.disk.set_held(self._is_held)
+
+    def set_held(self, is_held: bool) -> None:
+        """Hold the disk (`TrackedDisk`), also one whose image is still to come."""
+        self._is_held = is_held
+        if self.disk is not None:
+            self.disk.set_held(is_held)
+
+    def _open_image(self) -> RawDisk | OverlayFile:
+        if self.base is None:
+            if _exists(self._map_path):
+                raise ConfigError(
+                    f"image {self.path} of disk '{self.name}' is an overlay, and much of its disk is in its base: name"
+                    f" that (--disk {self.name}={self.path},base=BASE), or delete {self._map_path} if the image is"
+                    " another one now"
+                )
+            return RawDisk(self.name, self.path, read_only=self.is_read_only)
+        if not self.is_waiting and self.ownership is not None and not _exists(self.path):
+            raise ConfigError(f"overlay {self.path} of disk '{self.name}' is missing: restore it, and its map with it")
+        return OverlayFile(self.name, self.path, self.base, self._map_path, read_only=self.is_read_only)
 
     def check_offer(self, offer: DiskOffer) -> None:
         """Raise `PeerRefusedError` unless this disk can be received as offered; changes nothing."""

@@ -26,7 +26,7 @@ its owner holds a lock.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fusemig.bitmap import ChunkBitmap
 from fusemig.units import (
@@ -44,6 +44,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+# Every guest write is marked, so what marks it is spelled in shifts and looked up where it can be.
+_BLOCK_SHIFT: Final = BLOCK_SIZE.bit_length() - 1
+_CHUNK_SHIFT: Final = BLOCKS_PER_CHUNK.bit_length() - 1
+_IN_CHUNK: Final = BLOCKS_PER_CHUNK - 1
+_RUN: Final = tuple((1 << n) - 1 for n in range(BLOCKS_PER_CHUNK + 1))
+"""Masks of the first n blocks of a chunk."""
+
+
 class ChunkTracker:
     """The dirty map and the in-flight map of one disk."""
 
@@ -55,6 +63,9 @@ class ChunkTracker:
         self._in_flight: dict[int, int] = {}
         self._n_dirty_blocks = 0
         self._n_in_flight_blocks = 0
+        self._last_chunk = n_chunks(size) - 1
+        self._last_chunk_mask = chunk_mask(self._last_chunk, size) if size else 0
+        """The only one that may be short."""
         self._last_block = n_blocks(size) - 1
         self._last_block_missing = n_blocks(size) * BLOCK_SIZE - size
 
@@ -62,17 +73,17 @@ class ChunkTracker:
         """Mark every block that the bytes ``offset`` to ``offset + length - 1`` touch."""
         if length <= 0:
             return
-        first = offset // BLOCK_SIZE
-        stop = (offset + length - 1) // BLOCK_SIZE + 1
-        chunk = first // BLOCKS_PER_CHUNK
-        last_chunk = (stop - 1) // BLOCKS_PER_CHUNK
+        first = offset >> _BLOCK_SHIFT
+        stop = (offset + length - 1 >> _BLOCK_SHIFT) + 1
+        chunk = first >> _CHUNK_SHIFT
+        last_chunk = stop - 1 >> _CHUNK_SHIFT
         if chunk == last_chunk:
-            self._mark_blocks(chunk, ((1 << (stop - first)) - 1) << (first % BLOCKS_PER_CHUNK))
+            self._mark_blocks(chunk, _RUN[stop - first] << (first & _IN_CHUNK))
             return
         base = chunk * BLOCKS_PER_CHUNK
-        self._mark_blocks(chunk, ((1 << (base + BLOCKS_PER_CHUNK - first)) - 1) << (first - base))
+        self._mark_blocks(chunk, _RUN[base + BLOCKS_PER_CHUNK - first] << (first - base))
         self.mark_chunks(chunk + 1, last_chunk)
-        self._mark_blocks(last_chunk, (1 << (stop - last_chunk * BLOCKS_PER_CHUNK)) - 1)
+        self._mark_blocks(last_chunk, _RUN[stop - last_chunk * BLOCKS_PER_CHUNK])
 
     def _mark_blocks(self, chunk: int, blocks: int) -> None:
         old = self._masks.get(chunk)
@@ -83,11 +94,14 @@ class ChunkTracker:
         new = old | blocks
         if new == old:
             return
-        self._n_dirty_blocks += new.bit_count() - old.bit_count()
-        if new == FULL_MASK or new == chunk_mask(chunk, self.size):
+        self._n_dirty_blocks += (new ^ old).bit_count()
+        if new == self._whole_mask(chunk):
             self._masks.pop(chunk, None)
         else:
             self._masks[chunk] = new
+
+    def _whole_mask(self, chunk: int) -> int:
+        return self._last_chunk_mask if chunk == self._last_chunk else FULL_MASK
 
     def mark_chunks(self, first: int, stop: int) -> None:
         """Mark the chunks ``first`` to ``stop - 1`` as wholes, at the cost of a bitmap fill."""
@@ -100,9 +114,8 @@ class ChunkTracker:
         for chunk in partial:
             self._n_dirty_blocks -= self._masks.pop(chunk).bit_count()
             self._dirty.clear(chunk)
-        tail = self._dirty.n_bits - 1
-        if stop > tail and not self._dirty[tail]:  # only the disk's last chunk may be short
-            self._n_dirty_blocks -= BLOCKS_PER_CHUNK - chunk_mask(tail, self.size).bit_count()
+        if stop > self._last_chunk and not self._dirty[self._last_chunk]:
+            self._n_dirty_blocks -= BLOCKS_PER_CHUNK - self._last_chunk_mask.bit_count()
         before = self._dirty.count
         self._dirty.set_range(first, stop)
         self._n_dirty_blocks += (self._dirty.count - before) * BLOCKS_PER_CHUNK
@@ -125,7 +138,7 @@ class ChunkTracker:
             return 0
         mask = self._masks.pop(chunk, None)
         if mask is None:
-            mask = chunk_mask(chunk, self.size)
+            mask = self._whole_mask(chunk)
         n = mask.bit_count()
         self._n_dirty_blocks -= n
         self._n_in_flight_blocks += n
@@ -188,13 +201,13 @@ class ChunkTracker:
                 yield first * CHUNK_SIZE, min(stop * CHUNK_SIZE, self.size) - first * CHUNK_SIZE
                 first = self._dirty.next_clear(stop)
             if chunk < self._dirty.n_bits:
-                yield from mask_extents(chunk_mask(chunk, self.size) & ~self._masks[chunk], chunk, self.size)
+                yield from mask_extents(self._whole_mask(chunk) & ~self._masks[chunk], chunk, self.size)
 
     def dirty_mask(self, chunk: int) -> int:
         """Return the mask of a chunk's dirty blocks."""
         if not self._dirty[chunk]:
             return 0
-        return self._masks.get(chunk, chunk_mask(chunk, self.size))
+        return self._masks.get(chunk, self._whole_mask(chunk))
 
     def _is_last_block_dirty(self) -> bool:
         if not self._last_block_missing:

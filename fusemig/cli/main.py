@@ -55,9 +55,16 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.option("--disk", "disks", multiple=True, required=True, metavar="NAME=PATH", help="Serve PATH as NAME.")
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    required=True,
+    metavar="NAME=PATH[,base=BASE]",
+    help="Serve PATH as NAME; with a base, as an overlay over it.",
+)
 @click.option("--control", type=click.Path(path_type=Path), required=True, help="Control socket (QMP), mode 0600.")
-@click.option("--incoming", metavar="URI", help="Wait for disks at tcp:HOST:PORT or unix:PATH.")
+@click.option("--incoming", metavar="URI", help="Wait for disks at tcp:HOST:PORT, unix:PATH, or defer to QMP.")
 @click.option(
     "--wire", type=click.Choice(["auto", "native", "qemu"]), default="auto", help="Stream format that --incoming takes."
 )

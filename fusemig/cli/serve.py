@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -12,7 +12,12 @@ from fusemig.daemon import Daemon, ServeOptions
 from fusemig.errors import ConfigError
 from fusemig.fuse.lanes import Lane
 from fusemig.migration.arrival import IncomingWire
-from fusemig.served import DiskSpec
+from fusemig.served import parse_disk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fusemig.served import DiskSpec
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,7 @@ async def serve_command(request: ServeRequest) -> None:
 
 
 def _parse_disks(disks: tuple[str, ...], read_only: tuple[str, ...]) -> tuple[DiskSpec, ...]:
-    specs = []
-    for text in disks:
-        name, separator, path = text.partition("=")
-        if not separator or not name or not path:
-            raise ConfigError(f"--disk {text}: write NAME=PATH, such as vda=/var/lib/vm/vda.img")
-        specs.append(DiskSpec(name, Path(path).absolute(), name in read_only))
+    specs = [parse_disk(text, read_only) for text in disks]
     names = {spec.name for spec in specs}
     for name in read_only:
         if name not in names:

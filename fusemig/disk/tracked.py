@@ -11,6 +11,10 @@ it is marked again in the step that ends it, also if the store failed, unless no
 The write gate. A closed gate refuses a write with `GateClosedError`, and nothing has happened to it: the lane *parks*
 it, that is, keeps the data and asks `park` for a call when the gate has changed. A parked write is data held for a
 later reply, never a blocked thread. Whoever closes the gate owes every parked write an answer before a deadline.
+
+A disk that is *held* (QMP's `stop`) keeps its gate closed where it would be open. That is a second, independent wish:
+no migration that thaws, takes over or hands off undoes it, and lifting it never opens a gate that is closed or
+read-only for another reason.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 import errno
 import threading
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fusemig.bitmap import ChunkBitmap
 from fusemig.disk.base import Disk
@@ -43,9 +47,26 @@ class Gate(Enum):
     OPEN = "open"
     """It is admitted."""
     CLOSED = "closed"
-    """It is parked until the gate changes: the disk is frozen for a switchover."""
+    """It is parked until the gate changes: the disk is frozen for a switchover, or held."""
     READ_ONLY = "read-only"
     """It is answered EROFS: the disk is not (yet, or no longer) ours to write."""
+
+
+_OPEN: Final = Gate.OPEN
+"""Every write looks at it twice, and a member of an enumeration is found slowly."""
+
+
+class DiskCounters(NamedTuple):
+    """Guests' requests since the disk was opened, failed writes included; bytes."""
+
+    read_bytes: int
+    n_reads: int
+    written_bytes: int
+    n_writes: int
+    """Writes and zeroings."""
+    n_flushes: int
+    highest_written: int
+    """Where the write that reached farthest ended."""
 
 
 class TrackedDisk(Disk):
@@ -62,6 +83,8 @@ class TrackedDisk(Disk):
         self._drained = threading.Condition(self._lock)
         # Guarded by _lock:
         self._gate = gate
+        self._gate_unheld = gate
+        self._is_held = False
         self._n_writing = 0
         self._parked: list[Callable[[], None]] = []
         self._trackers: tuple[ChunkTracker, ...] = ()
@@ -71,6 +94,12 @@ class TrackedDisk(Disk):
         self._written_bits = bytearray(-(-n_chunks(image.size) // 8))
         self._written = ChunkBitmap(n_chunks(image.size), self._written_bits)
         self._bytes_written = 0
+        self._n_writes = 0
+        self._highest_written = 0
+        # Not guarded, because reads take no lock; two threads that meet may count once, and only people look at these:
+        self._bytes_read = 0
+        self._n_reads = 0
+        self._n_flushes = 0
 
     @property
     def size(self) -> int:  # type: ignore[override]
@@ -82,10 +111,16 @@ class TrackedDisk(Disk):
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from the image; never gated."""
         self.image.pread_into(buffer, offset)
+        self._bytes_read += len(buffer)
+        self._n_reads += 1
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill ``buffer`` if that does not sleep; never gated."""
-        return self.image.pread_nowait(buffer, offset)
+        if not self.image.pread_nowait(buffer, offset):
+            return False
+        self._bytes_read += len(buffer)
+        self._n_reads += 1
+        return True
 
     def pwrite_may_sleep(self, offset: int, length: int) -> bool:
         """Ask the image."""
@@ -116,6 +151,7 @@ class TrackedDisk(Disk):
     def flush(self) -> None:
         """Make finished writes durable; never gated, so that a frozen guest's fsync is answered."""
         self.image.flush()
+        self._n_flushes += 1
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield the image's allocation."""
@@ -130,17 +166,19 @@ class TrackedDisk(Disk):
 
         The two are plain calls because every guest write makes them: a context manager would cost as much as the write.
         """
-        if offset < 0 or offset + length > self.image.size:
+        end = offset + length
+        if offset < 0 or end > self.image.size:
             self.check_range(offset, length)
+        first = offset >> _CHUNK_SHIFT
         with self._lock:
-            if self._gate is not Gate.OPEN:
+            if self._gate is not _OPEN:
                 self._refuse(offset, length)
             self._n_writing += 1
-            chunk = offset >> _CHUNK_SHIFT
-            if not self._written_bits[chunk >> 3] >> (chunk & 7) & 1 or offset + length > chunk + 1 << _CHUNK_SHIFT:
+            if not self._written_bits[first >> 3] >> (first & 7) & 1 or end > first + 1 << _CHUNK_SHIFT:
                 self._note_written(offset, length)
-            for tracker in self._trackers:
-                tracker.mark(offset, length)
+            if self._trackers:
+                for tracker in self._trackers:
+                    tracker.mark(offset, length)
             return self._n_taken
 
     def _end(self, offset: int, length: int, n_taken: int) -> None:
@@ -154,8 +192,11 @@ class TrackedDisk(Disk):
                 for tracker in self._trackers:
                     tracker.mark(offset, length)
             self._bytes_written += length
+            self._n_writes += 1
+            if offset + length > self._highest_written:
+                self._highest_written = offset + length
             self._n_writing -= 1
-            if not self._n_writing and self._gate is not Gate.OPEN:
+            if not self._n_writing and self._gate is not _OPEN:
                 self._drained.notify_all()
 
     def _note_written(self, offset: int, length: int) -> None:
@@ -164,7 +205,8 @@ class TrackedDisk(Disk):
 
     def _refuse(self, offset: int, length: int) -> None:
         if self._gate is Gate.CLOSED:
-            raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is frozen", offset, length)
+            why = "frozen" if self._gate_unheld is Gate.CLOSED else "stopped"
+            raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is {why}", offset, length)
         raise DiskError(errno.EROFS, f"write to disk '{self.name}'", offset, length)
 
     def park(self, resume: Callable[[], None]) -> bool:
@@ -200,18 +242,44 @@ class TrackedDisk(Disk):
         """What happens to a guest's write at this moment."""
         return self._gate
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the gate is closed for a switchover, held or not."""
+        return self._gate_unheld is Gate.CLOSED
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the gate is kept from being open."""
+        return self._is_held
+
     def set_gate(self, gate: Gate) -> None:
         """Change the gate and have every parked write tried again.
 
-        Once the gate is closed no write is admitted; those admitted before may still be running: `wait_drained`.
+        Once the gate is closed no write is admitted; those admitted before may still be running: `wait_drained`. Of a
+        disk that is held, an open gate is closed until that is lifted.
         """
         with self._lock:
-            self._gate = gate
-            if gate is Gate.CLOSED:
-                return
-            parked, self._parked = self._parked, []
+            self._gate_unheld = gate
+            parked = self._change_gate()
         for resume in parked:
             resume()
+
+    def set_held(self, is_held: bool) -> None:
+        """Keep the gate from being open, or lift that."""
+        with self._lock:
+            self._is_held = is_held
+            parked = self._change_gate()
+        for resume in parked:
+            resume()
+
+    def _change_gate(self) -> list[Callable[[], None]]:
+        """Bring the gate in line with both wishes; return the parked writes that are to be tried again."""
+        is_stopped = self._is_held and self._gate_unheld is Gate.OPEN
+        self._gate = Gate.CLOSED if is_stopped else self._gate_unheld
+        if self._gate is Gate.CLOSED:
+            return []
+        parked, self._parked = self._parked, []
+        return parked
 
     def wait_drained(self, timeout_s: float) -> bool:
         """Wait until no admitted write is running; False if one still is after ``timeout_s`` seconds."""
@@ -258,6 +326,18 @@ class TrackedDisk(Disk):
     def bytes_written(self) -> int:
         """How many bytes guests have written since the disk was opened."""
         return self._bytes_written
+
+    def statistics(self) -> DiskCounters:
+        """Return what guests have done since the disk was opened."""
+        with self._lock:
+            return DiskCounters(
+                read_bytes=self._bytes_read,
+                n_reads=self._n_reads,
+                written_bytes=self._bytes_written,
+                n_writes=self._n_writes,
+                n_flushes=self._n_flushes,
+                highest_written=self._highest_written,
+            )
 
 
 class Tracking:

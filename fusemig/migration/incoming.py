@@ -40,6 +40,8 @@ class AwaitedDisk(NamedTuple):
 
     name: str
     size: int
+    has_base: bool = False
+    """Whether it is an overlay: what a source leaves out may be its base's."""
 
 
 class IncomingHost(Protocol):

@@ -6,6 +6,9 @@
 The stream says neither beforehand which disks come nor how large they are. So every disk that waits must come, and its
 image, which must be there, tells its size. The disks are claimed with the first sign of a `block` section.
 
+A disk with a base here (`fusemig.disk.overlay`) takes `migrate -i` as well: what the source leaves out is the base's.
+So whatever the overlay held before, from an attempt that failed or from another life, is forgotten first.
+
 Nothing is acknowledged, so this side decides alone whether it has everything (`BlockCompleteness`), and decides it when
 the live sections end: a source that still sends the state of its devices then fails and lets its guest run on. A
 source with a return path waits for our word (SHUT), fails if it is a bad one, and closes after a good one: only then
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
+from fusemig.disk.overlay import OverlayDisk
 from fusemig.epoch import Ownership
 from fusemig.errors import ConnectionLostError, FusemigError, MigrationError, RemoteProtocolError
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
@@ -86,6 +90,10 @@ class QemuDestination(IncomingMigration):
 
     async def _receive(self) -> None:
         self._enter(MigrationPhase.BULK)
+        for disk in self.disks:
+            image = disk.disk.image
+            if isinstance(image, OverlayDisk):
+                await self._offload(image.forget)
         while await self._handle(await self._next_event(_IDLE_DEADLINE_S)):
             pass
         await self._take_over()
@@ -132,12 +140,16 @@ class QemuDestination(IncomingMigration):
             MigrationError: and what is missing.
         """
         problem = self._receiver.completeness.problem()
-        if problem is None:
+        unseen = [disk for index, disk in enumerate(self._awaited) if index not in self._receiver.received]
+        if problem is None and not unseen:
             return
-        unseen = [disk.name for index, disk in enumerate(self._awaited) if index not in self._receiver.received]
         if unseen:
-            names = ", ".join(f"'{name}'" for name in unseen)
-            problem += f"; of {names} nothing came at all: serve only the disks that the QEMU has"
+            # Also with a base, where that may be right: nothing has said that the QEMU has such a disk.
+            names = ", ".join(f"'{disk.name}'" for disk in unseen)
+            problem = f"{problem}; " if problem else ""
+            problem += f"of {names} nothing came at all: serve only the disks that the QEMU has"
+            if any(disk.has_base for disk in unseen):
+                problem += "; an overlay that holds nothing there need not move, a new one here is the same disk"
         raise MigrationError(
             f"not taken over: {problem}; the disks are whole in QEMU: where its guest stands still, `cont` there first"
         )

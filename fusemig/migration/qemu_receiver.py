@@ -42,7 +42,7 @@ class QemuReceiver:
 
     def __init__(self, stream: ByteStream, awaited: Sequence[AwaitedDisk], head: bytes) -> None:
         """Receive from ``stream``, of which ``head`` was read already, what is for the ``awaited`` disks."""
-        devices = [qemu_block.Device(disk.name, disk.size) for disk in awaited]
+        devices = [qemu_block.Device(disk.name, disk.size, disk.has_base) for disk in awaited]
         self.completeness = qemu_block.BlockCompleteness(devices)
         self.disks: list[IncomingDisk] = []
         """Where data goes, in the order of ``awaited``."""
@@ -114,10 +114,9 @@ class QemuReceiver:
             image.write_zeroes(event.offset, event.length)
             return
         self._is_payload = False
-        length = len(event.payload)
-        # Without its capability `zero-blocks`, QEMU sends holes as data.
-        if (self._buffer if length == CHUNK_SIZE else bytes(event.payload)) == _ZEROS[:length]:
-            image.write_zeroes(event.offset, length)
+        # Without its capability `zero-blocks`, QEMU sends holes as data. This compares without a copy.
+        if _ZEROS.startswith(event.payload):
+            image.write_zeroes(event.offset, len(event.payload))
         else:
             image.pwrite(event.payload, event.offset)
-        disk.received_bytes += length
+        disk.received_bytes += len(event.payload)

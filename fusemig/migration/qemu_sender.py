@@ -148,7 +148,7 @@ class QemuSender:
         """
         records: list[Buffer] = []
         while self._chunk < stop and len(records) < _MAX_ZERO_RECORDS:
-            records.append(self._encoder.zero(disk.index, self._chunk))
+            records += [self._encoder.progress(self._bulk_bytes), self._encoder.zero(disk.index, self._chunk)]
             self._count(disk, self._chunk)
         return records
 

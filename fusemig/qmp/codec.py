@@ -62,6 +62,7 @@ class BadRequest:
 # values and a control byte inside a string.
 _RESET: Final = rb"\x00-\x08\x0b\x0c\x0e-\x1f\xfe\xff"
 _VALUE_START: Final = re.compile(rb"[^ \t\r\n]")
+_WORD: Final = re.compile(rb"[a-z]+|-?[0-9][0-9.eE+-]*|-\Z")
 _STRUCTURE: Final = re.compile(rb'["{}\[\]' + _RESET + rb"]")
 _STRING: Final = re.compile(rb'["\\\t\r\n' + _RESET + rb"]")
 _RECOVERY: Final = re.compile(rb"[{\r\n" + _RESET + rb"]")
@@ -69,14 +70,17 @@ _RESET_BYTES: Final = frozenset({*range(0x20), 0xFE, 0xFF} - {*b"\t\r\n"})
 _CLOSER: Final = {0x7B: 0x7D, 0x5B: 0x5D}
 _QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
+_SHOWN_CHARACTERS: Final = 80
+"""How much of what a client sent an error text repeats."""
 
 
 class RequestParser:
     """Finds the requests in a client's bytes.
 
     Theory of operation. ``_buffer`` begins at the present value; ``_at`` is how far it has been scanned, so no byte is
-    scanned twice. ``_closers`` holds the brackets that are open, ``_in_string`` is set between quotes. After an error,
-    ``_is_recovering`` skips to the next object or control byte, which is where QEMU's lexer starts afresh.
+    scanned twice. ``_closers`` holds the brackets that are open, ``_in_string`` is set after the quote at
+    ``_string_at``. After an error, ``_is_recovering`` skips to the next object or control byte, which is where QEMU's
+    lexer starts afresh.
     """
 
     def __init__(self, max_bytes: int = MAX_REQUEST_BYTES) -> None:
@@ -86,6 +90,7 @@ class RequestParser:
         self._at = 0
         self._closers = bytearray()
         self._in_string = False
+        self._string_at = 0
         self._is_recovering = False
 
     def receive(self, data: bytes) -> None:
@@ -128,6 +133,7 @@ class RequestParser:
             self._at = end
             if byte == _QUOTE:
                 self._in_string = not self._in_string
+                self._string_at = match.start()
             elif byte in _CLOSER:
                 self._closers.append(_CLOSER[byte])
                 if len(self._closers) > MAX_NESTING:
@@ -138,8 +144,10 @@ class RequestParser:
                     value = bytes(buffer[: self._at])
                     self._drop()
                     return value
-            elif self._in_string or byte in _RESET_BYTES:
-                return self._fail(_stray(byte))
+            elif self._in_string:
+                return self._fail(_stray(buffer[self._string_at : end]))
+            elif byte in _RESET_BYTES:
+                return self._fail(_stray(buffer[match.start() : end]))
             else:
                 return self._fail("JSON parse error, expecting value")
 
@@ -151,9 +159,8 @@ class RequestParser:
                 self._buffer.clear()
                 return None
             self._is_recovering = False
-            # The control byte that ends the garbage belongs to it. (A match reads the buffer as it is *now*: bytes are
-            # looked at before they are deleted, here and below.)
-            del self._buffer[: match.start() if match[0] == b"{" else match.end()]
+            # As in QEMU, a control byte that ends the garbage is an error of its own.
+            del self._buffer[: match.start()]
         match = _VALUE_START.search(self._buffer)
         if match is None:
             self._buffer.clear()
@@ -162,16 +169,34 @@ class RequestParser:
         byte = self._buffer[0]
         if byte in _CLOSER:
             return True
+        match = _WORD.match(self._buffer)
+        if match is not None:
+            return self._end_word(bytes(match[0]))
         self._at = 1
-        if byte in _RESET_BYTES:
-            return self._fail(_stray(byte))
         if byte in b"]},:":
-            return self._fail("JSON parse error, expecting value")
-        return self._fail("QMP input must be a JSON object")
+            bad = self._fail("JSON parse error, expecting value")
+            self._is_recovering = False  # a token in the wrong place; the next one may be in its place
+            return bad
+        if byte == _QUOTE:
+            return self._fail("QMP input must be a JSON object")
+        return self._fail(_stray(self._buffer[:1]))
+
+    def _end_word(self, word: bytes) -> BadRequest | None:
+        """Drop a number or a keyword that stands where a request should; None if more of it may come."""
+        if len(word) == len(self._buffer) and len(word) <= _SHOWN_CHARACTERS:
+            return None
+        desc = "QMP input must be a JSON object"
+        if word.isalpha() and word not in (b"true", b"false", b"null"):
+            desc = f"JSON parse error, invalid keyword '{word[:_SHOWN_CHARACTERS].decode()}'"
+        self._at = len(word)
+        bad = self._fail(desc)
+        self._is_recovering = len(word) > _SHOWN_CHARACTERS  # a short one was whole; of this, more may come
+        return bad
 
     def _fail(self, desc: str) -> BadRequest:
         """Drop what was scanned and skip to a new beginning; a control byte that failed is the end of the garbage."""
-        self._is_recovering = 0x20 <= self._buffer[self._at - 1] < 0xFE
+        byte = self._buffer[self._at - 1]
+        self._is_recovering = 0x20 <= byte < 0xFE or byte in b"\t"
         self._drop()
         return BadRequest(desc)
 
@@ -182,9 +207,10 @@ class RequestParser:
         self._in_string = False
 
 
-def _stray(byte: int) -> str:
-    """Describe a control byte as QEMU does, which never shows bytes that are no text."""
-    return f"JSON parse error, stray '{_ascii(chr(byte) if byte < 0x80 else chr(0xFFFD))[1:-1]}'"
+def _stray(token: bytes | bytearray) -> str:
+    """Name what is no part of JSON: a byte, or a string as far as it came. As in QEMU, a zero byte ends the text."""
+    text = token.decode(errors="replace").partition("\0")[0]
+    return f"JSON parse error, stray '{text[:_SHOWN_CHARACTERS]}'"
 
 
 def _decode_request(value: bytes) -> Request | BadRequest:

@@ -1,10 +1,10 @@
-"""The vocabulary of the control socket: commands' arguments and results, events, capabilities; and their checking.
+"""The vocabulary of the control socket: commands' arguments and results, events, capabilities.
 
 Rules:
 
 1. Names and types are those of QEMU 7.2's QAPI (qapi/migration.json, qapi/block-core.json, qapi/run-state.json); what
    is ours begins with ``x-fusemig-`` or lives inside a member of that name. Python names have underscores for hyphens.
-2. Arguments are checked whole before a command sees them (`check_arguments`), with QEMU's texts, in QEMU's order:
+2. Arguments are checked whole before a command sees them (`fusemig.qmp.check`), with QEMU's texts, in QEMU's order:
    members in the order of their declaration, then unknown ones. A member that we do not honour is not declared, so it
    is refused.
 3. An optional member that is absent is `UNSET`, in results too. Sizes are bytes, times milliseconds, rates bytes/s.
@@ -14,18 +14,15 @@ Rules:
 from __future__ import annotations
 
 from enum import StrEnum
-from functools import cache
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
 
-from fusemig.errors import ConfigError
-
-
-class ArgumentError(ConfigError):
-    """A command's arguments do not fit its declaration; nothing was done."""
-
+from fusemig.qmp import block, codec
+from fusemig.qmp.base import Arguments as Arguments
+from fusemig.qmp.base import NoArguments as NoArguments
+from fusemig.qmp.base import Result as Result
 
 # Enumerations
 
@@ -105,6 +102,26 @@ ALWAYS_ON_CAPABILITIES: Final = frozenset({MigrationCapability.ZERO_BLOCKS, Migr
 """What cannot be switched off: there is nothing to migrate but blocks, and zero chunks are never sent as bytes."""
 
 
+class QmpCapability(StrEnum):
+    """QAPI QMPCapability; none is offered."""
+
+    OOB = "oob"
+
+
+class ShutdownCause(StrEnum):
+    """The QAPI ShutdownCauses of a disk server's end."""
+
+    HOST_QMP_QUIT = "host-qmp-quit"
+    HOST_SIGNAL = "host-signal"
+
+
+class SocketAddressType(StrEnum):
+    """The QAPI SocketAddressTypes that we know."""
+
+    INET = "inet"
+    UNIX = "unix"
+
+
 class Compression(StrEnum):
     """QAPI MultiFDCompression."""
 
@@ -152,24 +169,10 @@ CommandDeadline = Annotated[
 ]
 
 
-class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
-    """Base of all commands' arguments."""
-
-
-class NoArguments(Arguments, frozen=True, kw_only=True):
-    """For the commands that take none."""
-
-
 class QmpCapabilities(Arguments, frozen=True, kw_only=True):
     """``qmp_capabilities``; none is offered, so only the empty list can be honoured."""
 
-    enable: list[str] = field(default_factory=list)
-
-
-class QueryBlockstats(Arguments, frozen=True, kw_only=True):
-    """``query-blockstats``."""
-
-    query_nodes: bool = False
+    enable: list[QmpCapability] = field(default_factory=list)
 
 
 class Migrate(Arguments, frozen=True, kw_only=True):
@@ -246,50 +249,24 @@ class MigrateIncoming(Arguments, frozen=True, kw_only=True):
     uri: str
 
 
+CpuIndex = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1, description="a CPU number")]
+
+
+class HumanMonitorCommand(Arguments, frozen=True, kw_only=True):
+    """``human-monitor-command``: a line of QEMU's human monitor."""
+
+    command_line: str
+    cpu_index: CpuIndex | UnsetType = UNSET
+    """Of no meaning; there is no CPU but number 0."""
+
+
 class Estimate(Arguments, frozen=True, kw_only=True):
     """``x-fusemig-estimate``: what a migration to ``uri`` would take."""
 
     uri: str
 
 
-COMMANDS: Final[dict[str, type[Arguments]]] = {
-    "qmp_capabilities": QmpCapabilities,
-    "query-version": NoArguments,
-    "query-commands": NoArguments,
-    "query-events": NoArguments,
-    "query-name": NoArguments,
-    "query-status": NoArguments,
-    "query-block": NoArguments,
-    "query-blockstats": QueryBlockstats,
-    "query-migrate": NoArguments,
-    "query-migrate-parameters": NoArguments,
-    "query-migrate-capabilities": NoArguments,
-    "migrate": Migrate,
-    "migrate_cancel": NoArguments,
-    "migrate-continue": MigrateContinue,
-    "migrate-set-parameters": MigrateSetParameters,
-    "migrate-set-capabilities": MigrateSetCapabilities,
-    "migrate-incoming": MigrateIncoming,
-    "migrate-pause": NoArguments,
-    "stop": NoArguments,
-    "cont": NoArguments,
-    "quit": NoArguments,
-    "x-fusemig-status": NoArguments,
-    "x-fusemig-estimate": Estimate,
-}
-"""Every command and its arguments. The server itself answers the first four."""
-
-
 # Results
-
-
-class Result(msgspec.Struct, frozen=True, rename="kebab"):
-    """Base of what commands return."""
-
-
-def _underscores(name: str) -> str:
-    """Name the members of QAPI's older structs, which keep their underscores."""
-    return name
 
 
 class Name(Result, frozen=True, kw_only=True):
@@ -438,111 +415,9 @@ class MigrationInfo(Result, frozen=True, kw_only=True):
     downtime: int | UnsetType = UNSET
     error_desc: str | UnsetType = UNSET
     blocked_reasons: list[str] | UnsetType = UNSET
+    socket_address: list[SocketAddress] | UnsetType = UNSET
+    """Of a destination."""
     x_fusemig: FusemigMigration | UnsetType = UNSET
-
-
-class ImageInfo(Result, frozen=True, kw_only=True, rename=_underscores):
-    """``image`` of a node."""
-
-    filename: str
-    virtual_size: int = field(name="virtual-size")
-    actual_size: int = field(name="actual-size", default=0)
-    format: str = "raw"
-    dirty_flag: bool = field(name="dirty-flag", default=False)
-
-
-class CacheInfo(Result, frozen=True, kw_only=True):
-    """``cache`` of a node."""
-
-    writeback: bool = True
-    direct: bool = False
-    no_flush: bool = False
-
-
-class DirtyBitmapInfo(Result, frozen=True, kw_only=True, rename=_underscores):
-    """A dirty map as QEMU shows one."""
-
-    count: int
-    """Bytes that are dirty."""
-    granularity: int
-    recording: bool
-    busy: bool
-    persistent: bool
-    name: str | UnsetType = UNSET
-
-
-class BlockDeviceInfo(Result, frozen=True, kw_only=True, rename=_underscores):
-    """``inserted`` of ``query-block``; QEMU's own mixture of hyphens and underscores."""
-
-    file: str
-    ro: bool
-    image: ImageInfo
-    node_name: str = field(name="node-name")
-    drv: str = "raw"
-    backing_file_depth: int = 0
-    encrypted: bool = False
-    detect_zeroes: str = "off"
-    write_threshold: int = 0
-    bps: int = 0
-    bps_rd: int = 0
-    bps_wr: int = 0
-    iops: int = 0
-    iops_rd: int = 0
-    iops_wr: int = 0
-    cache: CacheInfo = CacheInfo()
-    dirty_bitmaps: list[DirtyBitmapInfo] | UnsetType = field(name="dirty-bitmaps", default=UNSET)
-
-
-class BlockInfo(Result, frozen=True, kw_only=True):
-    """An element of ``query-block``: one disk."""
-
-    device: str
-    inserted: BlockDeviceInfo | UnsetType = UNSET
-    """Absent while a destination does not know the disk yet."""
-    type: str = "unknown"
-    removable: bool = False
-    locked: bool = False
-    io_status: str | UnsetType = UNSET
-    """``ok``, ``failed`` or ``nospace``."""
-
-
-class BlockDeviceStats(Result, frozen=True, kw_only=True, rename=_underscores):
-    """``stats`` of ``query-blockstats``."""
-
-    rd_bytes: int = 0
-    wr_bytes: int = 0
-    unmap_bytes: int = 0
-    rd_operations: int = 0
-    wr_operations: int = 0
-    flush_operations: int = 0
-    unmap_operations: int = 0
-    rd_total_time_ns: int = 0
-    wr_total_time_ns: int = 0
-    flush_total_time_ns: int = 0
-    unmap_total_time_ns: int = 0
-    wr_highest_offset: int = 0
-    rd_merged: int = 0
-    wr_merged: int = 0
-    unmap_merged: int = 0
-    failed_rd_operations: int = 0
-    failed_wr_operations: int = 0
-    failed_flush_operations: int = 0
-    failed_unmap_operations: int = 0
-    invalid_rd_operations: int = 0
-    invalid_wr_operations: int = 0
-    invalid_flush_operations: int = 0
-    invalid_unmap_operations: int = 0
-    account_invalid: bool = False
-    account_failed: bool = False
-    timed_stats: list[Any] = field(default_factory=list)
-
-
-class BlockStats(Result, frozen=True, kw_only=True):
-    """An element of ``query-blockstats``: one disk."""
-
-    device: str
-    stats: BlockDeviceStats
-    node_name: str | UnsetType = UNSET
 
 
 class ServedDisk(Result, frozen=True, kw_only=True):
@@ -591,6 +466,22 @@ class DaemonStatus(Result, frozen=True, kw_only=True):
     migration: MigrationInfo | UnsetType = UNSET
 
 
+class Uuid(Result, frozen=True, kw_only=True):
+    """``query-uuid``."""
+
+    uuid: str = field(name="UUID", default="00000000-0000-0000-0000-000000000000")
+    """What a QEMU without ``-uuid`` says."""
+
+
+class SocketAddress(Result, frozen=True, kw_only=True):
+    """Where a destination listens."""
+
+    type: SocketAddressType
+    host: str | UnsetType = UNSET
+    port: str | UnsetType = UNSET
+    path: str | UnsetType = UNSET
+
+
 class EstimatedDisk(Result, frozen=True, kw_only=True):
     """One disk of an estimate."""
 
@@ -635,8 +526,7 @@ class ShutdownEvent(Result, frozen=True, kw_only=True):
     """Data of SHUTDOWN."""
 
     guest: bool = False
-    reason: str = "host-qmp-quit"
-    """``host-qmp-quit`` or ``host-signal``."""
+    reason: ShutdownCause = ShutdownCause.HOST_QMP_QUIT
 
 
 EVENTS: Final[dict[str, type[Result] | None]] = {
@@ -652,66 +542,57 @@ MIGRATION_EVENTS: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
 """The events that are sent only while the capability ``events`` is on."""
 
 
-# Checking
+# Commands
 
-ArgumentsT = TypeVar("ArgumentsT", bound=Arguments)
+COMMANDS: Final[dict[str, type[Arguments]]] = {
+    "qmp_capabilities": QmpCapabilities,
+    "query-version": NoArguments,
+    "query-commands": NoArguments,
+    "query-events": NoArguments,
+    "query-qmp-schema": NoArguments,
+    "query-name": NoArguments,
+    "query-uuid": NoArguments,
+    "query-status": NoArguments,
+    "query-block": NoArguments,
+    "query-blockstats": block.QueryBlockstats,
+    "query-block-jobs": NoArguments,
+    "query-named-block-nodes": block.QueryNamedBlockNodes,
+    "query-migrate": NoArguments,
+    "query-migrate-parameters": NoArguments,
+    "query-migrate-capabilities": NoArguments,
+    "migrate": Migrate,
+    "migrate_cancel": NoArguments,
+    "migrate-continue": MigrateContinue,
+    "migrate-set-parameters": MigrateSetParameters,
+    "migrate-set-capabilities": MigrateSetCapabilities,
+    "migrate-incoming": MigrateIncoming,
+    "migrate-pause": NoArguments,
+    "stop": NoArguments,
+    "cont": NoArguments,
+    "quit": NoArguments,
+    "human-monitor-command": HumanMonitorCommand,
+    "x-fusemig-status": NoArguments,
+    "x-fusemig-estimate": Estimate,
+}
+"""Every command and its arguments. The server itself answers the first five."""
 
-
-def check_arguments(declared: type[ArgumentsT], arguments: dict[str, Any]) -> ArgumentsT:
-    """Return a client's arguments in their declared type.
-
-    Raises:
-        ArgumentError: they do not fit; the text is QEMU's.
-    """
-    _check(_type_info(declared), arguments, "")
-    return msgspec.convert(arguments, declared)
-
-
-@cache
-def _type_info(declared: type[Arguments]) -> msgspec.inspect.Type:
-    return msgspec.inspect.type_info(declared)
-
-
-def _check(declared: msgspec.inspect.Type, value: Any, path: str) -> None:
-    """Check a value against its declaration; `msgspec.convert` would find the same errors, in other words."""
-    match declared:
-        case msgspec.inspect.Metadata(type=msgspec.inspect.IntType(ge=low, le=high), extra_json_schema=schema):
-            assert low is not None
-            assert high is not None
-            assert schema is not None
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise ArgumentError(f"Parameter '{path}' expects {schema['description']}")
-        case msgspec.inspect.StrType():
-            _expect(isinstance(value, str), path, "string")
-        case msgspec.inspect.BoolType():
-            _expect(isinstance(value, bool), path, "boolean")
-        case msgspec.inspect.EnumType(cls=cls):
-            _expect(isinstance(value, str), path, "string")
-            if value not in [member.value for member in cls]:
-                raise ArgumentError(f"Parameter '{path.rpartition('.')[2]}' does not accept value '{value}'")
-        case msgspec.inspect.ListType(item_type=item_type):
-            _expect(isinstance(value, list), path, "array")
-            for index, item in enumerate(value):
-                _check(item_type, item, f"{path}[{index}]")
-        case msgspec.inspect.StructType(fields=fields):
-            _expect(isinstance(value, dict), path, "object")
-            _check_members(fields, value, f"{path}." if path else "")
-        case _:
-            raise AssertionError(f"no check for {declared}: write one")
-
-
-def _check_members(fields: tuple[msgspec.inspect.Field, ...], value: dict[str, Any], prefix: str) -> None:
-    for member in fields:
-        if member.encode_name in value:
-            _check(member.type, value[member.encode_name], prefix + member.encode_name)
-        elif member.required:
-            raise ArgumentError(f"Parameter '{prefix}{member.encode_name}' is missing")
-    known = {member.encode_name for member in fields}
-    for name in value:
-        if name not in known:
-            raise ArgumentError(f"Parameter '{prefix}{name}' is unexpected")
-
-
-def _expect(is_right: bool, path: str, expected: str) -> None:
-    if not is_right:
-        raise ArgumentError(f"Invalid parameter type for '{path}', expected: {expected}")
+RESULTS: Final[dict[str, Any]] = {
+    "query-version": codec.Version,
+    "query-commands": list[Name],
+    "query-events": list[Name],
+    "query-qmp-schema": list[Any],
+    "query-name": Name,
+    "query-uuid": Uuid,
+    "query-status": StatusInfo,
+    "query-block": list[block.BlockInfo],
+    "query-blockstats": list[block.BlockStats],
+    "query-block-jobs": list[Any],
+    "query-named-block-nodes": list[block.BlockDeviceInfo],
+    "query-migrate": MigrationInfo,
+    "query-migrate-parameters": MigrationParameters,
+    "query-migrate-capabilities": list[MigrationCapabilityStatus],
+    "human-monitor-command": str,
+    "x-fusemig-status": DaemonStatus,
+    "x-fusemig-estimate": EstimateInfo,
+}
+"""What the commands return; those that are not here return the empty object."""

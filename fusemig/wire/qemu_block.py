@@ -54,6 +54,8 @@ class Device(NamedTuple):
 
     name: str
     size: int
+    has_base: bool = False
+    """Whether a source may leave out what the receiver's base has (`migrate -i`, shared base)."""
 
 
 class BlockData(NamedTuple):
@@ -272,17 +274,16 @@ class BlockCompleteness:
     QEMU's bulk phase is a cursor that nothing waits for since commit b5280437a7f4: if little is queued compared with
     bandwidth x downtime-limit, the migration completes with the rest of the disk unsent. Two signs show it:
 
-    - a chunk that never came. It decides when the source sends whole disks, as it does without `inc`;
+    - a chunk that never came. It decides for disks that come as wholes, as they do without `inc`;
     - the last progress before the final 100, which lies below what a whole bulk phase reaches (`bulk_percent`). It is
-      all there is when the source leaves out what it shares with a base (`incremental`), and sees no less than 1 %.
+      all there is for disks of which the source leaves out what they share with a base.
 
     Feed it every event; ask it when the last section has ended. One bit per chunk.
     """
 
-    def __init__(self, devices: Sequence[Device], *, incremental: bool = False) -> None:
-        """Expect all of ``devices``, or of what is not shared with a base if ``incremental``."""
+    def __init__(self, devices: Sequence[Device]) -> None:
+        """Expect all of ``devices``; of those with a base, what is not shared with it."""
         self._devices = list(devices)
-        self._incremental = incremental
         self._received = [bytearray(-(-n_chunks(device.size) // 8)) for device in devices]
         self.last_percent: int | None = None
         """The progress before the latest one: what the bulk phase had reached when the final 100 came."""
@@ -295,9 +296,16 @@ class BlockCompleteness:
 
     @property
     def bulk_percent(self) -> int:
-        """The progress that a whole bulk phase reports at least: it counts a device's last chunk when that begins."""
+        """The progress that a whole bulk phase reports at least.
+
+        It counts a device as a whole when it skips the last chunk, which the base has, and up to the beginning of that
+        chunk when it sends it.
+        """
         total = sum(device.size for device in self._devices)
-        done = sum(max(0, n_chunks(device.size) - 1) * CHUNK_SIZE for device in self._devices)
+        done = 0
+        for device, received in zip(self._devices, self._received, strict=True):
+            last = n_chunks(device.size) - 1
+            done += last * CHUNK_SIZE if received[last >> 3] >> (last & 7) & 1 else device.size
         return done * 100 // total if total else 0
 
     def observe(self, event: object) -> None:
@@ -335,25 +343,33 @@ class BlockCompleteness:
             f"This is how QEMU 7.2 to 9.0 loses data (qemu commit {EARLY_FINISH_COMMIT}):"
             " set its downtime-limit to 1 ms and its max-bandwidth to 500 MiB/s or less, not 0, and migrate again"
         )
-        if self._incremental:
-            last = -1 if self.last_percent is None else self.last_percent
-            if last >= self.bulk_percent:
-                return None
-            return f"the source finished before it had read its disks: {progress}, not {self.bulk_percent} %. {reason}"
+        has_base = {device.name for device in self._devices if device.has_base}
         ranges: list[str] = []
         n_missing = total = 0
+        is_shared = False
         for name, offset, length in self.missing():
+            if name in has_base:
+                is_shared = True
+                continue
             n_missing += 1
             total += length
             if n_missing <= _MAX_RANGES:
                 ranges.append(f"'{name}' {offset}-{offset + length - 1}")
-        if not n_missing:
-            return None
-        more = f" and {n_missing - _MAX_RANGES} more ranges" if n_missing > _MAX_RANGES else ""
-        return (
-            f"the source reported success with {format_size(total)} never sent: bytes {', '.join(ranges)}{more};"
-            f" {progress}. {reason}"
-        )
+        is_read = self.last_percent is not None and self.last_percent >= self.bulk_percent
+        if n_missing:
+            if is_read:
+                reason += (
+                    ". Or it was to leave out what a base has (`inc`): then give the disk here its base"
+                    " (--disk NAME=PATH,base=BASE)"
+                )
+            more = f" and {n_missing - _MAX_RANGES} more ranges" if n_missing > _MAX_RANGES else ""
+            return (
+                f"the source reported success with {format_size(total)} never sent: bytes {', '.join(ranges)}{more};"
+                f" {progress}. {reason}"
+            )
+        if is_shared and not is_read:
+            return f"the source finished before it had read its disks: {progress}, not {self.bulk_percent} %. {reason}"
+        return None
 
 
 def _clear_runs(bits: bytearray, n_bits: int) -> Iterator[tuple[int, int]]:

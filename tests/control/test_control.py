@@ -61,7 +61,7 @@ class Daemon:
         }
 
     def device_not_found(self, _session: Session, _arguments: object) -> None:
-        raise DeviceNotFoundError("drive0")
+        raise DeviceNotFoundError("drive0", ["vda"])
 
     def refused(self, _session: Session, _arguments: object) -> None:
         raise PeerRefusedError("the destination said no: give it a disk")
@@ -162,7 +162,7 @@ async def test_commands_about_itself(sock: Path) -> None:
     """The server knows its commands, its events and its version."""
     async with serving(sock) as daemon, open_control(sock) as client:
         names = [item["name"] for item in await client.execute("query-commands")]
-        own = {"qmp_capabilities", "query-version", "query-commands", "query-events"}
+        own = {"qmp_capabilities", "query-version", "query-commands", "query-events", "query-qmp-schema"}
         assert names == sorted(own | daemon.commands.keys())
         assert {item["name"] for item in await client.execute("query-events")} == set(schema.EVENTS)
         assert (await client.execute("query-version"))["qemu"] == {"major": 7, "minor": 2, "micro": 0}
@@ -172,7 +172,7 @@ async def test_commands_about_itself(sock: Path) -> None:
     ("command", "error_class", "text", "kind"),
     [
         ("nosuch", "CommandNotFound", "The command nosuch has not been found", "failed"),
-        ("query-block", "DeviceNotFound", "Device 'drive0' not found", "failed"),
+        ("query-block", "DeviceNotFound", "Device 'drive0' not found; served are: vda", "usage"),
         ("query-migrate", "GenericError", "the destination said no: give it a disk", "refused"),
         ("migrate", "GenericError", "Parameter 'uri' is missing", "usage"),
         ("stop", "GenericError", "because of a bug in fusemig", "failed"),
@@ -345,7 +345,7 @@ async def test_garbage_is_answered(sock: Path) -> None:
     async with serving(sock), raw(sock) as client:
         reply = await client.ask("GET / HTTP/1.1\r\n")
         assert reply == {
-            "error": {"class": "GenericError", "desc": "QMP input must be a JSON object"},
+            "error": {"class": "GenericError", "desc": "JSON parse error, stray 'G'"},
         }
         assert await client.ask('\u00ff\n{"execute":"query-name"}') != {"return": {"name": "test"}}
         assert await client.line() == {"return": {"name": "test"}}

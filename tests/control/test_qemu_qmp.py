@@ -46,7 +46,7 @@ async def serving(path: Path) -> AsyncIterator[None]:
     commands = {
         name: Command(declared, lambda *_: None)
         for name, declared in schema.COMMANDS.items()
-        if name not in ("qmp_capabilities", "query-version", "query-commands", "query-events")
+        if name not in ("qmp_capabilities", "query-version", "query-commands", "query-events", "query-qmp-schema")
     }
     commands["migrate"] = Command(schema.Migrate, migrate)
     commands["query-migrate"] = Command(
@@ -161,3 +161,87 @@ async def test_errors_are_qemus(sock: Path) -> None:
         reply.get("error", {}).pop("x-fusemig-kind", None)
     assert ours == qemus
     assert len(ours) == len(BAD_INPUTS)
+
+
+GARBAGE = [
+    b"garbage\n",
+    b"GET / HTTP/1.1\r\n",
+    b"nan ",
+    b"5\n",
+    b"-1 2 true null\n",
+    b'"x"\n',
+    b"\x00",
+    b"\x1f\x00\x01",
+    b"\xff",
+    b"\xfe\xff",
+    b"{\xff\xff",
+    b"\xc3\xa9\n",
+    b'{"execute":"st\xff',
+    b'{"execute":"a\x01',
+    b'{"execute":"a\tb\x00',
+    b'[[[{"a":[\x1b',
+    b'{"execute":"query-name"}}',
+    b'{"execute":"query-name","id":"\xe9"}',
+    b'{"execute":"query-name","id":1}{"execute":"query-name","id":2}  {"execute":"query-name"}',
+    b"}{}",
+    b",:]",
+]
+"""Each is followed by a good request."""
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("cut", [10_000, 1], ids=["whole", "cut into bytes"])
+async def test_garbage_is_answered_as_qemu_answers_it(sock: Path, cut: int) -> None:
+    """Control bytes, 0xFF, words, half requests, several in a packet: QEMU's replies, and the next is understood."""
+    if shutil.which(QEMU) is None:
+        pytest.skip(f"{QEMU} is not installed")
+    theirs = sock.with_name("qemu.sock")
+    command = [QEMU, "-M", "none,accel=tcg", "-nodefaults", "-display", "none", "-S"]
+    command += ["-qmp", f"unix:{theirs},server=on,wait=off"]
+
+    async def converse(path: Path) -> list[list[Any]]:
+        answers: list[list[Any]] = []
+        async with await trio.open_unix_socket(path) as stream:
+            lines = _Lines(stream)
+            await lines.next()
+            await stream.send_all(b'{"execute":"qmp_capabilities"}')
+            await lines.next()
+            for number, garbage in enumerate(GARBAGE):
+                sent = garbage + b'{"execute":"query-name","id":"%d"}' % number
+                for at in range(0, len(sent), cut):
+                    await stream.send_all(sent[at : at + cut])
+                answers.append([])
+                while True:
+                    reply = await lines.next()
+                    reply.get("error", {}).pop("x-fusemig-kind", None)
+                    if reply.get("id") == str(number):
+                        break
+                    answers[-1].append(reply)
+        return answers
+
+    async with serving(sock), trio.open_nursery() as nursery:
+        process: trio.Process = await nursery.start(partial(trio.run_process, command, check=False))
+        with trio.fail_after(DEADLINE_S / 2):
+            while not theirs.exists():
+                await trio.sleep(0.02)
+            expected, ours = await converse(theirs), await converse(sock)
+        process.terminate()
+    different = [row for row in zip(GARBAGE, expected, ours, strict=True) if row[1] != row[2]]
+    assert not different, "\n".join(map(str, different))
+
+
+class _Lines:
+    """The messages of a server."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._buffer = b""
+
+    async def next(self) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            data = await self._stream.receive_some()
+            assert data, "the server hung up"
+            self._buffer += bytes(data)
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message

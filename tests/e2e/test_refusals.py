@@ -110,7 +110,8 @@ def test_a_uri_that_is_none(hosts: Hosts, place: Path) -> None:
         ("tcp:127.0.0.1", "'tcp:127.0.0.1' is not a migration URI: write tcp:HOST:PORT or unix:PATH"),
         ("exec:cat", "'exec:' is not supported: use tcp:HOST:PORT or unix:PATH"),
     ):
-        assert source.migrate(uri) == (2, "", f"fusemig: {expected}\n")
+        text = f"fusemig: Parameter 'uri' expects a valid migration protocol: {expected}\n"
+        assert source.migrate(uri) == (2, "", text)
     assert source.phase() == "none"
 
 

@@ -158,7 +158,7 @@ def test_an_unknown_disk_cannot_be_chosen(hosts: Hosts, place: Path) -> None:
     """The refusal names what is served."""
     source = hosts.start("source", {"vda": write_random(place / "a.img", MIB)})
     done = source.migrate("tcp:127.0.0.1:1", "--disk", "vdz")
-    assert done.stderr == "fusemig: disk 'vdz' is not served here; served are: vda\n"
+    assert done.stderr == "fusemig: Device 'vdz' not found; served are: vda\n"
     assert done.exit_code == 2
 
 

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import lzma
+import tracemalloc
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 from xxhash import xxh3_64_hexdigest
 
-from fusemig.disk.tracked import Gate
+from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
+from fusemig.disk.memory import MemoryDisk
+from fusemig.disk.overlay import OverlayDisk
+from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.epoch import EpochFile, Ownership
-from fusemig.errors import ConnectionLostError, FusemigError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import ConnectionLostError, DiskError, FusemigError, PeerRefusedError, RemoteProtocolError
 from fusemig.migration.arrival import IncomingWire, greet
+from fusemig.migration.incoming import AwaitedDisk
+from fusemig.migration.qemu_receiver import QemuReceiver, Turn
 from fusemig.phase import MigrationPhase as Phase
 from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native, qemu_block, savevm
 from support.pair import Pair, Side, inline
+from support.qemu import disk_bytes
 from support.streams import memory_connection
 
 if TYPE_CHECKING:
@@ -95,6 +104,17 @@ class Arrival:
             self.error = exc
         finally:
             await stream.aclose()
+
+    def lay_over(self, name: str, base: bytes) -> OverlayDisk:
+        """Make a disk an overlay over ``base``, which holds something from an earlier life."""
+        image, under = self.side.images[name], MemoryDisk(name, len(base))
+        under.content[:] = base
+        store = MemoryDisk(name, map_size(image.size))
+        write_header(store, image.size, BaseIdentity(size=under.size, digest=""))
+        overlay = OverlayDisk(image, under, AllocationMap(store, image.size, "boot"))
+        overlay.pwrite(b"\xdd" * (image.size // 2), 0)
+        self.side.disks[name] = TrackedDisk(overlay, gate=Gate.READ_ONLY)
+        return overlay
 
     def gates(self) -> set[Gate]:
         """Return the gates of all disks."""
@@ -303,3 +323,178 @@ async def test_silence(tmp_path: Path, autojump_clock: trio.testing.MockClock, h
     arrival = Arrival(tmp_path, {"a": CHUNK_SIZE})
     assert isinstance(await arrival.receive(head, close=False), FusemigError)
     assert arrival.phases == []
+
+
+async def test_a_shared_base(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """What `migrate -i` leaves out is the base's, whatever the overlay held before."""
+    description, stream = load("incremental")
+    arrival = arrival_for(tmp_path, description)
+    (disk,) = description["disks"]
+    overlay = arrival.lay_over("disk0", disk_bytes(disk["size"], seed=0))
+    assert await arrival.receive(stream) is None
+    assert xxh3_64_hexdigest(bytes(overlay.pread(overlay.size, 0))) == disk["xxh3_64"]
+    assert list(overlay.allocated(0, overlay.size)) == [(2 * CHUNK_SIZE, CHUNK_SIZE)]
+    assert arrival.phases == COMPLETED
+    assert arrival.states() == [Ownership.OWNER]
+
+
+async def test_a_shared_base_needs_a_base_here(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Without one the same stream lacks what it lacks."""
+    description, stream = load("incremental")
+    arrival = arrival_for(tmp_path, description)
+    error = str(await arrival.receive(stream))
+    assert "never sent: bytes 'disk0' 0-2097151, 'disk0' 3145728-5244415" in error
+    arrival.assert_not_taken(Ownership.INCOMING)
+
+
+async def test_a_whole_disk_onto_a_base(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """`migrate -b` to a destination with a base replaces all of it."""
+    description, stream = load("plain")
+    arrival = arrival_for(tmp_path, description)
+    (disk,) = description["disks"]
+    overlay = arrival.lay_over("disk0", b"\x77" * disk["size"])
+    assert await arrival.receive(stream) is None
+    assert xxh3_64_hexdigest(bytes(overlay.pread(overlay.size, 0))) == disk["xxh3_64"]
+    assert overlay.allocated_bytes >= disk["size"]
+
+
+async def test_an_early_finish_over_a_base(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Then only the progress tells."""
+    description, stream = load("early-finish")
+    arrival = arrival_for(tmp_path, description)
+    (disk,) = description["disks"]
+    arrival.lay_over("disk0", bytes(disk["size"]))
+    error = str(await arrival.receive(stream))
+    assert "not taken over: the source finished before it had read its disks: its last progress was" in error
+    assert "b5280437a7f4" in error
+    arrival.assert_not_taken(Ownership.INCOMING)
+
+
+async def test_an_overlay_of_which_nothing_comes(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Nothing says that the QEMU has it, so it is not taken over as a copy of its base."""
+    description, stream = load("plain")
+    arrival = Arrival(tmp_path, {"disk0": description["disks"][0]["size"], "other": 512})
+    arrival.lay_over("other", bytes(512))
+    error = str(await arrival.receive(stream))
+    assert "not taken over: of 'other' nothing came at all: serve only the disks that the QEMU has" in error
+    assert "a new one here is the same disk" in error
+    arrival.assert_not_taken(Ownership.INCOMING, Ownership.INCOMING)
+
+
+async def test_an_overlay_that_cannot_be_emptied(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """It must not keep what it held: the migration fails, and the disk is free for the next one."""
+    description, stream = load("incremental")
+    arrival = arrival_for(tmp_path, description)
+    (disk,) = description["disks"]
+    overlay = arrival.lay_over("disk0", disk_bytes(disk["size"], seed=0))
+    forget = overlay.forget
+
+    def fail() -> None:
+        raise DiskError(28, "the map")
+
+    overlay.forget = fail  # type: ignore[method-assign]
+    assert isinstance(await arrival.receive(stream), DiskError)
+    arrival.assert_not_taken(Ownership.INCOMING)
+    overlay.forget = forget  # type: ignore[method-assign]
+    assert await arrival.receive(stream) is None
+
+
+def block_stream(*records: bytes | memoryview) -> bytes:
+    """Return the start of a stream with these records in the first part of its `block` section."""
+    start = savevm.encode_header("pc") + savevm.encode_start(1, qemu_block.SECTION, qemu_block.VERSION)
+    return start + qemu_block.END_OF_SECTION + savevm.encode_footer(1) + savevm.encode_part(1) + b"".join(records)
+
+
+def head(sector: int, flags: int, name: bytes = b"") -> bytes:
+    """Return the start of a record."""
+    return (sector << 9 | flags).to_bytes(8, "big") + (bytes([len(name)]) + name if name else b"")
+
+
+CHUNK = b"x" * CHUNK_SIZE
+HOSTILE = {
+    "unknown device": (block_stream(head(0, 1, b"nope"), CHUNK), "unknown block device 'nope'; expected: 'a'"),
+    "unknown flags": (block_stream(head(0, 0x11, b"a"), CHUNK), "unknown block migration flags: 0x11"),
+    "beyond the end": (block_stream(head(2049, 1, b"a"), CHUNK), "sector 2049 is beyond the end of block device 'a'"),
+    "progress": (block_stream(head(101, 4)), "block migration progress of 101 %"),
+    "truncated": (block_stream(head(0, 1, b"a"), CHUNK[:-1]), "ends early"),
+    "no payload": (block_stream(head(0, 1, b"a")), "ends early"),
+    "section id": (block_stream(head(0, 2), savevm.encode_footer(2)), "does not end where it should"),
+    "no such section": (block_stream(head(0, 2), savevm.encode_footer(1), savevm.encode_part(7)), "7"),
+    "version": (
+        savevm.encode_header("pc") + savevm.encode_start(1, "block", 2),
+        "unsupported version 2 of the 'block'",
+    ),
+    "chunks for ever": (block_stream(*[head(0, 1, b"a") + CHUNK] * 40), "ends early"),
+    "zeros for ever": (block_stream(*[head(0, 9, b"a")] * 100_000), "ends early"),
+}
+"""Streams that no QEMU sends, of a disk `a` of 1 MiB and a sector, and what the error says."""
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile(tmp_path: Path, autojump_clock: trio.testing.MockClock, name: str) -> None:
+    """One clear error of one line; nothing is taken over, and the next source is welcome."""
+    stream, text = HOSTILE[name]
+    arrival = Arrival(tmp_path, {"a": CHUNK_SIZE + 512})
+    error = await arrival.receive(stream)
+    assert isinstance(error, RemoteProtocolError)
+    assert text in str(error)
+    assert "\n" not in str(error)
+    # A stream that is wrong before the disks are claimed leaves no mark on them.
+    arrival.assert_not_taken(*[Ownership.INCOMING] * (name != "version"))
+    encoder = qemu_block.Encoder([qemu_block.Device("a", CHUNK_SIZE + 512)])
+    whole = block_stream(*encoder.data(0, 0, CHUNK), *encoder.data(0, CHUNK_SIZE, b"y" * 512), head(0, 2))
+    whole += savevm.encode_footer(1) + savevm.encode_end(1) + encoder.end() + savevm.encode_footer(1)
+    assert await arrival.receive(whole + savevm.encode_eof()) is None
+    assert arrival.side.images["a"].content == CHUNK + b"y" * 512
+
+
+@pytest.mark.parametrize("name", ["chunks for ever", "zeros for ever", "beyond the end", "unknown device", "truncated"])
+def test_memory_of_hostile_streams(name: str) -> None:
+    """The decoder refuses before it asks for memory, and holds one chunk at a time."""
+    host = Discarding({"disks": [{"name": "a", "size": CHUNK_SIZE + 512}]})
+    assert host.peak_of(HOSTILE[name][0]) < 2 * CHUNK_SIZE
+
+
+@pytest.mark.parametrize("name", ["plain", "two-disks", "written", "zero-blocks", "early-finish"])
+async def test_memory(tmp_path: Path, autojump_clock: trio.testing.MockClock, name: str) -> None:
+    """Whatever the stream brings, the receiver allocates less than two chunks: one for the payload, and some change."""
+    description, stream = load(name)
+    host = Discarding(description)
+    assert host.peak_of(stream) < 2 * CHUNK_SIZE
+    assert host.n_written > CHUNK_SIZE
+
+
+class Discarding:
+    """A stream, and disks that keep nothing."""
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.stream = memoryview(b"")
+        self.n_written = 0
+        self.awaited = [AwaitedDisk(disk["name"], disk["size"]) for disk in description["disks"]]
+        image = SimpleNamespace(pwrite=self._write, write_zeroes=lambda _offset, _length: None)
+        self.disks: Any = [SimpleNamespace(disk=SimpleNamespace(image=image), received_bytes=0) for _ in self.awaited]
+
+    def peak_of(self, stream: bytes) -> int:
+        """Receive a stream, to its end or its error; return the bytes that were allocated at most at one time."""
+        self.stream = memoryview(stream)
+        tracemalloc.start()
+        try:
+            receiver = QemuReceiver(self, self.awaited, b"")  # type: ignore[arg-type]
+            with suppress(RemoteProtocolError):
+                while (event := receiver.run_slice()) is not Turn.CLOSED:
+                    if event is Turn.DISKS:
+                        receiver.disks = self.disks
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    def _write(self, data: memoryview, _offset: int) -> None:
+        self.n_written += len(data)
+
+    def receive_nowait(self, buffer: memoryview) -> int:
+        n = min(len(buffer), len(self.stream), PIECE)
+        buffer[:n] = self.stream[:n]
+        self.stream = self.stream[n:]
+        return n
+
+    receive_shortly = receive_nowait

@@ -24,6 +24,7 @@ from fusemig.migration.commit import SourceDisk
 from fusemig.migration.qemu_source import QemuSource
 from fusemig.phase import MigrationPhase as Phase
 from fusemig.units import CHUNK_SIZE
+from fusemig.wire import qemu_block, savevm
 from support.pair import Pair, inline, nothing
 from support.world import FaultyEpochFile
 
@@ -82,6 +83,46 @@ async def test_a_group_moves_whole(tmp_path: Path, autojump_clock: trio.testing.
     with pytest.raises(DiskError, match="Read-only"):
         pair.source.disks["a"].pwrite(b"x", 0)
     assert not any(disk._trackers for disk in pair.source.disks.values())
+
+
+def decoded(pair: QemuPair, stream: bytes) -> list[object]:
+    """Return the events of a stream that the source sent."""
+    devices = [qemu_block.Device(name, image.size) for name, image in pair.source.images.items()]
+    block: qemu_block.Decoder = qemu_block.Decoder(devices)
+    decoder: savevm.Decoder[qemu_block.Event] = savevm.Decoder({qemu_block.SECTION: block})
+    return list(decoder.feed(stream))
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+async def test_progress(tmp_path: Path, autojump_clock: trio.testing.MockClock, is_sparse: bool) -> None:
+    """As block.c has it: in the bulk phase whenever the percentage of all disks changes; and 100 at the end."""
+    sizes = {"a": 150 * CHUNK_SIZE, "b": 3 * CHUNK_SIZE, "c": 97 * CHUNK_SIZE + 512}
+    pair = QemuPair(tmp_path, sizes)
+    for image in pair.source.images.values():
+        for at in range(0, image.size, CHUNK_SIZE * (40 if is_sparse else 1)):
+            image.content[at] = 1
+    stream = bytearray()
+
+    def keep(data: bytes) -> bytes:
+        stream.extend(data)
+        return data
+
+    pair.streams[0].on_send = keep
+    assert (await pair.migrate()).error is None
+    total, done = sum(sizes.values()), 0
+    expected: list[int] = []
+    for size in sizes.values():
+        for at in range(0, size, CHUNK_SIZE):
+            if not expected or expected[-1] != done * 100 // total:
+                expected.append(done * 100 // total)
+            done += min(CHUNK_SIZE, size - at)
+    events = decoded(pair, bytes(stream))
+    found = [event.percent for event in events if isinstance(event, qemu_block.BlockProgress)]
+    assert found == [*expected, 100]
+    assert len(set(found)) == 101
+    last = [event for event in events if isinstance(event, qemu_block.Event)][-2:]
+    assert last == [qemu_block.BlockProgress(100), qemu_block.BlockEos()]
+    assert pair.is_equal()
 
 
 async def test_writes_during_the_migration_arrive(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

@@ -107,7 +107,7 @@ def test_from_qemu_with_a_shared_base(tmp_path: Path) -> None:
     subprocess.run(make, check=True, timeout=DEADLINE_S)
     write = ["qemu-io", "-c", "write -P 7 2M 64k", str(overlay)]
     subprocess.run(write, check=True, timeout=DEADLINE_S, stdout=subprocess.DEVNULL)
-    destination = Destination(devices, bases=[base], incremental=True)
+    destination = Destination([device._replace(has_base=True) for device in devices], bases=[base])
     with Qemu(tmp_path, drives=[Drive("disk0", overlay, "qcow2")]) as qemu:
         qemu.execute("migrate-set-parameters", **UNHURRIED)
         assert receive_all(qemu, tmp_path, destination, incremental=True) == "completed"

@@ -372,6 +372,11 @@ class TrackingMachine(RuleBasedStateMachine):
             self.outgoing.tracking.mark(chunk * CHUNK_SIZE, min(CHUNK_SIZE, SIZE - chunk * CHUNK_SIZE))
         if any(not frame.chunks for frame in lost):
             self.outgoing.holes = list(self.all_holes)
+            # So do those that were a hole only in part: that part is noted once more at the source.
+            for offset, length in self.all_holes:
+                for at in {offset, offset + length - 1}:
+                    start = at - at % CHUNK_SIZE
+                    self.outgoing.tracking.mark(start, min(CHUNK_SIZE, SIZE - start))
         self.connect()
 
     def check_that_what_differs_is_dirty(self) -> None:

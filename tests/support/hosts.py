@@ -185,8 +185,12 @@ class Host:
         state_dir: Path | None = None,
         wire: str | None = None,
         more: Iterable[str] = (),
+        bases: Mapping[str, Path] | None = None,
     ) -> None:
-        """Prepare ``fusemig serve`` in ``directory``; ``incoming`` is a URI, of which port 0 is a free one."""
+        """Prepare ``fusemig serve`` in ``directory``.
+
+        ``incoming`` is a URI, of which port 0 is a free one; a disk in ``bases`` is an overlay over that image.
+        """
         self.name = name
         self.directory = directory
         self.images = dict(disks)
@@ -195,7 +199,8 @@ class Host:
         self.mount.mkdir(parents=True, exist_ok=True)
         self._arguments: list[object] = ["serve", self.mount, "--control", self.control]
         for disk, path in disks.items():
-            self._arguments += ["--disk", f"{disk}={path}"]
+            base = f",base={bases[disk]}" if bases and disk in bases else ""
+            self._arguments += ["--disk", f"{disk}={path}{base}"]
         for disk in readonly:
             self._arguments += ["--readonly", disk]
         if incoming is not None:

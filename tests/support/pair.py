@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from fusemig.disk.memory import MemoryDisk
+from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.errors import PeerRefusedError
@@ -48,7 +49,7 @@ class Side:
         self.epochs = {name: EpochFile(directory / f"{name}.fusemig") for name in sizes}
 
     async def awaited(self) -> list[AwaitedDisk]:
-        return [AwaitedDisk(name, image.size) for name, image in self.images.items()]
+        return [AwaitedDisk(name, disk.size, isinstance(disk.image, OverlayDisk)) for name, disk in self.disks.items()]
 
     async def claim(self, offers: Sequence[DiskOffer], session: str, peer: str) -> list[IncomingDisk]:
         claimed = []

@@ -221,12 +221,10 @@ class Qemu:
 class Destination:
     """What a real QEMU migrates to: reads its stream from a socket, and keeps the disks in memory."""
 
-    def __init__(
-        self, devices: Sequence[qemu_block.Device], *, bases: Sequence[bytes] = (), incremental: bool = False
-    ) -> None:
+    def __init__(self, devices: Sequence[qemu_block.Device], *, bases: Sequence[bytes] = ()) -> None:
         """Receive ``devices`` over what ``bases`` hold (zeros without)."""
         self.images = [bytearray(base) for base in bases] or [bytearray(device.size) for device in devices]
-        self.completeness = qemu_block.BlockCompleteness(devices, incremental=incremental)
+        self.completeness = qemu_block.BlockCompleteness(devices)
         self.events: list[object] = []
         """Every event but those with data, whose device and offset are in `chunks`."""
         self.chunks: list[tuple[int, int]] = []

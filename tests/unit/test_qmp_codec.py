@@ -87,12 +87,14 @@ QEMU_REPLIES: list[tuple[bytes, str, Any]] = [
     (b"}", "JSON parse error, expecting value", UNSET),
     (b",", "JSON parse error, expecting value", UNSET),
     (b"[" * 1500, "JSON nesting depth limit exceeded", UNSET),
-    (b"\xff", "JSON parse error, stray '\\ufffd'", UNSET),
-    (b'{"execute":\x01', "JSON parse error, stray '\\u0001'", UNSET),
-    # QEMU shows the string before the stray byte too.
-    (b'{"execute":"x\t', "JSON parse error, stray '\\t'", UNSET),
-    # QEMU names the word: it waits for its end.
-    (b"garbage", "QMP input must be a JSON object", UNSET),
+    (b"\xff", "JSON parse error, stray '\ufffd'", UNSET),
+    (b'{"execute":\x01', "JSON parse error, stray '\x01'", UNSET),
+    (b'{"execute":"x\t', "JSON parse error, stray '\"x\t'", UNSET),
+    (b'{"execute":"st\xff', "JSON parse error, stray '\"st\ufffd'", UNSET),
+    (b"\x00", "JSON parse error, stray ''", UNSET),
+    (b"garbage", "JSON parse error, invalid keyword 'garbage'", UNSET),
+    (b"null", "QMP input must be a JSON object", UNSET),
+    (b"GET / HTTP/1.1\r\n", "JSON parse error, stray 'G'", UNSET),
     # Ours alone: QEMU would wait for the bracket, echo "inf", or lose digits.
     (b'{"execute":[}', "JSON parse error, expecting value", UNSET),
     (b'{"execute":"stop","id":1e400}', "JSON parse error, number 1e400 is out of range", UNSET),
@@ -127,7 +129,7 @@ def test_reset_byte_drops_a_half_sent_request(half: bytes, reset: bytes) -> None
 
 def test_white_space_before_a_stray_byte() -> None:
     """The stray byte is the one that was found, not the one that lies there after the white space was dropped."""
-    assert parse(b'\n\xff\n{"execute":"stop"}') == [BadRequest("JSON parse error, stray '\\ufffd'"), STOP]
+    assert parse(b'\n\xff\n{"execute":"stop"}') == [BadRequest("JSON parse error, stray '\ufffd'"), STOP]
 
 
 def test_newline_does_not_reset() -> None:
@@ -138,7 +140,7 @@ def test_newline_does_not_reset() -> None:
 def test_text_of_a_broken_request_is_one_error() -> None:
     """A line of prose is one mistake, not one for each word."""
     assert parse(b'GET / HTTP/1.1, "please"]\n{"execute":"stop"}') == [
-        BadRequest("QMP input must be a JSON object"),
+        BadRequest("JSON parse error, stray 'G'"),
         STOP,
     ]
 
@@ -162,7 +164,8 @@ def test_cap_counts_one_request_only() -> None:
 
 def test_garbage_is_not_kept() -> None:
     """Garbage without an end takes no memory and is not a too long request."""
-    assert parse(*[b"x" * 100] * 100, max_bytes=1000) == [BadRequest("QMP input must be a JSON object")]
+    desc = f"JSON parse error, invalid keyword '{'x' * 80}'"
+    assert parse(*[b"x" * 100] * 100, max_bytes=1000) == [BadRequest(desc)]
 
 
 def cut(data: bytes, points: list[int]) -> list[bytes]:

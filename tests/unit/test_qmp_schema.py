@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from fusemig.qmp import schema
-from fusemig.qmp.schema import ArgumentError, check_arguments
+from fusemig.qmp import block, schema
+from fusemig.qmp.base import ArgumentError
+from fusemig.qmp.check import check_arguments
 
 # Recorded from qemu-system-x86_64 7.2.22 -M none -qmp stdio.
 QEMU_TEXTS: list[tuple[str, dict[str, Any], str]] = [
@@ -200,9 +201,9 @@ def test_query_migrate_members() -> None:
 
 def test_query_block_members_are_qemus() -> None:
     """Hyphens and underscores are mixed exactly as QEMU 7.2.22 mixes them."""
-    image = schema.ImageInfo(filename="d.img", virtual_size=512)
-    inserted = schema.BlockDeviceInfo(file="d.img", ro=False, image=image, node_name="n")
-    built = msgspec.to_builtins(schema.BlockInfo(device="d", inserted=inserted))
+    image = block.ImageInfo(filename="d.img", virtual_size=512)
+    inserted = block.BlockDeviceInfo(file="d.img", ro=False, image=image, node_name="n")
+    built = msgspec.to_builtins(block.BlockInfo(device="d", inserted=inserted))
     assert built.keys() == {"device", "locked", "removable", "inserted", "type"}
     assert built["inserted"].keys() == set(
         "iops_rd detect_zeroes image iops_wr ro node-name backing_file_depth drv iops bps_wr write_threshold encrypted "
@@ -214,7 +215,7 @@ def test_query_block_members_are_qemus() -> None:
 
 def test_query_blockstats_members_are_qemus() -> None:
     """As recorded from QEMU 7.2.22."""
-    built = msgspec.to_builtins(schema.BlockStats(device="d", stats=schema.BlockDeviceStats(), node_name="n"))
+    built = msgspec.to_builtins(block.BlockStats(device="d", stats=block.BlockDeviceStats(), node_name="n"))
     assert built.keys() == {"device", "stats", "node-name"}
     assert built["stats"].keys() == set(
         "unmap_operations unmap_merged flush_total_time_ns wr_highest_offset wr_total_time_ns failed_wr_operations "

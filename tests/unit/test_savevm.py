@@ -45,13 +45,13 @@ def test_golden(path: Path) -> None:
     """A stream of a real QEMU decodes to its disks, or to the knowledge that it does not hold them."""
     description, stream = load(path)
     assert len(stream) == description["length"]
-    devices = [Device(disk["name"], disk["size"]) for disk in description["disks"]]
     is_incremental = description["incremental"]
+    devices = [Device(disk["name"], disk["size"], is_incremental) for disk in description["disks"]]
     images = [
         bytearray(disk_bytes(device.size, seed=index) if is_incremental else bytes(device.size))
         for index, device in enumerate(devices)
     ]
-    completeness = BlockCompleteness(devices, incremental=is_incremental)
+    completeness = BlockCompleteness(devices)
     decoder = new_decoder(devices)
     events: list[savevm.Event | qemu_block.Event] = []
     for at in range(0, len(stream), 100_003):

@@ -358,3 +358,43 @@ def test_closing_closes_the_image() -> None:
     with TrackedDisk(FaultDisk(Image("a", 512))):
         pass
     assert closed == [True]
+
+
+def test_a_held_disk_stays_closed_whatever_a_migration_does() -> None:
+    """`stop` is a wish of its own: freezing, thawing and taking over do not undo it, and a hand-off answers."""
+    disk = TrackedDisk(MemoryDisk("a", CHUNK_SIZE))
+    tried: list[str] = []
+    disk.set_held(True)
+    assert (disk.gate, disk.is_frozen) == (Gate.CLOSED, False)
+    with pytest.raises(GateClosedError, match="is stopped"):
+        disk.pwrite(b"x", 0)
+    assert disk.park(lambda: tried.append("parked"))
+    disk.set_gate(Gate.CLOSED)
+    assert (disk.gate, disk.is_frozen) == (Gate.CLOSED, True)
+    with pytest.raises(GateClosedError, match="is frozen"):
+        disk.pwrite(b"x", 0)
+    disk.set_gate(Gate.OPEN)
+    assert disk.gate is Gate.CLOSED
+    assert not tried
+    disk.set_gate(Gate.READ_ONLY)
+    assert (disk.gate, tried) == (Gate.READ_ONLY, ["parked"])
+
+
+def test_lifting_a_hold_opens_only_what_would_be_open() -> None:
+    """It makes no second writer: a read-only or frozen disk stays what it is."""
+    disk = TrackedDisk(MemoryDisk("a", CHUNK_SIZE))
+    tried: list[str] = []
+    for gate in (Gate.READ_ONLY, Gate.CLOSED):
+        disk.set_held(True)
+        disk.set_gate(gate)
+        disk.set_held(False)
+        assert disk.gate is gate
+    disk.set_held(True)
+    disk.set_gate(Gate.OPEN)
+    assert disk.park(lambda: tried.append("parked"))
+    disk.set_held(False)
+    assert disk.gate is Gate.OPEN
+    assert tried == ["parked"]
+    disk.pwrite(b"x", 0)
+    assert not disk.park(lambda: tried.append("late"))
+    assert disk.statistics() == (0, 0, 1, 1, 0, 1)

@@ -1,0 +1,312 @@
+"""AllocationMap: which 4 KiB blocks of a disk an overlay holds, kept so that neither a kill nor a power loss can lie.
+
+    offset       what                                                  written
+    0            header: sizes, which base the overlay lies over       once, before the map gets its name
+    4 KiB        session: boot of the host, stamp of the base          when the overlay is opened
+    8 KiB        durable map: a bit a block, lowest first              by `persist`, after the data was synced
+    8 KiB + B    recent map: the same bits and those set since         by `add`, before the write is acknowledged
+
+B is a bit for each block, rounded up to 4 KiB. The file is sparse. Rules:
+
+1. A bit is set in memory, and in the recent map, only when all of its block's 4 KiB lie in the overlay's image.
+2. A bit gets into the durable map only after a sync of the image that began when the block's data was written. So
+   whatever a power loss leaves of the durable map, no bit in it is without its data.
+3. `persist` returns when every bit that was set when it was called is durable: data first, then the map.
+4. The recent map counts only while the host that wrote it is still up (the boot in the session is the present one).
+   Then the page cache has every write, synced or not, and a daemon that was killed lost nothing that it acknowledged.
+   After a power loss it is not looked at: it may have reached the store before the data did.
+5. A new session begins with everything that was read of both maps made durable, then the recent map emptied, then the
+   session written.
+6. Bits are never cleared, except all of them by `forget`: first the map, durably, then (by the caller) the data.
+
+A block whose bit a power loss took away reads as the base again. Only a write that nobody had synced can be lost so,
+and it is lost as a whole: what it had copied from the base is in the base still.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+from xxhash import xxh3_64_hexdigest
+
+from fusemig.bitmap import ChunkBitmap
+from fusemig.errors import ConfigError, DiskError
+from fusemig.units import BLOCK_SIZE, mask_runs, n_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from fusemig.disk.base import Disk
+
+_PAGE: Final = 4096
+_BITS_PER_PAGE: Final = 8 * _PAGE
+_WINDOW: Final = 4096
+"""Blocks that a search looks at at once; divides `_BITS_PER_PAGE`."""
+_HEADER_AT: Final = 0
+_SESSION_AT: Final = _PAGE
+_DURABLE_AT: Final = 2 * _PAGE
+_VERSION: Final = 1
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class BaseIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Which base an overlay was made over."""
+
+    size: int
+    """Bytes."""
+    digest: str
+    """As `fusemig.disk.overlay_file.content_digest` makes it."""
+    path: str = ""
+    """Where it was, for people."""
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True):
+    version: int
+    block_size: int
+    disk_size: int
+    base: BaseIdentity
+
+
+class _Session(msgspec.Struct, frozen=True, kw_only=True):
+    boot: str
+    stamp: str = ""
+
+
+class _Page(msgspec.Struct, frozen=True):
+    check: str
+    record: msgspec.Raw
+
+
+_Record = TypeVar("_Record", _Header, _Session)
+
+
+def boot_id() -> str:
+    """Return what names the host's present boot.
+
+    Raises:
+        ConfigError: the host does not say.
+    """
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError as exc:
+        raise ConfigError(f"cannot read {_BOOT_ID}: {exc.strerror}; an overlay needs it, so mount /proc") from exc
+
+
+def map_size(disk_size: int) -> int:
+    """Return the size in bytes of the map of a disk of ``disk_size`` bytes."""
+    return _DURABLE_AT + 2 * _region_size(disk_size)
+
+
+def _region_size(disk_size: int) -> int:
+    return -(-n_blocks(disk_size) // _BITS_PER_PAGE) * _PAGE
+
+
+def write_header(store: Disk, disk_size: int, base: BaseIdentity) -> None:
+    """Make a blank ``store`` of `map_size` bytes the map of an overlay that holds nothing, durably."""
+    header = _Header(version=_VERSION, block_size=BLOCK_SIZE, disk_size=disk_size, base=base)
+    store.pwrite(_encode(header), _HEADER_AT)
+    store.flush()
+
+
+class AllocationMap:
+    """The bits in memory and in their store; thread safe.
+
+    `mask` and `runs` take no lock: bits only appear, and appear when their blocks are whole.
+    """
+
+    def __init__(self, store: Disk, disk_size: int, boot: str) -> None:
+        """Read the map of a disk of ``disk_size`` bytes, as the host with this boot id may see it; writes nothing.
+
+        Raises:
+            ConfigError: it is damaged, of a later version or of a disk of another size.
+            DiskError: the store failed.
+        """
+        self._store = store
+        self._boot = boot
+        self._region = _region_size(disk_size)
+        self.base = self._read_header(disk_size)
+        self.n_blocks = n_blocks(disk_size)
+        self.n_allocated = 0
+        """How many blocks the overlay holds."""
+        self._lock = threading.Lock()
+        # Written under _lock. A private mapping: what nobody writes costs no memory.
+        self.bits = mmap.mmap(-1, self._region, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        """The map: bit ``block & 7`` of byte ``block >> 3``."""
+        self._used = ChunkBitmap(self._region // _PAGE)
+        """A bit for each page of the map that has bits."""
+        self._pages: set[int] = set()
+        """Pages of the map with bits that are not durable."""
+        # Taken before _lock, and held while the map is written:
+        self._persisting = threading.Lock()
+        session = _decode(store.pread(_PAGE, _SESSION_AT), _Session)
+        self.stamp = session.stamp if session is not None else ""
+        """What `begin` was told when the overlay was last opened."""
+        self._load(_DURABLE_AT, is_durable=True)
+        if session is not None and session.boot == boot:
+            self._load(_DURABLE_AT + self._region, is_durable=False)
+
+    def _read_header(self, disk_size: int) -> BaseIdentity:
+        header = _decode(self._store.pread(_PAGE, _HEADER_AT), _Header) if self._store.size >= _DURABLE_AT else None
+        what = f"the allocation map of disk '{self._store.name}'"
+        if header is None:
+            raise ConfigError(
+                f"{what} is damaged, so what the overlay holds is not known; restore both from a backup, or delete both"
+            )
+        if header.version != _VERSION or header.block_size != BLOCK_SIZE:
+            raise ConfigError(f"{what} was written by another version of fusemig; use that one")
+        if header.disk_size != disk_size or self._store.size != map_size(disk_size):
+            raise ConfigError(
+                f"{what} is for an image of {header.disk_size} bytes and the image has {disk_size}: they do not belong "
+                "together; restore both from a backup"
+            )
+        return header.base
+
+    def _load(self, at: int, *, is_durable: bool) -> None:
+        for extent in self._store.extents(at, self._region):
+            if not extent.is_data:
+                continue
+            first = (extent.offset - at) // _PAGE
+            for page in range(first, -(-(extent.offset - at + extent.length) // _PAGE)):
+                self._merge(page, bytes(self._store.pread(_PAGE, at + page * _PAGE)), is_durable=is_durable)
+
+    def _merge(self, page: int, found: bytes, *, is_durable: bool) -> None:
+        part = slice(page * _PAGE, (page + 1) * _PAGE)
+        known = int.from_bytes(self.bits[part], "little")
+        # What is beyond the disk's end is no block.
+        n_bits = min(_BITS_PER_PAGE, self.n_blocks - page * _BITS_PER_PAGE)
+        both = known | int.from_bytes(found, "little") & ((1 << n_bits) - 1)
+        if both == known:
+            return
+        self._used.set(page)
+        self.bits[part] = both.to_bytes(_PAGE, "little")
+        self.n_allocated += both.bit_count() - known.bit_count()
+        if not is_durable:
+            self._pages.add(page)
+
+    def begin(self, sync_data: Callable[[], None], stamp: str) -> None:
+        """Begin a session: what a killed daemon left becomes durable, and ``stamp`` is kept for the next one.
+
+        Raises:
+            DiskError: the store failed; the map is as it was.
+        """
+        if self._pages:
+            self.persist(sync_data)
+        else:
+            self._store.flush()  # a daemon that was killed may have written the durable map and not synced it yet
+        self._store.write_zeroes(_DURABLE_AT + self._region, self._region)
+        self._store.pwrite(_encode(_Session(boot=self._boot, stamp=stamp)), _SESSION_AT)
+        self.stamp = stamp
+
+    def mask(self, first: int, stop: int) -> int:
+        """Return the bits of the blocks ``first`` to ``stop - 1``, the first one lowest."""
+        bits = int.from_bytes(self.bits[first >> 3 : stop + 7 >> 3], "little")
+        return bits >> (first & 7) & ((1 << (stop - first)) - 1)
+
+    def runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield ``(first, stop)`` of each run of allocated blocks in a range, in ascending order."""
+        start = end = first
+        for base, limit in self._windows(first, stop):
+            for offset, count in mask_runs(self.mask(base, limit)):
+                if base + offset != end:
+                    if end > start:
+                        yield start, end
+                    start = base + offset
+                end = base + offset + count
+        if end > start:
+            yield start, end
+
+    def _windows(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of a range of blocks that may have bits, a window at a time."""
+        page = self._used.next_set(first // _BITS_PER_PAGE)
+        while page is not None and page * _BITS_PER_PAGE < stop:
+            for at in range(page * _BITS_PER_PAGE, (page + 1) * _BITS_PER_PAGE, _WINDOW):
+                if first < at + _WINDOW and at < stop:
+                    yield max(first, at), min(stop, at + _WINDOW)
+            page = self._used.next_set(page + 1)
+
+    def add(self, first: int, stop: int) -> None:
+        """Take note that the blocks ``first`` to ``stop - 1`` lie in the image, before their writes are acknowledged.
+
+        Raises:
+            DiskError: the store failed; the bits are not set.
+        """
+        low, high = first >> 3, stop + 7 >> 3
+        fresh = ((1 << (stop - first)) - 1) << (first & 7)
+        with self._lock:
+            known = int.from_bytes(self.bits[low:high], "little")
+            content = (known | fresh).to_bytes(high - low, "little")
+            self._store.pwrite(content, _DURABLE_AT + self._region + low)
+            first_page, stop_page = low // _PAGE, -(-high // _PAGE)
+            self._used.set_range(first_page, stop_page)
+            self.bits[low:high] = content
+            self.n_allocated += (known | fresh).bit_count() - known.bit_count()
+            self._pages.update(range(first_page, stop_page))
+
+    def persist(self, sync_data: Callable[[], None]) -> None:
+        """Make the data, by ``sync_data``, and then every bit that is set by now durable.
+
+        One at a time, so that no older page of the map overwrites a newer one, and so that nobody is told "durable"
+        while another still writes the bits.
+
+        Raises:
+            DiskError: the store failed; the bits wait for the next call.
+        """
+        with self._persisting:
+            with self._lock:
+                pages, self._pages = self._pages, set()
+                contents = {page: self.bits[page * _PAGE : (page + 1) * _PAGE] for page in pages}
+            if contents:
+                try:
+                    sync_data()
+                    for page, content in sorted(contents.items()):
+                        self._store.pwrite(content, _DURABLE_AT + page * _PAGE)
+                    self._store.flush()
+                except DiskError:
+                    with self._lock:
+                        self._pages |= pages
+                    raise
+                return
+        sync_data()
+
+    def forget(self) -> None:
+        """Have the overlay hold nothing, durably; the caller then frees the data. Nobody may write meanwhile.
+
+        Raises:
+            DiskError: the store failed; any of the bits may be gone.
+        """
+        with self._persisting, self._lock:
+            for page, stop in self._used.runs():
+                self.bits[page * _PAGE : stop * _PAGE] = bytes((stop - page) * _PAGE)
+            self._used.clear_range(0, self._used.n_bits)
+            self.n_allocated = 0
+            self._pages.clear()
+            self._store.write_zeroes(_DURABLE_AT, 2 * self._region)
+            self._store.flush()
+
+    def close(self) -> None:
+        """Close the store; idempotent."""
+        self._store.close()
+
+
+def _encode(record: _Header | _Session) -> bytes:
+    raw = msgspec.json.encode(record)
+    line = msgspec.json.encode(_Page(xxh3_64_hexdigest(raw), msgspec.Raw(raw)))
+    page = line.ljust(_PAGE - 1) + b"\n"
+    if len(page) != _PAGE:
+        raise ConfigError("the path of the base is too long to be kept: use a shorter one")
+    return page
+
+
+def _decode(page: bytes | bytearray, kind: type[_Record]) -> _Record | None:
+    """Return a page's record, or None if it is blank or damaged."""
+    try:
+        parsed = msgspec.json.decode(page, type=_Page)
+        if xxh3_64_hexdigest(bytes(parsed.record)) != parsed.check:
+            return None
+        return msgspec.json.decode(parsed.record, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None

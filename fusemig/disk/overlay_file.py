@@ -1,0 +1,170 @@
+"""OverlayFile: an overlay in files, and the check that its base is the one that it was made over.
+
+    IMAGE                what differs from the base, exclusively locked
+    IMAGE.fusemig-map    what of it counts (`fusemig.disk.allocation`), and the base's size and digest
+    BASE                 read-only, under a shared lock
+
+The three are opened together or not at all. A new map gets its name only when it is whole and durable; before that the
+image holds no data, so a crash in between leaves what is taken for a new overlay.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Final
+
+from xxhash import xxh3_128
+
+from fusemig.disk.allocation import AllocationMap, BaseIdentity, boot_id, map_size, write_header
+from fusemig.disk.overlay import OverlayDisk, check_sizes
+from fusemig.disk.raw import RawDisk, create_image
+from fusemig.errors import ConfigError
+from fusemig.units import CHUNK_SIZE, chunks_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fusemig.disk.base import Disk
+
+_ZEROS: Final = bytes(CHUNK_SIZE)
+_YOUNG_NS: Final = 2_000_000_000
+"""A base that changed so lately may change again without its times telling."""
+
+
+class OverlayFile(OverlayDisk):
+    """An overlay in files: an image, its map and a base."""
+
+    def __init__(self, name: str, path: Path, base_path: Path, map_path: Path, *, read_only: bool = False) -> None:
+        """Open and lock ``path`` over ``base_path``.
+
+        An overlay that does not exist is made, as large as its base; so is the map of an image without any data
+        (``truncate -s SIZE``), which may be larger than the base. May read all of the base.
+
+        Raises:
+            ConfigError: a file cannot be used, they do not belong together, or the base has changed.
+            DiskError: a store failed.
+        """
+        self.path = path
+        self.read_only = read_only
+        with ExitStack() as opened:
+            base = opened.enter_context(_open_base(name, path, base_path))
+            if not read_only and not path.exists() and not map_path.exists():
+                create_image(path, base.size)
+            if map_path.exists() and not path.exists():
+                raise ConfigError(
+                    f"overlay {path} of disk '{name}' is missing and its map {map_path} is there: restore the image, "
+                    "or delete the map too to begin anew"
+                )
+            self._raw = opened.enter_context(RawDisk(name, path, read_only=read_only))
+            if not self._raw.is_regular:
+                raise ConfigError(f"overlay {path} of disk '{name}' is a device: an overlay is a file")
+            if not map_path.exists():
+                self._make_map(map_path, base, base_path)
+            store = opened.enter_context(RawDisk(name, map_path, read_only=read_only))
+            allocation = AllocationMap(store, self._raw.size, boot_id())
+            stamp = _check_base(base, base_path, path, allocation)
+            super().__init__(self._raw, base, allocation)
+            if not read_only:
+                allocation.begin(self._raw.flush, stamp)
+            opened.pop_all()
+
+    def _make_map(self, map_path: Path, base: RawDisk, base_path: Path) -> None:
+        image = self._raw
+        if self.read_only or any(extent.is_data for extent in image.extents(0, image.size)):
+            raise ConfigError(
+                f"image {image.path} of disk '{image.name}' has no map {map_path}, so it is no overlay: serve it "
+                "without a base, restore its map, or name an image that does not exist"
+            )
+        check_sizes(image, base)
+        identity = BaseIdentity(size=base.size, digest=content_digest(base), path=str(base_path))
+        new = map_path.with_name(f"{map_path.name}.new")
+        with suppress(FileNotFoundError):
+            new.unlink()
+        create_image(new, map_size(image.size))
+        with RawDisk(image.name, new) as store:
+            write_header(store, image.size, identity)
+        try:
+            new.rename(map_path)
+            for directory in {image.path.parent, map_path.parent}:
+                _sync_directory(directory)
+        except OSError as exc:
+            raise ConfigError(f"cannot make the map {map_path}: {exc.strerror}") from exc
+
+    def stat(self) -> os.stat_result:
+        """Return the image's own stat."""
+        return self._raw.stat()
+
+    def statvfs(self) -> os.statvfs_result:
+        """Return the statvfs of the file system that holds the image."""
+        return self._raw.statvfs()
+
+
+def content_digest(disk: Disk) -> str:
+    """Return a digest of a disk's bytes; holes and zeros are the same. Reads all of its data.
+
+    It tells accidents, not attackers: xxh3 is no cryptographic hash.
+    """
+    digest, buffer, next_chunk = xxh3_128(), memoryview(bytearray(CHUNK_SIZE)), 0
+    for extent in disk.extents(0, disk.size):
+        if not extent.is_data:
+            continue
+        for chunk in chunks_of(extent.offset, extent.length):
+            if chunk < next_chunk:
+                continue
+            next_chunk = chunk + 1
+            offset = chunk * CHUNK_SIZE
+            view = buffer[: min(CHUNK_SIZE, disk.size - offset)]
+            disk.pread_into(view, offset)
+            if not _ZEROS.startswith(view):
+                digest.update(chunk.to_bytes(8, "little"))
+                digest.update(view)
+    return digest.hexdigest()
+
+
+def _open_base(name: str, path: Path, base_path: Path) -> RawDisk:
+    if not base_path.exists():
+        raise ConfigError(
+            f"base {base_path} of disk '{name}' does not exist: name the image that the overlay lies over"
+        )
+    if path.exists() and path.samefile(base_path):
+        raise ConfigError(f"disk '{name}': {path} cannot be its own base; name another image")
+    return RawDisk(name, base_path, read_only=True)
+
+
+def _check_base(base: RawDisk, base_path: Path, path: Path, allocation: AllocationMap) -> str:
+    """See that the base is the one that the overlay was made over; return its stamp, for the next time.
+
+    Its contents are read only if its times or its inode differ from those of the last time.
+    """
+    known = allocation.base
+    stamp = _stamp_of(base)
+    how = ""
+    if base.size != known.size:
+        how = f"it has {base.size} bytes, not {known.size}"
+    elif (not stamp or stamp != allocation.stamp) and content_digest(base) != known.digest:
+        how = "its contents differ"
+    if how:
+        raise ConfigError(
+            f"base {base_path} of disk '{base.name}' is not the one that {path} was made over ({known.path}): {how}; "
+            "restore it: the overlay holds nothing but what differs from it"
+        )
+    return stamp
+
+
+def _stamp_of(base: RawDisk) -> str:
+    """Return what changes whenever a file does, or nothing where that cannot be told."""
+    found = base.stat()
+    if not stat.S_ISREG(found.st_mode) or time.time_ns() - found.st_ctime_ns < _YOUNG_NS:
+        return ""
+    return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

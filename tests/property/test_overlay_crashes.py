@@ -1,0 +1,208 @@
+"""An overlay against a model of bytes, killed and cut from its power at any call to its stores.
+
+The rules, for each byte of the disk, whatever happens:
+
+- while it runs, and after a kill: the byte that was acknowledged last (or what a write in the making had of it);
+- after a power loss: the byte that was durable, that is, acknowledged before the last flush that returned, or one that
+  was written since. A byte that no guest ever wrote is the base's, for ever.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
+from fusemig.disk.memory import MemoryDisk
+from fusemig.disk.overlay import OverlayDisk
+from fusemig.units import BLOCK_SIZE
+from support.crash import CrashDisk, Fate, KilledError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SIZE = 7 * BLOCK_SIZE + 1536
+BASE_SIZE = 5 * BLOCK_SIZE + 512
+SPAN = st.tuples(st.integers(0, SIZE - 1), st.integers(1, 3 * BLOCK_SIZE)).map(lambda s: (s[0], min(s[1], SIZE - s[0])))
+ALIGNED = st.tuples(st.integers(0, 6), st.integers(1, 3)).map(
+    lambda s: (s[0] * BLOCK_SIZE, min(s[1] * BLOCK_SIZE, SIZE - s[0] * BLOCK_SIZE))
+)
+
+
+class OverlayWorld:
+    """An overlay over stores that crash, and what it may hold."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.fate = Fate()
+        self.base = MemoryDisk("d", BASE_SIZE)
+        self.base.content[:] = self.rng.randbytes(BASE_SIZE)
+        self.base.content[BLOCK_SIZE : 2 * BLOCK_SIZE] = bytes(BLOCK_SIZE)
+        self.image = CrashDisk("d", SIZE, self.fate, self.rng)
+        self.store = CrashDisk("d", map_size(SIZE), self.fate, self.rng)
+        write_header(self.store, SIZE, BaseIdentity(size=BASE_SIZE, digest=""))
+        self.boot = 0
+        self.now = bytearray(self.base.content.ljust(SIZE, b"\0"))
+        """What was acknowledged."""
+        self.since: dict[int, set[int]] = {}
+        """What each byte may be after a power loss, where that is not only its present value."""
+        self.disk = self.open()
+
+    def open(self) -> OverlayDisk:
+        """Open the overlay as a new process does."""
+        allocation = AllocationMap(self.store, SIZE, f"boot {self.boot}")
+        disk = OverlayDisk(self.image, self.base, allocation)
+        allocation.begin(self.image.flush, "stamp")
+        return disk
+
+    def write(self, offset: int, data: bytes, call: Callable[[], None]) -> None:
+        """Make a write that puts ``data`` at ``offset``; it may be the last."""
+        for at, value in enumerate(data, offset):
+            self.since.setdefault(at, {self.now[at]}).add(value)
+        try:
+            call()
+        except KilledError:
+            self.die(range(offset, offset + len(data)))
+        else:
+            self.now[offset : offset + len(data)] = data
+
+    def flush(self) -> None:
+        """Flush; it may be the last call."""
+        try:
+            self.disk.flush()
+        except KilledError:
+            self.die(range(0))
+        else:
+            self.since.clear()
+
+    def die(self, unsure: range) -> None:
+        """Be killed, at a call that wrote ``unsure``, and perhaps more than once while the overlay is opened again.
+
+        Each time the power may go too.
+        """
+        lost_power = False
+        while True:
+            if self.rng.random() < 0.5:
+                lost_power = True
+                self.boot += 1
+                self.image.lose_power()
+                self.store.lose_power()
+            self.fate.left = self.rng.choice((None, 0, 1, 2, 3))
+            try:
+                self.disk = self.open()
+            except KilledError:
+                continue
+            self.fate.left = None
+            break
+        found = self.disk.pread(SIZE, 0)
+        may_differ = range(SIZE) if lost_power else unsure
+        for at in may_differ:
+            if found[at] != self.now[at]:
+                assert found[at] in self.since.get(at, ()), f"byte {at} after a power loss: {found[at]:#x}"
+                self.now[at] = found[at]
+        assert found == self.now, "a kill took or changed what was acknowledged"
+        if lost_power:
+            self.since.clear()
+
+
+class OverlayMachine(RuleBasedStateMachine):
+    """Guests that write, zero and flush; kills and power losses at any call."""
+
+    world: OverlayWorld
+
+    @initialize(seed=st.integers(0, 1 << 32))
+    def make(self, seed: int) -> None:
+        self.world = OverlayWorld(seed)
+
+    @rule(span=SPAN | ALIGNED)
+    def write(self, span: tuple[int, int]) -> None:
+        data = self.world.rng.randbytes(span[1])
+        self.world.write(span[0], data, lambda: self.world.disk.pwrite(data, span[0]))
+
+    @rule(span=SPAN | ALIGNED)
+    def zero(self, span: tuple[int, int]) -> None:
+        self.world.write(span[0], bytes(span[1]), lambda: self.world.disk.write_zeroes(*span))
+
+    @rule()
+    def flush(self) -> None:
+        self.world.flush()
+
+    @rule(calls=st.integers(0, 6))
+    def doom(self, calls: int) -> None:
+        """Be killed in one of the next calls."""
+        self.world.fate.left = calls
+
+    @rule()
+    def kill_between_calls(self) -> None:
+        self.world.die(range(0))
+
+    @rule(span=SPAN)
+    def read(self, span: tuple[int, int]) -> None:
+        offset, length = span
+        assert self.world.disk.pread(length, offset) == self.world.now[offset : offset + length]
+        buffer = bytearray(length)
+        assert self.world.disk.pread_nowait(memoryview(buffer), offset)
+        assert buffer == self.world.now[offset : offset + length]
+
+    @rule(span=SPAN)
+    def extents(self, span: tuple[int, int]) -> None:
+        """Extents are without gaps, and what is no data is zeros."""
+        at = span[0]
+        for extent in self.world.disk.extents(*span):
+            assert extent.offset == at
+            assert extent.length > 0
+            at += extent.length
+            if not extent.is_data:
+                assert not any(self.world.now[extent.offset : at])
+        assert at == sum(span)
+
+    @invariant()
+    def what_is_not_allocated_is_the_bases(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        at = 0
+        for offset, length in [*self.world.disk.allocated(0, SIZE), (SIZE, 0)]:
+            assert self.world.now[at:offset] == self.world.base.content.ljust(SIZE, b"\0")[at:offset]
+            at = offset + length
+
+
+TestOverlay = OverlayMachine.TestCase
+TestOverlay.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking a story with a seed in it takes for ever
+)
+
+
+@pytest.mark.parametrize("loses_power", [False, True])
+def test_every_call_can_be_the_last(loses_power: bool) -> None:
+    """One fixed story of copies, zeros and flushes, killed at its first call, its second, and so on to its end."""
+    at, is_over = 0, False
+    while not is_over:
+        world = OverlayWorld(seed=at)
+        world.rng.random = lambda: 0.0 if loses_power else 0.9  # type: ignore[method-assign]
+        world.rng.choice = lambda states: states[0]  # type: ignore[method-assign,assignment]
+        world.fate.left = at
+        world.write(100, b"a" * 50, lambda: world.disk.pwrite(b"a" * 50, 100))  # noqa: B023
+        world.flush()
+        world.write(5000, b"b" * 9000, lambda: world.disk.pwrite(b"b" * 9000, 5000))  # noqa: B023
+        world.write(3000, bytes(6000), lambda: world.disk.write_zeroes(3000, 6000))  # noqa: B023
+        world.flush()
+        world.write(120, b"c" * 4096, lambda: world.disk.pwrite(b"c" * 4096, 120))  # noqa: B023
+        world.write(SIZE - 700, b"d" * 700, lambda: world.disk.pwrite(b"d" * 700, SIZE - 700))  # noqa: B023
+        world.flush()
+        is_over = world.fate.left is not None
+        world.fate.left = None
+        world.flush()
+        world.boot += 1
+        world.image.lose_power()
+        world.store.lose_power()
+        assert world.open().pread(SIZE, 0) == world.now, "what was flushed after a crash is durable"
+        at += 1
+    assert at > 15
