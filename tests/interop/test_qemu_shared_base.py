@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fusemig.units import CHUNK_SIZE
-from support.hosts import Hosts, pread, pwrite, wait_until
+from support.hosts import pread, pwrite, wait_until
 from support.qemu import DEADLINE_S, Drive, Qemu, is_available
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
     from typing import Any
 
-    from support.hosts import Host
+    from support.hosts import Host, Hosts
 
 pytestmark = [
     pytest.mark.fuse,
@@ -32,17 +31,6 @@ pytestmark = [
 SIZE = 24 * CHUNK_SIZE + 1536
 UNHURRIED = {"downtime_limit": 1, "max_bandwidth": 500 << 20}
 """Parameters with which QEMU 7.2 to 9.0 finishes its bulk phase."""
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    """Make fusemig hosts; all are stopped at the end, and none may have misbehaved."""
-    hosts = Hosts(tmp_path)
-    try:
-        yield hosts
-    finally:
-        problems = hosts.close()
-    assert not problems, problems
 
 
 def run(*command: object) -> None:
