@@ -131,7 +131,8 @@ def test_what_a_failed_attempt_left_is_forgotten(hosts: Hosts) -> None:
         qemu.execute("migrate_cancel")
         assert qemu.wait_migration()["status"] == "cancelled"
         assert wait_over(destination)["status"] == "failed"
-    assert pread(destination.file(), 4) == b"\x07" * 4
+    # QEMU reads chunks side by side and sends them as they come, so it need not be the first that has come.
+    assert b"\x07" * 4 in [pread(destination.file(), 4, chunk * CHUNK_SIZE) for chunk in range(12)]
     with Qemu(hosts.directory, drives=[second]) as qemu:
         qemu.execute("migrate-set-parameters", **UNHURRIED)
         qemu.start_migration(destination.uri, incremental=True)
