@@ -193,9 +193,9 @@ class Daemon:
             )
         if self._is_listening:
             raise StateError("The incoming migration has already been started")
+        self.security.check_listen(uri)
         if self._nursery is None:
             raise StateError("the daemon is still starting: try again")
-        self.security.check_listen(uri)
         self._is_listening = True
         try:
             await self._nursery.start(self._serve_listener, uri)
