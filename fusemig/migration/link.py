@@ -50,7 +50,7 @@ class Pace:
         """``peer`` is named in the error."""
         self._peer = peer
         self._n_done = -1
-        self._since = 0.0
+        self._since = self._checked_at = 0.0
         self._then = 0
 
     def check(self, n_done: int, n_bytes: int, now: float) -> None:
@@ -59,11 +59,14 @@ class Pace:
         Raises:
             ConnectionLostError: the present frame is too slow.
         """
+        silence_s, self._checked_at = now - self._checked_at, now
+        if silence_s > IDLE_DEADLINE_S:  # which the wire allows, or it had been lost by now
+            self._since += silence_s
         if n_done != self._n_done or n_bytes == self._then:  # nothing of the next frame has come yet
             self._n_done, self._since, self._then = n_done, now, n_bytes
         elif now - self._since > IDLE_DEADLINE_S and n_bytes - self._then < MIN_BYTES_PER_S * (now - self._since):
             raise ConnectionLostError(
-                f"{self._peer} sends less than {MIN_BYTES_PER_S} bytes a second: the network is too slow, or it dribbles"
+                f"{self._peer} sends less than {MIN_BYTES_PER_S} bytes a second; is the network that slow?"
             )
 
 

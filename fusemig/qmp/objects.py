@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-import msgspec
 from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
 
 from fusemig.qmp.base import Arguments
@@ -39,7 +38,7 @@ class AuthzFormat(StrEnum):
     GLOB = "glob"
 
 
-class AuthzRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+class AuthzRule(Arguments, frozen=True, kw_only=True):
     """QAPI QAuthZListRule."""
 
     match: str

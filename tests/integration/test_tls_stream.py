@@ -343,6 +343,10 @@ async def test_who_dribbles_a_frame_is_lost(
     for second in range(200):
         silent.check(1, 100, float(second))
     silent.check(1, 101, 200.0)
+    paused = link.Pace("peer")
+    paused.check(1, 100, 0.0)
+    paused.check(1, 101, 1.0)
+    paused.check(1, 102, 3000.0)
 
 
 @asynccontextmanager
