@@ -164,12 +164,9 @@ def _unix_socket(path: str) -> list[trio.socket.SocketType]:
             os.unlink(path)
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        old = os.umask(0o177)
-        try:
-            # AF_UNIX needs no name resolution, so the underlying bind does not block.
-            sock._sock.bind(path)  # type: ignore[attr-defined]  # noqa: SLF001
-        finally:
-            os.umask(old)
+        os.fchmod(sock.fileno(), 0o600)  # the file gets the socket's own mode (Linux, unix_bind)
+        # AF_UNIX needs no name resolution, so the underlying bind does not block.
+        sock._sock.bind(path)  # type: ignore[attr-defined]  # noqa: SLF001
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()

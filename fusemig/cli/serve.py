@@ -53,7 +53,7 @@ async def serve_command(request: ServeRequest) -> None:
     tls = _load_tls(request)
     specs = _parse_disks(request.disks, request.read_only)
     if request.state_dir is not None:
-        await trio.Path(request.state_dir).mkdir(parents=True, exist_ok=True)
+        await trio.Path(request.state_dir).mkdir(0o700, parents=True, exist_ok=True)
     gc.freeze()  # what is loaded by now stays: the collector need not look at it again while guests wait
     options = ServeOptions(
         request.mountpoint,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import ssl
+import stat
 import threading
 from contextlib import asynccontextmanager
 from functools import partial
@@ -413,3 +415,13 @@ async def test_the_oldest_stranger_gives_way(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_stays_on_this_host(uri: str, expected: bool) -> None:
     """Only what cannot be anything else."""
     assert is_private(parse_uri(uri)) is expected
+
+
+async def test_a_unix_socket_is_for_its_owner(tmp_path: Path) -> None:
+    """Its file has mode 0600 from the start, whatever the umask."""
+    old = os.umask(0)
+    try:
+        async with listening(parse_uri(f"unix:{tmp_path / 'incoming'}")):
+            assert stat.S_IMODE((tmp_path / "incoming").stat().st_mode) == 0o600
+    finally:
+        os.umask(old)
