@@ -8,8 +8,9 @@
 #       fusemig serve /disks/mnt --disk vda=/disks/images/vda.img --control /disks/control --allow-other
 #
 # /srv/disks/mnt/vda is then the disk on the host; /srv/disks must lie on a mount that is shared
-# (findmnt -o TARGET,PROPAGATION). To receive, publish a port and add: --incoming tcp:0.0.0.0:4444
-# To migrate: docker exec vda-source fusemig migrate /disks/control tcp:OTHER-HOST:4444
+# (findmnt -o TARGET,PROPAGATION). To receive, publish a port, mount a directory of credentials (docs/security.md) and add
+#       --incoming tcp:0.0.0.0:4444 --tls-creds /pki --tls-authz IDENTITY
+# To migrate: docker exec vda-source fusemig migrate /disks/control tcp:OTHER-HOST:4444 --tls-creds /pki
 
 FROM python:3.12-slim-bookworm AS build
 RUN apt-get update \

@@ -14,6 +14,7 @@ from msgspec import UNSET, UnsetType
 from fusemig import __version__
 from fusemig.block_info import block_info, block_node, block_stats, served_disk
 from fusemig.control import Command, CommandError, DeviceNotFoundError
+from fusemig.credentials import Endpoint
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import Ownership
 from fusemig.errors import ConfigError
@@ -21,6 +22,7 @@ from fusemig.migration.outgoing import OutgoingMigration
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import monitor, schema
+from fusemig.qmp_objects import load, make_object
 from fusemig.runtimes.account import guest_info
 from fusemig.runtimes.options import guest_options
 from fusemig.transport import parse_uri
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from fusemig.daemon import Daemon
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.stats import DiskStatistics
-    from fusemig.qmp import block
+    from fusemig.qmp import block, objects
 
 
 def command_table(daemon: Daemon) -> Mapping[str, Command]:
@@ -56,6 +58,8 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "migrate-pause": commands.migrate_pause,
         "migrate-set-parameters": commands.migrate_set_parameters,
         "migrate-set-capabilities": commands.migrate_set_capabilities,
+        "object-add": commands.object_add,
+        "object-del": commands.object_del,
         "stop": commands.stop,
         "cont": commands.cont,
         "quit": commands.quit,
@@ -101,7 +105,11 @@ class _Commands:
     def query_migrate_parameters(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationParameters:
         parameters = self._daemon.parameters
         return schema.MigrationParameters(
-            max_bandwidth=parameters.max_bandwidth, downtime_limit=round(parameters.downtime_limit_s * 1000)
+            max_bandwidth=parameters.max_bandwidth,
+            downtime_limit=round(parameters.downtime_limit_s * 1000),
+            tls_creds=self._daemon.security.tls_creds,
+            tls_hostname=self._daemon.security.tls_hostname,
+            tls_authz=self._daemon.security.tls_authz,
         )
 
     def query_migrate_capabilities(
@@ -112,7 +120,7 @@ class _Commands:
             for one in schema.MigrationCapability
         ]
 
-    def migrate(self, _session: Session, arguments: schema.Migrate) -> None:
+    async def migrate(self, _session: Session, arguments: schema.Migrate) -> None:
         if arguments.blk is False:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
         for name, is_asked in (
@@ -138,7 +146,19 @@ class _Commands:
             parse_uri(arguments.uri)
         except ConfigError as exc:
             raise ConfigError(f"Parameter 'uri' expects a valid migration protocol: {exc}") from exc
-        self._daemon.migrate(arguments.uri, disks, is_qemu=is_qemu, machine=machine or DEFAULT_MACHINE, guest=guest)
+        tls = None
+        if not isinstance(arguments.x_fusemig_tls_creds, UnsetType):
+            tls = await load(arguments.x_fusemig_tls_creds, Endpoint.CLIENT)
+        self._daemon.migrate(
+            arguments.uri,
+            disks,
+            is_qemu=is_qemu,
+            machine=machine or DEFAULT_MACHINE,
+            guest=guest,
+            tls=tls,
+            tls_hostname=arguments.x_fusemig_tls_hostname,
+            is_insecure=arguments.x_fusemig_insecure,
+        )
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
@@ -168,9 +188,6 @@ class _Commands:
     def migrate_set_parameters(self, _session: Session, arguments: schema.MigrateSetParameters) -> None:
         for name, is_asked in (
             ("block-incremental", bool(arguments.block_incremental)),
-            ("tls-creds", bool(arguments.tls_creds)),
-            ("tls-hostname", bool(arguments.tls_hostname)),
-            ("tls-authz", bool(arguments.tls_authz)),
             ("multifd-channels", arguments.multifd_channels not in (UNSET, 2)),
             ("multifd-compression", arguments.multifd_compression not in (UNSET, schema.Compression.NONE)),
             ("multifd-zstd-level", arguments.multifd_zstd_level not in (UNSET, 1)),
@@ -181,6 +198,19 @@ class _Commands:
             self._daemon.parameters.max_bandwidth = arguments.max_bandwidth
         if not isinstance(arguments.downtime_limit, UnsetType):
             self._daemon.parameters.downtime_limit_s = arguments.downtime_limit / 1000
+        security = self._daemon.security
+        if not isinstance(arguments.tls_creds, UnsetType):
+            security.tls_creds = arguments.tls_creds
+        if not isinstance(arguments.tls_hostname, UnsetType):
+            security.tls_hostname = arguments.tls_hostname
+        if not isinstance(arguments.tls_authz, UnsetType):
+            security.tls_authz = arguments.tls_authz
+
+    async def object_add(self, _session: Session, arguments: objects.ObjectAdd) -> None:
+        self._daemon.security.add(arguments.id, await make_object(arguments))
+
+    def object_del(self, _session: Session, arguments: objects.ObjectDel) -> None:
+        self._daemon.security.remove(arguments.id)
 
     def migrate_set_capabilities(self, _session: Session, arguments: schema.MigrateSetCapabilities) -> None:
         if self._daemon.is_migrating:
@@ -327,6 +357,7 @@ def _incoming(daemon: Daemon) -> schema.Incoming | UnsetType:
         status=schema.MigrationStatus(QMP_STATUS[MigrationPhase.NONE if incoming is None else incoming.phase]),
         error_desc=UNSET if error is None else str(error),
         rejected_connections=daemon.n_rejected,
+        tls=daemon.security.has_server_credentials,
     )
 
 

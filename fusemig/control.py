@@ -364,8 +364,8 @@ async def _listen(path: Path) -> tuple[trio.SocketListener, tuple[int, int]]:
 
 def _bind(sock: socket.socket, path: Path) -> tuple[int, int]:
     _remove_stale(path)
+    os.fchmod(sock.fileno(), 0o600)  # the file gets the socket's own mode (Linux, unix_bind)
     sock.bind(os.fspath(path))
-    path.chmod(0o600)  # nobody can have connected: the socket does not listen yet
     status = path.lstat()
     sock.listen(MAX_CLIENTS)
     return status.st_dev, status.st_ino

@@ -30,6 +30,7 @@ from fusemig.errors import ConfigError, FusemigError, PeerRefusedError, StateErr
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lanes import Lane, open_lane
 from fusemig.fuse.preflight import MountOptions
+from fusemig.listener import listening
 from fusemig.migration.arrival import IncomingWire, greet
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.incoming import AwaitedDisk
@@ -42,24 +43,25 @@ from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import schema
 from fusemig.runtimes.move import GuestMove
 from fusemig.runtimes.options import make_runtime
+from fusemig.security import Security
 from fusemig.served import ServedDisk
-from fusemig.transport import connect, listening, parse_uri
+from fusemig.transport import connect, parse_uri
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
+    from fusemig.credentials import Credentials
     from fusemig.fuse.lanes import AnyMount
+    from fusemig.listener import Connection, Listener
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.runtimes.options import GuestOptions
     from fusemig.served import DiskSpec
-    from fusemig.transport import ByteStream, Listener, Uri
+    from fusemig.transport import ByteStream, Uri
     from fusemig.wire.native import DiskOffer
 
 CONNECT_DEADLINE_S: Final = 10.0
-MAX_CONNECTIONS: Final = 8
-"""Connections to the incoming port that are looked at at once."""
 DEFER: Final = "defer"
 """For a URI: listen when QMP's `migrate-incoming` says where."""
 
@@ -83,6 +85,12 @@ class ServeOptions:
     """The kernel's write-back cache (``--cache writeback``)."""
     allow_guest_commands: bool = False
     """Run the pause and resume commands that clients of the control socket name."""
+    tls: Credentials | None = None
+    """What proves this destination to sources; with it they must prove who they are."""
+    tls_identities: tuple[str, ...] = ()
+    """The sources that are admitted then."""
+    is_insecure: bool = False
+    """Plain text may cross the network."""
 
 
 class Daemon:
@@ -95,6 +103,7 @@ class Daemon:
         self.parameters = MigrationParameters()
         self.capabilities = set(schema.ALWAYS_ON_CAPABILITIES)
         self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.capabilities)
+        self.security = Security(options.tls, options.tls_identities, is_insecure=options.is_insecure)
         self.mount: AnyMount | None = None
         self.pause = Pause(self.disks.values(), self._push_out)
         self.listener: Listener | None = None
@@ -102,7 +111,7 @@ class Daemon:
         self.incoming: IncomingMigration | None = None
         self.shown: OutgoingMigration | IncomingMigration | None = None
         """What ``query-migrate`` tells of: the last one that began, but an outgoing one until it is over."""
-        self.n_rejected = 0
+        self._n_rejected = 0
         self.stop_reason = ""
         self._exports = Exports()
         self._nursery: trio.Nursery | None = None
@@ -155,7 +164,7 @@ class Daemon:
                 self._nursery.start_soon(self._watch_mount)
                 if self.listener is not None:
                     self._is_listening = True
-                    self._nursery.start_soon(self.listener.serve, self._receive, MAX_CONNECTIONS)
+                    self._nursery.start_soon(self.listener.serve, self._receive)
                 log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
                 try:
                     await self._stop.wait()
@@ -170,7 +179,9 @@ class Daemon:
         if self.options.incoming in (None, DEFER):
             yield None
             return
-        async with listening(parse_uri(self.options.incoming)) as listener:
+        uri = parse_uri(self.options.incoming)
+        self.security.check_listen(uri)
+        async with listening(uri) as listener:
             yield listener
 
     async def listen(self, uri: Uri) -> None:
@@ -179,6 +190,7 @@ class Daemon:
         Raises:
             StateError: it listens, or was not started as a destination.
             ConnectError: the address cannot be bound.
+            ConfigError: anybody could come, in plain text.
         """
         if self.options.incoming is None:
             raise StateError(
@@ -186,6 +198,7 @@ class Daemon:
             )
         if self._is_listening:
             raise StateError("The incoming migration has already been started")
+        self.security.check_listen(uri)
         if self._nursery is None:
             raise StateError("the daemon is still starting: try again")
         self._is_listening = True
@@ -201,7 +214,7 @@ class Daemon:
     async def _serve_listener(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with listening(uri) as self.listener:
             task_status.started()
-            await self.listener.serve(self._receive, MAX_CONNECTIONS)
+            await self.listener.serve(self._receive)
 
     @property
     def is_destination(self) -> bool:
@@ -251,14 +264,19 @@ class Daemon:
         is_qemu: bool = False,
         machine: str = DEFAULT_MACHINE,
         guest: GuestOptions | None = None,
+        tls: Credentials | None = None,
+        tls_hostname: str = "",
+        is_insecure: bool = False,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
         ``is_qemu`` chooses QEMU's wire, to a QEMU of type ``machine``. ``guest`` moves with the disks.
+        `Security.outgoing` says what the last three do.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
-            ConfigError: the URI is wrong.
+            ConfigError: the URI is wrong, or plain text may not go there.
+            AuthenticationError: there are no credentials of the name that was set.
         """
         assert self._nursery is not None
         uri = parse_uri(uri_text)
@@ -266,6 +284,7 @@ class Daemon:
             raise StateError("the last migration is in doubt: find out who owns the disks first (`fusemig resolve`)")
         if self.is_migrating:
             raise StateError("There's a migration process in progress")
+        secure = self.security.outgoing(uri, tls, tls_hostname, is_insecure=is_insecure)
         chosen = self._choose(names)
         if self.outgoing is not None:
             self.outgoing.forget()
@@ -275,7 +294,7 @@ class Daemon:
             lent.append(SourceDisk(served.disk, served.epoch_file, partial(self.pause.push_out, served)))
 
         async def dial() -> ByteStream:
-            return await connect(uri, CONNECT_DEADLINE_S)
+            return await secure(await connect(uri, CONNECT_DEADLINE_S))
 
         self.parameters.pause_before_switchover = (
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
@@ -359,10 +378,22 @@ class Daemon:
 
     # Incoming: this is the host of IncomingMigration
 
-    async def _receive(self, stream: ByteStream) -> None:
+    async def _receive(self, connection: Connection) -> None:
         """Handle one connection; whatever it does, the others go on."""
+        try:
+            stream = await self.security.admit(connection.stream)
+        except FusemigError as exc:
+            self._note_rejected(connection.stream, exc)
+            return
+        try:
+            await self._receive_admitted(stream, connection)
+        finally:
+            with trio.CancelScope(shield=True):
+                await stream.aclose()
 
+    async def _receive_admitted(self, stream: ByteStream, connection: Connection) -> None:
         def on_phase(phase: MigrationPhase) -> None:
+            connection.settle()
             self.incoming = migration
             if phase is MigrationPhase.SETUP and not self.is_migrating:
                 self.shown = migration
@@ -380,8 +411,13 @@ class Daemon:
         if migration.phase is MigrationPhase.NONE:
             self._note_rejected(stream, migration.error)
 
+    @property
+    def n_rejected(self) -> int:
+        """How many connections never became a migration."""
+        return self._n_rejected + (0 if self.listener is None else self.listener.n_displaced)
+
     def _note_rejected(self, stream: ByteStream, reason: FusemigError | None) -> None:
-        self.n_rejected += 1
+        self._n_rejected += 1
         log.warning("connection rejected", peer=stream.peer, reason=str(reason))
 
     def _on_incoming_phase(self, phase: MigrationPhase) -> None:

@@ -88,7 +88,11 @@ class EpochFile:
 
     def _read(self) -> None:
         try:
-            content = self.path.read_bytes()
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                content = os.read(fd, 2 * _SLOT_SIZE)
+            finally:
+                os.close(fd)
         except FileNotFoundError:
             return
         except OSError as exc:

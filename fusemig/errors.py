@@ -9,7 +9,8 @@
     │   └── RemoteProtocolError     the peer sent bytes that no correct peer sends
     ├── TransportError
     │   ├── ConnectError
-    │   └── ConnectionLostError
+    │   ├── ConnectionLostError
+    │   └── AuthenticationError     one side did not prove who it is, or is not admitted
     ├── DiskError                   errno, offset, length
     │   └── GateClosedError         this write must be parked, nothing has happened to it
     └── MigrationError
@@ -79,6 +80,12 @@ class ConnectError(TransportError):
 
 class ConnectionLostError(TransportError):
     """An established connection ended or stalled."""
+
+
+class AuthenticationError(TransportError):
+    """Credentials cannot be used, or the peer's were not accepted, or ours were not."""
+
+    kind = "authentication"
 
 
 class DiskError(FusemigError):

@@ -1,4 +1,4 @@
-"""The way to the peer: URIs as QEMU writes them, byte streams, listening.
+"""The way to the peer: URIs as QEMU writes them, byte streams, connecting. `fusemig.listener` is the other side.
 
     tcp:HOST:PORT     HOST may be a name, an address or an IPv6 address in brackets
     unix:PATH
@@ -9,14 +9,11 @@ the operating system become `ConnectError` and `ConnectionLostError` here and no
 
 from __future__ import annotations
 
-import errno
 import ipaddress
-import os
 import select
 import socket
-import stat
 import struct
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
@@ -24,11 +21,11 @@ import trio
 from fusemig.errors import ConfigError, ConnectError, ConnectionLostError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
     from fusemig.disk.base import Buffer
+    from fusemig.errors import FusemigError
 
-_BACKLOG: Final = 8
 _UNIX_BUFFER_BYTES: Final = 4 << 20
 _MAX_SENDMSG_BUFFERS: Final = 64
 _LOW_WATER_BYTES: Final = 256 * 1024
@@ -38,8 +35,6 @@ _FIRST_WATER_BYTES: Final = 64 * 1024
 _FIRST_S: Final = 0.001
 _MOMENT_S: Final = 0.02
 """How long the ``_shortly`` calls block."""
-_OVERLOAD_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
-"""What `accept` may fail with without anything being wrong with the listener (as in `trio.serve_listeners`)."""
 
 
 class Uri(NamedTuple):
@@ -211,14 +206,58 @@ class SocketStream:
         self._wake_at(1)
         await trio.lowlevel.wait_readable(self._socket)
 
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody but this host's users can be at the other end: a UNIX socket, or a loopback address."""
+        return self._socket.family == socket.AF_UNIX or is_loopback(self._socket.getpeername()[0])
+
+    async def peek_byte(self) -> int:
+        """Return the next byte and leave it to be received.
+
+        Raises:
+            ConnectionLostError: none came before the end.
+        """
+        while True:
+            try:
+                byte = self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                await self.wait_readable()
+                continue
+            except OSError as exc:
+                raise self._lost(exc) from exc
+            if not byte:
+                raise ConnectionLostError(f"{self.peer} closed the connection")
+            return byte[0]
+
+    def detach(self) -> socket.socket:
+        """Give the socket away; only `aclose` may follow."""
+        self._wake_at(1)
+        return socket.socket(fileno=self._socket.detach())
+
     async def aclose(self) -> None:
-        """Close the socket."""
-        trio.lowlevel.notify_closing(self._socket)
-        self._socket.close()
+        """Close the socket, if it is still ours; idempotent."""
+        if self._socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
         await trio.lowlevel.checkpoint()
 
-    def _lost(self, exc: OSError) -> ConnectionLostError:
+    def _lost(self, exc: OSError) -> FusemigError:
         return ConnectionLostError(f"connection to {self.peer} lost: {exc.strerror or exc}")
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether ``host`` is an address that never leaves this host."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (address if mapped is None else mapped).is_loopback
+
+
+def is_private(uri: Uri) -> bool:
+    """Tell, as it is written, whether nobody but this host's users can be there; no name but ``localhost`` says so."""
+    return uri.kind == "unix" or uri.host in ("", "localhost") or is_loopback(uri.host)
 
 
 def _is_within_host(sock: socket.socket) -> bool:
@@ -268,117 +307,3 @@ def _reason(exc: BaseException) -> str:
         else:
             return str(exc)
     return exc.strerror
-
-
-@asynccontextmanager
-async def listening(uri: Uri) -> AsyncIterator[Listener]:
-    """Listen at ``uri`` for as long as the block runs; port 0 picks a free one, which `Listener.uri` names.
-
-    Raises:
-        ConnectError: the address is in use or not ours.
-    """
-    try:
-        sockets = _unix_socket(uri.path) if uri.kind == "unix" else await _tcp_sockets(uri)
-    except OSError as exc:
-        raise ConnectError(f"cannot listen at {uri}: {exc.strerror or exc}; choose another address") from exc
-    try:
-        if uri.kind == "tcp":
-            uri = uri._replace(port=sockets[0].getsockname()[1])
-        yield Listener(uri, sockets)
-    finally:
-        for sock in sockets:
-            sock.close()
-        if uri.kind == "unix":
-            with suppress(FileNotFoundError):
-                os.unlink(uri.path)
-
-
-class Listener:
-    """Accepts connections."""
-
-    def __init__(self, uri: Uri, sockets: list[trio.socket.SocketType]) -> None:
-        """Made by `listening`."""
-        self.uri = uri
-        self._sockets = sockets
-
-    async def serve(self, handler: Callable[[ByteStream], Awaitable[None]], max_connections: int) -> None:
-        """Hand each connection to ``handler``, at most ``max_connections`` at once; runs until cancelled.
-
-        Further connections wait in the kernel's backlog. ``handler`` must not raise `Exception`.
-        """
-        limit = trio.Semaphore(max_connections)
-        async with trio.open_nursery() as nursery:
-            for sock in self._sockets:
-                nursery.start_soon(self._accept, sock, handler, limit, nursery)
-
-    async def _accept(
-        self,
-        listener: trio.socket.SocketType,
-        handler: Callable[[ByteStream], Awaitable[None]],
-        limit: trio.Semaphore,
-        nursery: trio.Nursery,
-    ) -> None:
-        while True:
-            await limit.acquire()
-            try:
-                sock, address = await listener.accept()
-            except OSError as exc:
-                limit.release()
-                if exc.errno not in _OVERLOAD_ERRNOS and exc.errno != errno.ECONNABORTED:
-                    raise
-                await trio.sleep(0.1)
-                continue
-            except trio.Cancelled:
-                limit.release()
-                raise
-            peer = f"unix:{self.uri.path}" if self.uri.kind == "unix" else f"tcp:{address[0]}:{address[1]}"
-            nursery.start_soon(self._handle, sock, peer, handler, limit)
-
-    async def _handle(
-        self,
-        sock: trio.socket.SocketType,
-        peer: str,
-        handler: Callable[[ByteStream], Awaitable[None]],
-        limit: trio.Semaphore,
-    ) -> None:
-        stream = None
-        try:
-            stream = SocketStream(sock, peer)
-            await handler(stream)
-        except OSError:  # the peer left before its socket could be set up
-            sock.close()
-        finally:
-            if stream is not None:
-                with trio.CancelScope(shield=True):
-                    await stream.aclose()
-            limit.release()
-
-
-async def _tcp_sockets(uri: Uri) -> list[trio.socket.SocketType]:
-    listeners = await trio.open_tcp_listeners(uri.port, host=uri.host or "127.0.0.1", backlog=_BACKLOG)
-    return [listener.socket for listener in listeners]
-
-
-def _unix_socket(path: str) -> list[trio.socket.SocketType]:
-    with suppress(OSError):
-        if stat.S_ISSOCK(os.lstat(path).st_mode) and not _is_listening(path):
-            os.unlink(path)
-    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        old = os.umask(0o177)
-        try:
-            # AF_UNIX needs no name resolution, so the underlying bind does not block.
-            sock._sock.bind(path)  # type: ignore[attr-defined]  # noqa: SLF001
-        finally:
-            os.umask(old)
-        sock.listen(_BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return [sock]
-
-
-def _is_listening(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        return probe.connect_ex(path) in (0, errno.EAGAIN, errno.EINPROGRESS)

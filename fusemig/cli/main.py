@@ -86,6 +86,16 @@ def cli() -> None:
 @click.option(
     "--allow-guest-commands", is_flag=True, help="Run the --pause-command and --resume-command that `migrate` names."
 )
+@click.option(
+    "--tls-creds",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Take disks over TLS only; DIR has ca-cert.pem, server-cert.pem, server-key.pem and perhaps ca-crl.pem.",
+)
+@click.option(
+    "--tls-authz", multiple=True, metavar="IDENTITY", help="Admit the source with this name in its certificate."
+)
+@click.option("--insecure", is_flag=True, help="Let plain text cross the network, and anybody there send disks.")
 @click.option("--log-format", type=click.Choice(["console", "json"]), default="console")
 def serve(log_format: str, **options: Any) -> None:
     """Serve disk images as files of MOUNTPOINT, in the foreground.
@@ -120,6 +130,14 @@ def serve(log_format: str, **options: Any) -> None:
 @click.option("--command-deadline", type=_Time(), metavar="TIME", help="For each of the two (default: 30s).")
 @click.option("--progress", type=click.Choice(["auto", "plain", "json", "none"]), default="auto")
 @click.option("--detach", is_flag=True, help="Start it and return.")
+@click.option(
+    "--tls-creds",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Use TLS; DIR, on the daemon's host, has ca-cert.pem, client-cert.pem, client-key.pem and perhaps ca-crl.pem.",
+)
+@click.option("--tls-hostname", metavar="NAME", help="Name in the destination's certificate, if it is not URI's host.")
+@click.option("--insecure", is_flag=True, help="Let plain text cross the network.")
 def migrate(socket: Path, uri: str, **options: Any) -> None:
     """Move disks of the daemon at SOCKET to the destination at URI.
 

@@ -52,6 +52,9 @@ class MigrateRequest:
     command_deadline: float | None = None
     progress: str = "auto"
     detach: bool = False
+    tls_creds: Path | None = None
+    tls_hostname: str | None = None
+    insecure: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of QMP's ``migrate``."""
@@ -70,6 +73,12 @@ class MigrateRequest:
             arguments["inc"] = True
         if self.resume:
             arguments["resume"] = True
+        if self.tls_creds is not None:
+            arguments["x-fusemig-tls-creds"] = str(self.tls_creds.absolute())
+        if self.tls_hostname is not None:
+            arguments["x-fusemig-tls-hostname"] = self.tls_hostname
+        if self.insecure:
+            arguments["x-fusemig-insecure"] = True
         return arguments | self._guest_arguments()
 
     def _guest_arguments(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from fusemig.credentials import Endpoint, load_credentials
 from fusemig.daemon import Daemon, ServeOptions
 from fusemig.errors import ConfigError
 from fusemig.fuse.lanes import Lane
@@ -17,6 +18,7 @@ from fusemig.served import parse_disk
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fusemig.credentials import Credentials
     from fusemig.served import DiskSpec
 
 
@@ -36,6 +38,9 @@ class ServeRequest:
     lane_threads: int | None
     cache: str
     allow_guest_commands: bool
+    tls_creds: Path | None
+    tls_authz: tuple[str, ...]
+    insecure: bool
 
 
 async def serve_command(request: ServeRequest) -> None:
@@ -46,9 +51,10 @@ async def serve_command(request: ServeRequest) -> None:
     """
     if request.wire != "auto" and request.incoming is None:
         raise ConfigError(f"--wire {request.wire} says what --incoming takes: add --incoming URI, or leave it out")
+    tls = _load_tls(request)
     specs = _parse_disks(request.disks, request.read_only)
     if request.state_dir is not None:
-        await trio.Path(request.state_dir).mkdir(parents=True, exist_ok=True)
+        await trio.Path(request.state_dir).mkdir(0o700, parents=True, exist_ok=True)
     gc.freeze()  # what is loaded by now stays: the collector need not look at it again while guests wait
     options = ServeOptions(
         request.mountpoint,
@@ -62,8 +68,25 @@ async def serve_command(request: ServeRequest) -> None:
         request.lane_threads,
         write_back=request.cache == "writeback",
         allow_guest_commands=request.allow_guest_commands,
+        tls=tls,
+        tls_identities=request.tls_authz,
+        is_insecure=request.insecure,
     )
     await Daemon(options).run()
+
+
+def _load_tls(request: ServeRequest) -> Credentials | None:
+    if request.tls_authz and request.tls_creds is None:
+        raise ConfigError("--tls-authz lists who is admitted over TLS: add --tls-creds DIR, or leave it out")
+    if request.tls_creds is None:
+        return None
+    if request.incoming is None:
+        raise ConfigError(
+            "--tls-creds proves a destination to its sources: add --incoming URI; to send, give it to `fusemig migrate`"
+        )
+    if request.insecure:
+        raise ConfigError("--insecure takes back what --tls-creds demands: leave one of them out")
+    return load_credentials(request.tls_creds, Endpoint.SERVER)
 
 
 def _parse_disks(disks: tuple[str, ...], read_only: tuple[str, ...]) -> tuple[DiskSpec, ...]:

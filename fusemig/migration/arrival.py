@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from fusemig.errors import PeerRefusedError, RemoteProtocolError
+from fusemig.errors import AuthenticationError, FusemigError, PeerRefusedError, RemoteProtocolError
 from fusemig.migration.destination import DestinationMigration
-from fusemig.migration.link import HANDSHAKE_DEADLINE_S
+from fusemig.migration.incoming import LINGER_S
+from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
 from fusemig.migration.qemu_destination import QemuDestination
-from fusemig.wire import savevm
+from fusemig.wire import native, savevm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,3 +82,17 @@ async def _receive_head(stream: ByteStream) -> bytes:
             n += received
         return bytes(head[:n])
     raise RemoteProtocolError(f"{stream.peer} said nothing within {HANDSHAKE_DEADLINE_S:g} s")
+
+
+async def turn_away(stream: ByteStream, reason: str) -> None:
+    """Tell somebody who is not welcome why, without reading a byte of what he sends; does not raise.
+
+    A source of ours understands it; a QEMU finds the connection closed.
+    """
+    link = NativeLink(stream, native.Decoder(native.FROM_SOURCE, preface=True), BufferPool())
+    with trio.move_on_after(LINGER_S):
+        try:
+            await link.send_message(native.Refuse(reason, AuthenticationError.kind))
+            await link.linger(LINGER_S)
+        except FusemigError:
+            return

@@ -39,6 +39,37 @@ IDLE_DEADLINE_S: Final = 30.0
 """Without a byte from the peer for this long the connection counts as lost; both sides say something every second."""
 
 
+MIN_BYTES_PER_S: Final = 4096
+"""A frame that takes longer than `IDLE_DEADLINE_S` must come at least this fast: who dribbles holds disks for ever."""
+
+
+class Pace:
+    """Judges whether what is under way comes fast enough; of one task."""
+
+    def __init__(self, peer: str) -> None:
+        """``peer`` is named in the error."""
+        self._peer = peer
+        self._n_done = -1
+        self._since = self._checked_at = 0.0
+        self._then = 0
+
+    def check(self, n_done: int, n_bytes: int, now: float) -> None:
+        """Look before each wait; ``n_done`` counts whole frames, ``n_bytes`` all bytes.
+
+        Raises:
+            ConnectionLostError: the present frame is too slow.
+        """
+        silence_s, self._checked_at = now - self._checked_at, now
+        if silence_s > IDLE_DEADLINE_S:  # which the wire allows, or it had been lost by now
+            self._since += silence_s
+        if n_done != self._n_done or n_bytes == self._then:  # nothing of the next frame has come yet
+            self._n_done, self._since, self._then = n_done, now, n_bytes
+        elif now - self._since > IDLE_DEADLINE_S and n_bytes - self._then < MIN_BYTES_PER_S * (now - self._since):
+            raise ConnectionLostError(
+                f"{self._peer} sends less than {MIN_BYTES_PER_S} bytes a second; is the network that slow?"
+            )
+
+
 class Need(Enum):
     """Why a slice of work in a worker thread came back."""
 
@@ -114,6 +145,8 @@ class NativeLink:
         self._decoder = decoder
         self._pool = pool
         self._is_broken = False
+        self._pace = Pace(stream.peer)
+        self._n_received = self._n_frames = 0
         self._unsent: list[memoryview] = []
         """The rest of a frame of `try_send`, which goes before whatever is sent next."""
 
@@ -206,16 +239,19 @@ class NativeLink:
             if not n:
                 where = "" if decoder.is_between_frames else " inside a frame"
                 raise ConnectionLostError(f"{self.peer} closed the connection{where}")
+            self._n_received += n
             event = decoder.advance(n)
             if event is not None:
+                self._n_frames += 1
                 return event
 
     async def wait_readable(self, deadline_s: float = IDLE_DEADLINE_S) -> None:
         """Wait for bytes from the peer.
 
         Raises:
-            ConnectionLostError: it was silent for ``deadline_s`` seconds.
+            ConnectionLostError: it was silent for ``deadline_s`` seconds, or dribbles.
         """
+        self._pace.check(self._n_frames, self._n_received, trio.current_time())
         with trio.move_on_after(deadline_s) as scope:
             await self.stream.wait_readable()
         if scope.cancelled_caught:

@@ -26,7 +26,7 @@ from fusemig.disk.overlay import OverlayDisk
 from fusemig.epoch import Ownership
 from fusemig.errors import ConnectionLostError, FusemigError, MigrationError, RemoteProtocolError
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
-from fusemig.migration.link import HANDSHAKE_DEADLINE_S, Need, drop_sent
+from fusemig.migration.link import HANDSHAKE_DEADLINE_S, Need, Pace, drop_sent
 from fusemig.migration.qemu_receiver import QemuReceiver, Turn
 from fusemig.phase import MigrationPhase
 from fusemig.wire import native, qemu_block, savevm
@@ -69,6 +69,7 @@ class QemuDestination(IncomingMigration):
         self._percent = 0
         self._has_return_path = False
         self._is_told = False
+        self._pace = Pace(stream.peer)
 
     async def _meet(self) -> list[IncomingDisk]:
         self._awaited = await self._host.awaited()
@@ -103,6 +104,7 @@ class QemuDestination(IncomingMigration):
         while True:
             event = await self._offload(self._receiver.run_slice)
             if event is Need.STREAM:
+                self._pace.check(self._receiver.n_events, self._receiver.n_bytes, trio.current_time())
                 is_waiting = self._has_return_path and not self._is_told and self._receiver.may_end
                 with trio.move_on_after(_SETTLE_S if is_waiting else deadline_s):
                     await self._stream.wait_readable()

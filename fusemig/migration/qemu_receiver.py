@@ -55,6 +55,8 @@ class QemuReceiver:
         self._decoder.feed(head)
         self._buffer = bytearray(CHUNK_SIZE)
         self._is_payload = False
+        self.n_events = self.n_bytes = 0
+        """What has come, of which `Pace` is kept."""
         self._kept: qemu_block.BlockData | qemu_block.BlockZero | None = None
 
     @property
@@ -85,9 +87,11 @@ class QemuReceiver:
                 self._decoder.close()
                 return Turn.CLOSED
             done += n
+            self.n_bytes += n
             event = self._decoder.advance(n)
             if event is None:
                 continue
+            self.n_events += 1
             self.completeness.observe(event)
             if not isinstance(event, qemu_block.BlockData | qemu_block.BlockZero):
                 return event

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
-from fusemig.errors import FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import (
+    AuthenticationError,
+    FusemigError,
+    MigrationError,
+    PeerRefusedError,
+    RemoteProtocolError,
+)
 from fusemig.migration.commit import OutgoingHandoff
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
@@ -110,7 +116,8 @@ class SourceMigration(OutgoingMigration):
         await link.send([native.PREFACE, native.encode_message(hello)])
         answer = await link.receive(HANDSHAKE_DEADLINE_S)
         if isinstance(answer, native.Refuse):
-            raise PeerRefusedError(f"{link.peer} refused: {answer.reason}")
+            kind = AuthenticationError if answer.kind == AuthenticationError.kind else PeerRefusedError
+            raise kind(f"{link.peer} refused: {answer.reason}")
         if not isinstance(answer, native.Welcome):
             raise RemoteProtocolError(f"{link.peer} sent {type(answer).__name__} where an answer to HELLO was due")
 

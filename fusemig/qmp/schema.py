@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
 
-from fusemig.qmp import block, codec
+from fusemig.qmp import block, codec, objects
 from fusemig.qmp.base import Arguments as Arguments
 from fusemig.qmp.base import NoArguments as NoArguments
 from fusemig.qmp.base import Result as Result
@@ -207,6 +207,12 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     """Lets it run again, on the side that FUSEMIG_SIDE names."""
     x_fusemig_command_deadline: CommandDeadline | UnsetType = UNSET
     """For each of the two, in ms."""
+    x_fusemig_tls_creds: str | UnsetType = UNSET
+    """A directory of credentials for this migration alone; absent: the parameter ``tls-creds`` counts."""
+    x_fusemig_tls_hostname: str = ""
+    """What the destination's certificate must say; empty: the parameter, or else the URI's host."""
+    x_fusemig_insecure: bool = False
+    """Plain text may cross the network."""
 
 
 class MigrateContinue(Arguments, frozen=True, kw_only=True):
@@ -446,6 +452,8 @@ class Incoming(Result, frozen=True, kw_only=True):
     status: MigrationStatus
     error_desc: str | UnsetType = UNSET
     rejected_connections: int = 0
+    tls: bool = False
+    """Whether sources must prove who they are."""
 
 
 class DaemonStatus(Result, frozen=True, kw_only=True):
@@ -565,6 +573,8 @@ COMMANDS: Final[dict[str, type[Arguments]]] = {
     "migrate-continue": MigrateContinue,
     "migrate-set-parameters": MigrateSetParameters,
     "migrate-set-capabilities": MigrateSetCapabilities,
+    "object-add": objects.ObjectAdd,
+    "object-del": objects.ObjectDel,
     "migrate-incoming": MigrateIncoming,
     "migrate-pause": NoArguments,
     "stop": NoArguments,

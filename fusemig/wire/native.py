@@ -106,6 +106,8 @@ class Refuse(msgspec.Struct, frozen=True):
     """The destination does not accept."""
 
     reason: str
+    kind: str = "refused"
+    """``authentication`` where the source itself is not welcome, and not what it offers."""
 
 
 class Progress(msgspec.Struct, frozen=True):

@@ -94,7 +94,7 @@ def writing(file: Path, noted: Path) -> Iterator[subprocess.Popen[bytes]]:
 def stage(hosts: Hosts) -> Iterator[Stage]:
     """Start everything; the guest writes."""
     image = write_random(hosts.directory / "source.img", 8 * MIB)
-    source = hosts.start("source", {"vda": image}, more=["--allow-guest-commands"])
+    source = hosts.start("source", {"vda": image}, options=["--allow-guest-commands"])
     noted = hosts.directory / "noted"
     with writing(source.file(), noted) as guest:
         stage = Stage(source, hosts.destination(), guest, noted, hosts.directory / "calls")

@@ -184,12 +184,13 @@ class Host:
         readonly: Iterable[str] = (),
         state_dir: Path | None = None,
         wire: str | None = None,
-        more: Iterable[str] = (),
         bases: Mapping[str, Path] | None = None,
+        options: Iterable[object] = (),
     ) -> None:
         """Prepare ``fusemig serve`` in ``directory``.
 
-        ``incoming`` is a URI, of which port 0 is a free one; a disk in ``bases`` is an overlay over that image.
+        ``incoming`` is a URI, of which port 0 is a free one; a disk in ``bases`` is an overlay over that image;
+        ``options`` are passed on as they are.
         """
         self.name = name
         self.directory = directory
@@ -209,7 +210,7 @@ class Host:
             self._arguments += ["--state-dir", state_dir]
         if wire is not None:
             self._arguments += ["--wire", wire]
-        self._arguments += more
+        self._arguments += options
         self._commands: list[Command] = []
         self._qmp: Qmp | None = None
         self._daemon: Command | None = None
@@ -429,10 +430,10 @@ class Hosts:
         image = write_random(self.directory / "source.img", size, seed)
         return self.start("source", {"vda": image}), self.destination()
 
-    def destination(self, *disks: str) -> Host:
+    def destination(self, *disks: str, **options: Any) -> Host:
         """Start a destination whose images are still to come."""
         images = {disk: self.directory / f"{disk}.destination.img" for disk in disks or ("vda",)}
-        return self.start("destination", images, incoming="tcp:127.0.0.1:0")
+        return self.start("destination", images, **{"incoming": "tcp:127.0.0.1:0"} | options)
 
     def close(self) -> list[str]:
         """Stop all; return what was wrong."""

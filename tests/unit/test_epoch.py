@@ -240,12 +240,15 @@ def test_a_failed_write_is_overwritten_by_the_next(path: Path, file_with_one_slo
     assert b"handed-off" not in path.read_bytes()[SLOT:]
 
 
-def test_a_link_is_not_followed_when_writing(tmp_path: Path) -> None:
-    """A record lands in its own file or nowhere."""
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    """A record is read from its own file, and lands in its own file or nowhere."""
     target = tmp_path / "elsewhere"
     target.write_bytes(b"")
     link = tmp_path / "image.fusemig"
+    file = EpochFile(link)
     link.symlink_to(target)
     with pytest.raises(StateError, match="Too many levels of symbolic links"):
-        EpochFile(link).write(record(Ownership.OWNER))
+        file.write(record(Ownership.OWNER))
+    with pytest.raises(ConfigError, match="Too many levels of symbolic links"):
+        EpochFile(link)
     assert target.read_bytes() == b""
