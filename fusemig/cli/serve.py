@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
 import trio
 
+from fusemig import failpoint
 from fusemig.daemon import Daemon, ServeOptions
+from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
 from fusemig.fuse.lanes import Lane
 from fusemig.migration.arrival import IncomingWire
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fusemig.served import DiskSpec
+
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,9 @@ async def serve_command(request: ServeRequest) -> None:
         raise ConfigError(f"--wire {request.wire} says what --incoming takes: add --incoming URI, or leave it out")
     specs = _parse_disks(request.disks, request.read_only)
     if request.state_dir is not None:
-        await trio.Path(request.state_dir).mkdir(parents=True, exist_ok=True)
+        await trio.to_thread.run_sync(_make_durably, request.state_dir.absolute())
+    if point := failpoint.arm(os.environ):
+        log.warning("a test has this daemon kill itself", failpoint=point)
     gc.freeze()  # what is loaded by now stays: the collector need not look at it again while guests wait
     options = ServeOptions(
         request.mountpoint,
@@ -62,6 +71,18 @@ async def serve_command(request: ServeRequest) -> None:
         write_back=request.cache == "writeback",
     )
     await Daemon(options).run()
+
+
+def _make_durably(directory: Path) -> None:
+    """Create a directory and what leads to it; what is created is there after a power loss too."""
+    if directory.is_dir():
+        return
+    _make_durably(directory.parent)
+    try:
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
+    except OSError as exc:
+        raise ConfigError(f"--state-dir {directory} cannot be created: {exc.strerror}") from exc
 
 
 def _parse_disks(disks: tuple[str, ...], read_only: tuple[str, ...]) -> tuple[DiskSpec, ...]:
