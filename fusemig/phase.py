@@ -43,7 +43,7 @@ class MigrationPhase(Enum):
     CANCELLED = "cancelled"
     """Over by request; the source serves on."""
     IN_DOUBT = "in-doubt"
-    """COMMIT was sent and no TAKEN came: read-only until it is known who owns the disks (`OutgoingMigration.settle`)."""
+    """COMMIT was sent and no TAKEN came: read-only until it is known who owns the disks."""
 
 
 _P = MigrationPhase
