@@ -179,6 +179,31 @@ def continue_(socket: Path) -> None:
 
 
 @cli.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--disk", "disks", multiple=True, metavar="NAME", help="Of the daemon at a socket; may be repeated.")
+@click.option("--owner", type=click.Choice(["source", "destination"]), required=True, help="The side that owns it.")
+@click.option("--i-have-fenced-the-other", "is_other_fenced", is_flag=True, help="The other side can write it no more.")
+@click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Where an image's epoch file is.")
+def resolve(target: Path, **options: Any) -> None:
+    r"""Say who owns a disk that is in doubt, or take back one that was handed off.
+
+    TARGET is the control socket of a running daemon, or the image of a stopped one. A source that lost its destination
+    in the moment of the hand-off asks it by itself; this is for a destination that is gone for good, and for wires
+    without an answer. Nothing checks what you say: first make sure that the other side cannot write the disk.
+
+    \b
+    on the source       --owner source        handed-off, released: writable here again
+                        --owner destination   handed-off: released
+    on the destination  --owner destination   prepared: writable here
+                        --owner source        prepared: waits for the source again
+    """
+    set_up_logs("console")
+    from fusemig.cli.resolve import ResolveRequest, resolve_command
+
+    sys.exit(run(resolve_command, ResolveRequest(target=target, **options)))
+
+
+@cli.command()
 @click.option("--size", type=_Rate(), default="256M", show_default=True, help="Size of the disk that moves.")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="How long to write before it moves.")
 @click.option("--directory", type=click.Path(path_type=Path), help="Where to put the images (default: temporary).")

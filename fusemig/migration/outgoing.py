@@ -198,6 +198,14 @@ class OutgoingMigration(ABC):
         for disk in self._disks:
             disk.tracking.stop()
 
+    def settle(self, *, is_handed_off: bool) -> None:
+        """End a migration that is in doubt: its disks are known to be the destination's, or are ours again."""
+        self.forget()
+        if is_handed_off:
+            self._taken_at = self._ended_at = trio.current_time()
+        self.error = None if is_handed_off else MigrationError("the hand-off was called off; the disks stay here")
+        self._enter(MigrationPhase.COMPLETED if is_handed_off else MigrationPhase.FAILED)
+
     # The run
 
     async def run(self) -> None:

@@ -148,6 +148,13 @@ class WireName(StrEnum):
     QEMU = "qemu"
 
 
+class Side(StrEnum):
+    """A side of a hand-off, as a person names the owner of a disk."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
 class Role(StrEnum):
     """Which side of a migration this daemon is."""
 
@@ -270,6 +277,15 @@ class Estimate(Arguments, frozen=True, kw_only=True):
     """``x-fusemig-estimate``: what a migration to ``uri`` would take."""
 
     uri: str
+
+
+class Resolve(Arguments, frozen=True, kw_only=True):
+    """``x-fusemig-resolve``: a person's word for who owns disks that are in doubt, or takes released ones back."""
+
+    disks: list[str]
+    owner: Side
+    i_have_fenced_the_other: bool = False
+    """That the other side cannot write the disks and never will; it is not honoured without."""
 
 
 # Results
@@ -443,6 +459,8 @@ class ServedDisk(Result, frozen=True, kw_only=True):
     """A flush failed; every later one fails too."""
     dirty_bytes: int = 0
     epoch: int | UnsetType = UNSET
+    in_doubt: str | UnsetType = UNSET
+    """Present where it is not known who owns the disk: what has become of asking."""
 
 
 class Incoming(Result, frozen=True, kw_only=True):
@@ -583,6 +601,7 @@ COMMANDS: Final[dict[str, type[Arguments]]] = {
     "human-monitor-command": HumanMonitorCommand,
     "x-fusemig-status": NoArguments,
     "x-fusemig-estimate": Estimate,
+    "x-fusemig-resolve": Resolve,
 }
 """Every command and its arguments. The server itself answers the first five."""
 
