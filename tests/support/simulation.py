@@ -399,6 +399,8 @@ class SimWorld(trio.abc.Instrument):
         self.struck_at: Moment | None = None
         """Where the migration was when the fault struck."""
         self.on_moment: Callable[[Moment], None] = lambda _moment: None
+        self.is_cut = False
+        """Whether the source's tasks were cancelled: its migration then has no outcome of its own."""
         self.on_claimed: Callable[[], None] = lambda: None
         """Called when the destination has reserved the disks for the source."""
         self.phases: list[P] = []
@@ -455,6 +457,9 @@ class SimWorld(trio.abc.Instrument):
             nursery.start_soon(self.destination.live, self.receive(self.streams[1], self._on_destination_phase))
             await trio.testing.wait_all_tasks_blocked()
             nursery.start_soon(self.source.live, self.outgoing.run)
+        for host in (self.source, self.destination):  # a death that did not come by now was not of this run
+            host.fate.left = None
+            host.on_death = lambda: None
 
     def receive(
         self, stream: SimStream, on_phase: Callable[[P], None] = lambda _phase: None
@@ -619,7 +624,7 @@ def simulate(
 
     async def bounded() -> None:
         # trio itself shuffles tasks with a generator of its own: a seed must name a run.
-        trio._core._run._r.seed(seed)  # type: ignore[attr-defined]
+        trio._core._run._r.seed(seed)
         world = SimWorld(directory, clock, seed)
         worlds.append(world)
         trio.lowlevel.add_instrument(world)
