@@ -140,12 +140,12 @@ class Qmp:
 class Command:
     """A fusemig command in the background."""
 
-    def __init__(self, arguments: Iterable[object], directory: Path, label: str) -> None:
-        """Start ``fusemig ARGUMENTS``; what it says goes to files in ``directory``."""
+    def __init__(self, arguments: Iterable[object], directory: Path, label: str, prefix: Iterable[object] = ()) -> None:
+        """Start ``fusemig ARGUMENTS``, behind ``prefix``; what it says goes to files in ``directory``."""
         self._out, self._err = directory / f"{label}.out", directory / f"{label}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fusemig", *map(str, arguments)],
+                [*map(str, prefix), sys.executable, "-m", "fusemig", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -185,10 +185,13 @@ class Host:
         state_dir: Path | None = None,
         wire: str | None = None,
         bases: Mapping[str, Path] | None = None,
+        prefix: Iterable[object] = (),
+        options: Iterable[object] = (),
     ) -> None:
         """Prepare ``fusemig serve`` in ``directory``.
 
-        ``incoming`` is a URI, of which port 0 is a free one; a disk in ``bases`` is an overlay over that image.
+        ``incoming`` is a URI, of which port 0 is a free one; a disk in ``bases`` is an overlay over that image. The
+        daemon is started behind ``prefix`` and with more ``options``.
         """
         self.name = name
         self.directory = directory
@@ -196,7 +199,8 @@ class Host:
         self.mount = directory / "mnt"
         self.control = directory / "control"
         self.mount.mkdir(parents=True, exist_ok=True)
-        self._arguments: list[object] = ["serve", self.mount, "--control", self.control]
+        self._arguments: list[object] = ["serve", self.mount, "--control", self.control, *options]
+        self._prefix = tuple(prefix)
         for disk, path in disks.items():
             base = f",base={bases[disk]}" if bases and disk in bases else ""
             self._arguments += ["--disk", f"{disk}={path}{base}"]
@@ -228,7 +232,7 @@ class Host:
 
     def launch(self) -> None:
         """Start the daemon and wait for nothing."""
-        self._daemon = Command(self._arguments, self.directory, "serve")
+        self._daemon = Command(self._arguments, self.directory, "serve", self._prefix)
         self._watchdog = threading.Timer(WATCHDOG_S, self._daemon.process.kill)
         self._watchdog.daemon = True
         self._watchdog.start()
