@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import os
 import signal
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--nightly``."""
+    """Add ``--nightly`` and ``--matrix-seed``."""
     parser.addoption(
         "--nightly", action="store_true", help="also run what takes too long for every run, and more of it"
+    )
+    parser.addoption(
+        "--matrix-seed",
+        type=int,
+        default=os.environ.get("FUSEMIG_MATRIX_SEED"),
+        help="play one run of tests/property/test_fault_matrix.py again",
     )
 
 
@@ -40,3 +47,10 @@ def pytest_runtest_teardown() -> None:
 def nightly(pytestconfig: pytest.Config) -> bool:
     """Tell whether this run may take its time."""
     return bool(pytestconfig.getoption("--nightly"))
+
+
+@pytest.fixture
+def matrix_seed(pytestconfig: pytest.Config) -> int | None:
+    """Give the one seed to be played, if one was named."""
+    seed: int | None = pytestconfig.getoption("--matrix-seed")
+    return seed

@@ -73,6 +73,11 @@ class Disk(ABC):
         """Tell whether a write there may wait for the store (a cold, partly covered page) rather than only copy."""
         return True
 
+    @property
+    def io_error(self) -> DiskError | None:
+        """The failed flush that made this disk untrustworthy, if one did."""
+        return None
+
     def close(self) -> None:  # noqa: B027  (most layers hold nothing)
         """Release what the layer holds; idempotent."""
 

@@ -205,6 +205,11 @@ class FaultDisk(Disk):
             raise self._flush_error
         self.image.flush()
 
+    @property
+    def io_error(self) -> DiskError | None:
+        """The flush that failed on purpose, or what the image says."""
+        return self._flush_error or self.image.io_error
+
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield the image's allocation; a fault hits before the first extent."""
         fault = self._meet(Operation.EXTENTS, offset, length)

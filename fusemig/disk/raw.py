@@ -147,6 +147,7 @@ class RawDisk(Disk):
         """
         if self._flush_error is not None:
             raise self._flush_error
+        self._check_whole()
         try:
             os.fdatasync(self._fd)
         except OSError as exc:
@@ -160,6 +161,7 @@ class RawDisk(Disk):
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield data and holes as SEEK_DATA and SEEK_HOLE tell them; all data where the store cannot."""
+        self._check_whole()  # what is behind the end of the file is not a hole, but lost
         at, end = offset, offset + length
         while at < end:
             data = self._seek(at, os.SEEK_DATA, end)
@@ -169,6 +171,12 @@ class RawDisk(Disk):
                 return
             at = min(self._seek(data, os.SEEK_HOLE, end), end)
             yield Extent(data, at - data, is_data=True)
+
+    def _check_whole(self) -> None:
+        """Raise `DiskError` (EIO) if somebody has cut the image since it was opened."""
+        if self.is_regular and (size := os.fstat(self._fd).st_size) < self.size:
+            what = f"disk '{self.name}' ({self.path}): the image was cut from {self.size} to {size} bytes, restore it"
+            raise DiskError(errno.EIO, what, size, self.size - size)
 
     def _seek(self, at: int, whence: int, end: int) -> int:
         """Seek from ``at``; the file position this moves is used by nothing else."""

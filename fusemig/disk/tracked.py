@@ -153,6 +153,11 @@ class TrackedDisk(Disk):
         self.image.flush()
         self._n_flushes += 1
 
+    @property
+    def io_error(self) -> DiskError | None:
+        """Ask the image."""
+        return self.image.io_error
+
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield the image's allocation."""
         return self.image.extents(offset, length)

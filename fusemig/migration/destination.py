@@ -12,7 +12,7 @@ answered by `fusemig.migration.witness`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from fusemig.migration.link import Offload
     from fusemig.migration.writer import IncomingDisk
     from fusemig.transport import ByteStream
+
+
+PROOF_OF_LIFE_S: Final = 5.0
+"""How often a destination to which bytes trickle says that it is there, in seconds."""
 
 
 class DestinationMigration(IncomingMigration):
@@ -133,6 +137,7 @@ class DestinationMigration(IncomingMigration):
         self._enter(MigrationPhase.BULK)
         receiver = FrameReceiver(self._link, FrameWriter(self.disks, self._pool))
         applied = 0
+        said_at = trio.current_time()
         while True:
             event = await self._offload(receiver.run_slice)
             if receiver.applied > applied:
@@ -144,6 +149,10 @@ class DestinationMigration(IncomingMigration):
                 await self._link.send([native.encode_ack(applied)])
             if event is Need.STREAM:
                 await self._link.wait_readable()
+                if trio.current_time() - said_at > PROOF_OF_LIFE_S:
+                    # On a slow link a single frame may be longer under way than a silence is taken for an end.
+                    said_at = trio.current_time()
+                    await self._link.send([native.encode_ack(applied)])
             elif isinstance(event, native.Progress):
                 await self._note_progress(event, applied)
             elif event is not Need.SLICE and await self._handle(event):

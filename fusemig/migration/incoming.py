@@ -9,6 +9,7 @@ them so, and the images wait for the next one.
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Protocol
@@ -17,10 +18,11 @@ import structlog
 
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import EpochRecord
-from fusemig.errors import FusemigError
+from fusemig.errors import DiskError, FusemigError, MigrationError
 from fusemig.failpoint import reach
 from fusemig.migration.witness import RecallHost
 from fusemig.phase import MigrationPhase
+from fusemig.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -133,10 +135,20 @@ class IncomingMigration(ABC):
         try:
             await self._receive()
         except FusemigError as exc:
-            self.error = exc
-            await self._say_failed(exc)
-            self._log.warning("incoming migration over", reason=str(exc))
+            error = self._store_error(exc) if isinstance(exc, DiskError) else exc
+            self.error = error
+            await self._say_failed(error)
+            self._log.warning("incoming migration over", reason=str(error))
             self._enter(MigrationPhase.FAILED)
+
+    def _store_error(self, error: DiskError) -> MigrationError:
+        """Say what somebody has to do about a store that failed here."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            to_come = format_size(self.statistics().pending_bytes)
+            step = f"about {to_come} are still to come: make room at the destination, then migrate again"
+        else:
+            step = "mend the destination's store, then migrate again"
+        return MigrationError(f"{error}; the disk stays at the source: {step}")
 
     @abstractmethod
     async def _meet(self) -> list[IncomingDisk]:

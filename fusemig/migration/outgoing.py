@@ -25,7 +25,7 @@ import trio
 
 from fusemig.convergence import Convergence, Decision, Rate, RateLimit, Throughput
 from fusemig.disk.tracked import Gate
-from fusemig.errors import CancelledByUserError, FusemigError, InDoubtError, MigrationError, StateError
+from fusemig.errors import CancelledByUserError, DiskError, FusemigError, InDoubtError, MigrationError, StateError
 from fusemig.migration.guest import NoGuest
 from fusemig.migration.reader import OutgoingDisk
 from fusemig.migration.stats import DiskStatistics, MigrationStatistics
@@ -285,7 +285,10 @@ class OutgoingMigration(ABC):
         for index, lent in enumerate(self._lent):
             self._disks.append(OutgoingDisk(index, lent.disk, lent.disk.start_tracking()))
         for disk in self._disks:
-            await self._offload(disk.find_allocated)
+            try:
+                await self._offload(disk.find_allocated)
+            except DiskError as exc:
+                raise MigrationError(f"{exc}; the disk stays here: mend its image, then migrate again") from exc
         self._set_up_at = trio.current_time()
 
     async def _send_all(self) -> None:
@@ -399,7 +402,27 @@ class OutgoingMigration(ABC):
         await self._run_pass(is_limited=False)
 
     async def _flush(self, disk: OutgoingDisk) -> None:
-        await self._offload(disk.disk.flush)
+        """Make a disk durable.
+
+        Raises:
+            MigrationError: its store failed, and what it holds is not to be trusted; it stays here.
+        """
+        try:
+            await self._offload(disk.disk.flush)
+        except DiskError as exc:
+            raise self._untrusted_error(exc) from exc
+
+    def _check_stores(self) -> None:
+        """Raise `MigrationError` if a guest's own sync failed since ours: such a disk is not handed over."""
+        for disk in self._disks:
+            if disk.disk.io_error is not None:
+                raise self._untrusted_error(disk.disk.io_error)
+
+    def _untrusted_error(self, error: DiskError) -> MigrationError:
+        return MigrationError(
+            f"{error}; what was written last may be lost, so the disk is not moved: stop its guest, check the image "
+            "and its store, then serve it anew"
+        )
 
     def _freeze_deadline_error(self) -> MigrationError:
         return MigrationError(

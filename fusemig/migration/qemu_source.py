@@ -157,7 +157,7 @@ class QemuSource(OutgoingMigration):
 
     async def _sync_ahead(self) -> None:
         for disk in self._disks:
-            await self._offload(disk.disk.flush)
+            await self._flush(disk)
 
     def _pending_bytes(self) -> int:
         """Count whole chunks, which is what is sent."""

@@ -156,7 +156,7 @@ class SourceMigration(OutgoingMigration):
     async def _sync_ahead(self) -> None:
         await self._link.send_message(native.Sync())
         for disk in self._disks:
-            await self._offload(disk.disk.flush)
+            await self._flush(disk)
         await self._synced.wait()
 
     # Background tasks
@@ -213,6 +213,7 @@ class SourceMigration(OutgoingMigration):
             raise self._freeze_deadline_error()
         if self._is_cancel_requested:  # granted while PREPARED was on its way to this task
             raise self._cancelled_error()
+        self._check_stores()
         with trio.CancelScope(shield=True):
             await self._handoff.commit(link, self._on_committed)
             self._taken_at = trio.current_time()

@@ -141,15 +141,22 @@ class Qmp:
 class Command:
     """A fusemig command in the background."""
 
-    def __init__(self, arguments: Iterable[object], directory: Path, label: str, failpoint: str = "") -> None:
-        """Start ``fusemig ARGUMENTS``; what it says goes to files in ``directory``."""
+    def __init__(
+        self,
+        arguments: Iterable[object],
+        directory: Path,
+        label: str,
+        failpoint: str = "",
+        prefix: Iterable[object] = (),
+    ) -> None:
+        """Start ``fusemig ARGUMENTS``, behind ``prefix``; what it says goes to files in ``directory``."""
         environment = {name: value for name, value in os.environ.items() if name != "FUSEMIG_FAILPOINT"}
         if failpoint:
             environment["FUSEMIG_FAILPOINT"] = failpoint
         self._out, self._err = directory / f"{label}.out", directory / f"{label}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fusemig", *map(str, arguments)],
+                [*map(str, prefix), sys.executable, "-m", "fusemig", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -192,11 +199,12 @@ class Host:
         bases: Mapping[str, Path] | None = None,
         options: Iterable[object] = (),
         failpoint: str = "",
+        prefix: Iterable[object] = (),
     ) -> None:
         """Prepare ``fusemig serve`` in ``directory``.
 
         ``incoming`` is a URI, of which port 0 is a free one; a disk in ``bases`` is an overlay over that image;
-        ``options`` are passed on as they are; at ``failpoint`` the daemon kills itself.
+        ``options`` are passed on as they are; at ``failpoint`` the daemon kills itself; ``prefix`` goes before it.
         """
         self.name = name
         self.directory = directory
@@ -205,7 +213,8 @@ class Host:
         self.mount = directory / "mnt"
         self.control = directory / "control"
         self.mount.mkdir(parents=True, exist_ok=True)
-        self._arguments: list[object] = ["serve", self.mount, "--control", self.control]
+        self._arguments: list[object] = ["serve", self.mount, "--control", self.control, *options]
+        self._prefix = tuple(prefix)
         for disk, path in disks.items():
             base = f",base={bases[disk]}" if bases and disk in bases else ""
             self._arguments += ["--disk", f"{disk}={path}{base}"]
@@ -238,7 +247,7 @@ class Host:
 
     def launch(self) -> None:
         """Start the daemon and wait for nothing."""
-        self._daemon = Command(self._arguments, self.directory, "serve", self._failpoint)
+        self._daemon = Command(self._arguments, self.directory, "serve", self._failpoint, self._prefix)
         self._watchdog = threading.Timer(WATCHDOG_S, self._daemon.process.kill)
         self._watchdog.daemon = True
         self._watchdog.start()
