@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
@@ -85,6 +83,3 @@ def link() -> Iterator[Link]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True, timeout=20)
-
-
-@cache
