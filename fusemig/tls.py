@@ -109,7 +109,7 @@ class _Relay(threading.Thread):
         self._ungiven = self._incoming[:0]
         """Bytes of the peer's that the migration has not taken."""
         self._is_inner_over = False
-        """The migration has closed its end, and all that it sent was taken."""
+        """The migration has closed its end, and all that it sent has been sent on."""
         self._is_peer_over = False
         self._closes_at: float | None = None
         """When to give up; set once the migration has closed its end."""
@@ -135,7 +135,7 @@ class _Relay(threading.Thread):
             has_moved = self._send_to_peer()
             has_moved |= self._take_from_peer()
             has_moved |= self._give_to_inner()
-            if self._is_inner_over and not self._unsent and not self._to_send.pending:
+            if self._is_inner_over:
                 return
             if self._is_peer_over and not self._ungiven:
                 return
