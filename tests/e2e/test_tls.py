@@ -7,6 +7,7 @@ import select
 import socket
 import ssl
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 import pytest
@@ -334,14 +335,41 @@ def test_strangers_disturb_nobody(hosts: Hosts, authority: Authority) -> None:
         wait_until(lambda: rejections(there) >= 3 + 40 - 8, "the flood's end")
         assert here.phase() == "pre-switchover"
         pwrite(here.file(), b"written meanwhile", MIB)
-        here.proceed()
-        done = command.finish()
+        with Flood(address(there)) as more:
+            wait_until(lambda: more.n_connections > 10, "the second flood")
+            here.proceed()
+            done = command.finish()
         assert done.exit_code == 0, done.stderr
     finally:
         for stranger in flood:
             stranger.close()
     assert here.images["vda"].read_bytes() == there.images["vda"].read_bytes()
     assert here.migration()["x-fusemig"]["frozen-ms"] < 5000
+
+
+class Flood:
+    """Strangers who connect one after the other, say half a word, and leave; a context manager."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        """Connect to ``target``."""
+        self.n_connections = 0
+        self._target = target
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join(40)
+
+    def _run(self) -> None:
+        while not self._is_over.is_set():
+            with suppress(OSError), socket.create_connection(self._target, 1) as stranger:
+                self.n_connections += 1
+                stranger.send(b"\x16\x03\x01"[: self.n_connections % 4])
 
 
 def test_a_source_gets_through_a_crowd(hosts: Hosts, authority: Authority) -> None:
