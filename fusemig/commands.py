@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from msgspec import UNSET, UnsetType
 
 from fusemig import __version__
@@ -16,13 +17,15 @@ from fusemig.block_info import block_info, block_node, block_stats, served_disk
 from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.credentials import Endpoint
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import Ownership
+from fusemig.epoch import Ownership, Side
 from fusemig.errors import ConfigError
 from fusemig.migration.outgoing import OutgoingMigration
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import monitor, schema
 from fusemig.qmp_objects import load, make_object
+from fusemig.runtimes.account import guest_info
+from fusemig.runtimes.options import guest_options
 from fusemig.transport import parse_uri
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.stats import DiskStatistics
     from fusemig.qmp import block, objects
+
+log = structlog.get_logger(__name__)
 
 
 def command_table(daemon: Daemon) -> Mapping[str, Command]:
@@ -63,6 +68,7 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "quit": commands.quit,
         "human-monitor-command": commands.human_monitor_command,
         "x-fusemig-status": commands.status,
+        "x-fusemig-resolve": commands.resolve,
     }
     return {name: Command(schema.COMMANDS[name], function) for name, function in functions.items()}
 
@@ -137,6 +143,9 @@ class _Commands:
         is_qemu = arguments.x_fusemig_wire is schema.WireName.QEMU
         if machine is not None and not is_qemu:
             raise CommandError("'x-fusemig-machine' goes with 'x-fusemig-wire' qemu: leave it out, or add that")
+        guest = guest_options(arguments, are_commands_allowed=self._daemon.options.allow_guest_commands)
+        if guest is not None and is_qemu:
+            raise CommandError("a guest moves with its disks over the native wire only: leave 'x-fusemig-wire' out")
         try:
             parse_uri(arguments.uri)
         except ConfigError as exc:
@@ -149,6 +158,7 @@ class _Commands:
             disks,
             is_qemu=is_qemu,
             machine=machine or DEFAULT_MACHINE,
+            guest=guest,
             tls=tls,
             tls_hostname=arguments.x_fusemig_tls_hostname,
             is_insecure=arguments.x_fusemig_insecure,
@@ -266,6 +276,17 @@ class _Commands:
             migration=UNSET if info.status is UNSET else info,
         )
 
+    async def resolve(self, session: Session, arguments: schema.Resolve) -> None:
+        for name in arguments.disks:
+            if name not in self._daemon.disks:
+                raise DeviceNotFoundError(name, self._daemon.disks)
+        if not arguments.disks:
+            raise CommandError("Parameter 'disks' is empty: name at least one disk")
+        log.warning("asked to resolve", disks=arguments.disks, owner=arguments.owner, pid=session.pid, uid=session.uid)
+        await self._daemon.doubts.resolve(
+            arguments.disks, Side(arguments.owner), is_other_fenced=arguments.i_have_fenced_the_other
+        )
+
 
 class _Queries:
     """What the human monitor asks of the daemon (`monitor.Queries`)."""
@@ -323,12 +344,12 @@ def _why_guests_may_not_write(daemon: Daemon) -> str:
         if record is not None and record.state is Ownership.HANDED_OFF:
             return (
                 f"it is not known whether {record.peer or 'the destination'} took disk '{served.name}', and a guest "
-                "may be writing it there: look there first (`fusemig status`)"
+                "may be writing it there: look there first (`fusemig status`), then see `fusemig resolve --help`"
             )
         if record is not None and record.state is Ownership.RELEASED:
             return (
                 f"disk '{served.name}' was handed off to {record.peer or 'another host'}, and a guest may be writing "
-                "it there: migrate it back to write it here"
+                "it there: migrate it back to write it here; if that host is gone for good, see `fusemig resolve -h`"
             )
     return "every disk is served with --readonly"
 
@@ -415,6 +436,7 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             wire_bytes=stats.wire_bytes,
             frozen_ms=stats.frozen_s * 1000,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
+            guest=guest_info(migration.guest.account(), migration.started_at),
         ),
     )
 

@@ -1,4 +1,4 @@
-"""A small QMP client for the command line.
+"""A small QMP client: for the command line to talk with the daemon, and for the daemon to talk with QEMU.
 
 Rules: no task of its own, so no exception of the caller's is ever wrapped in a group. Whoever waits reads the socket,
 one at a time, and files what is another's: replies by their ``id``, events in a queue. Every wait has a deadline. A
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import trio
 
@@ -27,17 +27,40 @@ MAX_QUEUED_EVENTS: Final = 1000
 _RECEIVE_BYTES: Final = 65536
 
 
+class Server(NamedTuple):
+    """Who is expected behind a socket, for the texts of errors."""
+
+    name: str
+    if_absent: str
+    """What to do where nobody listens; ``{path}`` stands for the socket."""
+    if_mute: str
+    """What to do where a connection is made and no QMP greeting comes."""
+    if_refused: str
+    """What to do where the socket is another user's."""
+    if_lost: str
+    """Where to look when it has gone."""
+
+
+DAEMON: Final = Server(
+    "the daemon",
+    "is `fusemig serve` running with --control {path}?",
+    "is it fusemig's --control?",
+    "run this as the user of `fusemig serve`, or as root",
+    "see its log",
+)
+
+
 class QmpError(FusemigError):
-    """The daemon refused a command.
+    """The server refused a command.
 
     Attributes:
         error_class: QMP's error class.
-        desc: the daemon's text.
-        kind: the daemon's `FusemigError.kind`, from which the exit code follows.
+        desc: the server's text.
+        kind: the daemon's `FusemigError.kind`, from which the exit code follows; empty from other servers.
     """
 
     def __init__(self, error_class: str, desc: str, kind: str = "") -> None:
-        """Keep what the daemon said."""
+        """Keep what the server said."""
         super().__init__(desc)
         self.error_class = error_class
         self.desc = desc
@@ -48,9 +71,10 @@ class QmpError(FusemigError):
 class ControlClient:
     """A negotiated connection; made by `open_control`. May be used by several tasks."""
 
-    def __init__(self, stream: trio.SocketStream, path: Path, deadline_s: float) -> None:
+    def __init__(self, stream: trio.SocketStream, path: Path, deadline_s: float, server: Server = DAEMON) -> None:
         """Take over a connected stream."""
         self._stream = stream
+        self._server = server
         self._path = path
         self._deadline_s = deadline_s
         self._buffer = bytearray()
@@ -67,7 +91,9 @@ class ControlClient:
             with trio.fail_after(self._deadline_s):
                 greeting = await self._receive()
         except trio.TooSlowError:
-            raise ConnectError(f"'{self._path}' does not greet as QMP does: is it fusemig's --control?") from None
+            raise ConnectError(
+                f"'{self._path}' does not greet as QMP does: {self._server.if_mute.format(path=self._path)}"
+            ) from None
         if not isinstance(greeting, codec.Greeting):
             raise RemoteProtocolError(f"'{self._path}' does not begin with a QMP greeting")
         await self.execute("qmp_capabilities")
@@ -79,7 +105,7 @@ class ControlClient:
         """Run a command and return what it returned.
 
         Raises:
-            QmpError: the daemon refused.
+            QmpError: the server refused.
             ConnectionLostError: it went away, or did not answer in time.
         """
         self._last_id += 1
@@ -95,7 +121,7 @@ class ControlClient:
                             self._file(await self._receive())
         except trio.TooSlowError:
             raise ConnectionLostError(
-                f"the daemon at '{self._path}' did not answer {command} in {limit_s:g} s"
+                f"{self._server.name} at '{self._path}' did not answer {command} in {limit_s:g} s"
             ) from None
         finally:
             del self._replies[id_]
@@ -107,7 +133,7 @@ class ControlClient:
         """Return the oldest event not taken yet; waits for one, and leaves the deadline to the caller.
 
         Raises:
-            ConnectionLostError: the daemon went away.
+            ConnectionLostError: the server went away.
         """
         while not self._events:
             async with self._reading:
@@ -116,7 +142,7 @@ class ControlClient:
         return self._events.popleft()
 
     async def events(self) -> AsyncIterator[codec.Event]:
-        """Yield events until the daemon has gone."""
+        """Yield events until the server has gone."""
         while True:
             try:
                 event = await self.next_event()
@@ -128,11 +154,11 @@ class ControlClient:
         if isinstance(message, codec.Event):
             self._events.append(message)
         elif isinstance(message, codec.Greeting):
-            raise RemoteProtocolError("the daemon sent a second greeting")
+            raise RemoteProtocolError(f"{self._server.name} sent a second greeting")
         elif message.id in self._replies:  # else: of a command whose caller has given up
             self._replies[message.id] = message
         elif message.id is None and isinstance(message, codec.Error):
-            raise RemoteProtocolError(f"the daemon did not understand us: {message.desc}")
+            raise RemoteProtocolError(f"{self._server.name} did not understand us: {message.desc}")
 
     async def _send(self, line: bytes) -> None:
         async with self._sending:
@@ -151,7 +177,7 @@ class ControlClient:
         while (end := self._buffer.find(b"\n", scanned)) < 0:
             scanned = len(self._buffer)
             if scanned > codec.MAX_REPLY_BYTES:
-                raise RemoteProtocolError(f"the daemon's line is longer than {codec.MAX_REPLY_BYTES} bytes")
+                raise RemoteProtocolError(f"a line of {self._server.name} is longer than {codec.MAX_REPLY_BYTES} bytes")
             try:
                 data = await self._stream.receive_some(_RECEIVE_BYTES)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -164,25 +190,27 @@ class ControlClient:
         return codec.decode_server_line(line)
 
     def _lost(self) -> ConnectionLostError:
-        return ConnectionLostError(f"the daemon at '{self._path}' closed the connection: see its log")
+        return ConnectionLostError(
+            f"{self._server.name} at '{self._path}' closed the connection: {self._server.if_lost}"
+        )
 
 
 @asynccontextmanager
-async def open_control(path: Path, deadline_s: float = 10.0) -> AsyncIterator[ControlClient]:
-    """Connect to a daemon's control socket; ``deadline_s`` bounds the connecting and each command.
+async def open_control(path: Path, deadline_s: float = 10.0, server: Server = DAEMON) -> AsyncIterator[ControlClient]:
+    """Connect to the control socket of ``server``; ``deadline_s`` bounds the connecting and each command.
 
     Raises:
         ConnectError: nobody listens, or not to us.
         ConnectionLostError, RemoteProtocolError: what listens is no QMP server.
     """
-    stream = await _connect(path, deadline_s)
+    stream = await _connect(path, deadline_s, server)
     async with stream:
-        client = ControlClient(stream, path, deadline_s)
+        client = ControlClient(stream, path, deadline_s, server)
         await client.negotiate()
         yield client
 
 
-async def _connect(path: Path, deadline_s: float) -> trio.SocketStream:
+async def _connect(path: Path, deadline_s: float, server: Server) -> trio.SocketStream:
     sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     try:
         with trio.fail_after(deadline_s):
@@ -190,13 +218,12 @@ async def _connect(path: Path, deadline_s: float) -> trio.SocketStream:
     except BaseException as error:
         sock.close()
         if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
-            text = f"no daemon listens at '{path}': is `fusemig serve` running with --control {path}?"
-            raise ConnectError(text) from error
+            nobody = f"no {server.name.removeprefix('the ')}"
+            raise ConnectError(f"{nobody} listens at '{path}': {server.if_absent.format(path=path)}") from error
         if isinstance(error, PermissionError):
-            text = f"'{path}' belongs to another user: run this as the user of `fusemig serve`, or as root"
-            raise ConnectError(text) from error
+            raise ConnectError(f"'{path}' belongs to another user: {server.if_refused}") from error
         if isinstance(error, trio.TooSlowError):
-            raise ConnectError(f"the daemon at '{path}' accepts no connection within {deadline_s:g} s") from error
+            raise ConnectError(f"{server.name} at '{path}' accepts no connection within {deadline_s:g} s") from error
         if isinstance(error, OSError):
             if error.strerror is None:  # "AF_UNIX path too long": found by Python, not by the kernel
                 raise ConfigError(f"control socket '{path}': {error}") from error

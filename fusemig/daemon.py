@@ -25,8 +25,9 @@ import trio
 from fusemig.commands import command_table
 from fusemig.control import EventHub, serve_control
 from fusemig.disk.tracked import Gate
+from fusemig.doubt import Doubts
 from fusemig.epoch import Ownership
-from fusemig.errors import ConfigError, FusemigError, PeerRefusedError, StateError
+from fusemig.errors import ConfigError, FusemigError, InDoubtError, PeerRefusedError, StateError
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lanes import Lane, open_lane
 from fusemig.fuse.preflight import MountOptions
@@ -37,16 +38,19 @@ from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
+from fusemig.migration.witness import RecalledDisk
 from fusemig.migration.writer import IncomingDisk
 from fusemig.pause import Pause
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import schema
+from fusemig.runtimes.move import GuestMove
+from fusemig.runtimes.options import make_runtime
 from fusemig.security import Security
 from fusemig.served import ServedDisk
 from fusemig.transport import connect, parse_uri
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
     from fusemig.credentials import Credentials
@@ -54,8 +58,9 @@ if TYPE_CHECKING:
     from fusemig.listener import Connection, Listener
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
+    from fusemig.runtimes.options import GuestOptions
     from fusemig.served import DiskSpec
-    from fusemig.transport import ByteStream, Uri
+    from fusemig.transport import ByteStream, SocketStream, Uri
     from fusemig.wire.native import DiskOffer
 
 CONNECT_DEADLINE_S: Final = 10.0
@@ -80,6 +85,8 @@ class ServeOptions:
     lane_threads: int | None = None
     write_back: bool = False
     """The kernel's write-back cache (``--cache writeback``)."""
+    allow_guest_commands: bool = False
+    """Run the pause and resume commands that clients of the control socket name."""
     tls: Credentials | None = None
     """What proves this destination to sources; with it they must prove who they are."""
     tls_identities: tuple[str, ...] = ()
@@ -101,7 +108,10 @@ class Daemon:
         self.security = Security(options.tls, options.tls_identities, is_insecure=options.is_insecure)
         self.mount: AnyMount | None = None
         self.pause = Pause(self.disks.values(), self._push_out)
+        self.doubts = Doubts(self.disks, self._dial, self._on_settled)
         self.listener: Listener | None = None
+        self._secured: dict[Uri, Callable[[SocketStream], Awaitable[ByteStream]]] = {}
+        """How connections to the destinations of this process's migrations are made fit to be used."""
         self.outgoing: OutgoingMigration | None = None
         self.incoming: IncomingMigration | None = None
         self.shown: OutgoingMigration | IncomingMigration | None = None
@@ -157,6 +167,7 @@ class Daemon:
                 trio.open_nursery() as self._nursery,
             ):
                 self._nursery.start_soon(self._watch_mount)
+                self._nursery.start_soon(self.doubts.watch)
                 if self.listener is not None:
                     self._is_listening = True
                     self._nursery.start_soon(self.listener.serve, self._receive)
@@ -258,13 +269,15 @@ class Daemon:
         *,
         is_qemu: bool = False,
         machine: str = DEFAULT_MACHINE,
+        guest: GuestOptions | None = None,
         tls: Credentials | None = None,
         tls_hostname: str = "",
         is_insecure: bool = False,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
-        ``is_qemu`` chooses QEMU's wire, to a QEMU of type ``machine``. `Security.outgoing` says what the last three do.
+        ``is_qemu`` chooses QEMU's wire, to a QEMU of type ``machine``. ``guest`` moves with the disks.
+        `Security.outgoing` says what the last three do.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -274,7 +287,7 @@ class Daemon:
         assert self._nursery is not None
         uri = parse_uri(uri_text)
         if self.outgoing is not None and self.outgoing.phase is MigrationPhase.IN_DOUBT:
-            raise StateError("the last migration is in doubt: find out who owns the disks first (`fusemig resolve`)")
+            raise InDoubtError("the last migration is in doubt: find out who owns the disks first (`fusemig resolve`)")
         if self.is_migrating:
             raise StateError("There's a migration process in progress")
         secure = self.security.outgoing(uri, tls, tls_hostname, is_insecure=is_insecure)
@@ -286,31 +299,51 @@ class Daemon:
             assert served.disk is not None
             lent.append(SourceDisk(served.disk, served.epoch_file, partial(self.pause.push_out, served)))
 
-        async def dial() -> ByteStream:
-            return await secure(await connect(uri, CONNECT_DEADLINE_S))
-
+        self._secured[uri] = secure
         self.parameters.pause_before_switchover = (
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
         )
         self._last_status = ""
         new = partial(QemuSource, machine=machine) if is_qemu else SourceMigration
         self.shown = self.outgoing = new(
-            lent, dial, self.parameters, trio.to_thread.run_sync, self._on_phase, self._on_pass, self._count_requests
+            lent,
+            partial(self._dial, uri_text),
+            self.parameters,
+            trio.to_thread.run_sync,
+            self._on_phase,
+            self._on_pass,
+            self._count_requests,
         )
+        if guest is not None:
+            outgoing = self.outgoing
+            outgoing.guest = GuestMove(make_runtime(guest, outgoing.session), lambda: outgoing.may_thaw)
         for served in chosen:
             served.busy = f"it is being migrated to {uri}"
         self._nursery.start_soon(self._run_outgoing, self.outgoing, chosen)
+
+    async def _dial(self, uri_text: str) -> ByteStream:
+        """Connect as the migration to this URI did, or as the rules are now if that was before a restart."""
+        uri = parse_uri(uri_text)
+        secure = self._secured.get(uri) or self.security.outgoing(uri)
+        return await secure(await connect(uri, CONNECT_DEADLINE_S))
 
     def _choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
         if names is None:
             chosen = [served for served in self.disks.values() if served.is_writable and not served.is_read_only]
             if not chosen and any(served.is_waiting for served in self.disks.values()):
                 raise StateError("Guest is waiting for an incoming migration: no disk here is writable yet")
+            if not chosen and self.doubts.in_doubt():
+                chosen = self.doubts.in_doubt()  # to be told so below
             if not chosen:
                 raise StateError("no disk here is writable: there is nothing to migrate")
         else:
             chosen = [self.disks[name] for name in dict.fromkeys(names)]
         for served in chosen:
+            if served.ownership is Ownership.HANDED_OFF:
+                raise InDoubtError(
+                    f"disk '{served.name}' is in doubt: it is not known whether its destination took it "
+                    f"({served.doubt or 'it was not asked yet'}); see `fusemig resolve --help`"
+                )
             if served.busy:
                 raise StateError(f"disk '{served.name}' is busy: {served.busy}")
             if not served.is_writable:
@@ -329,6 +362,22 @@ class Daemon:
                 served.busy = ""
                 # A daemon that listens gets the disk back into the image that it released.
                 served.is_waiting = self.is_destination and served.ownership is Ownership.RELEASED
+            self.doubts.look()
+
+    def _on_settled(self, served: ServedDisk) -> None:
+        """Have the rest of the daemon follow a disk of which it is known again who owns it."""
+        served.look_again(is_destination=self.is_destination)
+        if self.doubts.in_doubt():
+            return
+        if served.ownership is Ownership.OWNER and not self.pause.is_on:
+            self._is_stopped_for_guests = False
+            self.events.emit("RESUME")
+        migration = self.outgoing
+        record = served.epoch_file.record
+        if migration is None or record is None or record.session != migration.session:
+            return
+        if migration.phase is MigrationPhase.IN_DOUBT:
+            migration.settle(is_handed_off=record.state is Ownership.RELEASED)
 
     @property
     def is_migrating(self) -> bool:
@@ -398,7 +447,7 @@ class Daemon:
             await migration.run()
         except FusemigError as exc:  # a cleanup that failed; the migration's own errors are in `error`
             log.error("incoming connection", peer=stream.peer, reason=str(exc))
-        if migration.phase is MigrationPhase.NONE:
+        if migration.phase is MigrationPhase.NONE and not migration.is_question:
             self._note_rejected(stream, migration.error)
 
     @property
@@ -475,6 +524,31 @@ class Daemon:
             served = self.disks[disk.disk.name]
             served.busy = ""
             served.is_waiting = not served.is_writable
+
+    def recall(self, session: str, image_ids: Sequence[str], peer: str) -> list[RecalledDisk]:
+        """Reserve every disk whose record names the migration or one of the images (`RecallHost.recall`)."""
+        found = [
+            served
+            for served in self.disks.values()
+            for record in [served.epoch_file.record]
+            if record is not None and (record.session == session or record.image_id in image_ids)
+        ]
+        for served in found:
+            if served.busy:
+                raise PeerRefusedError(f"disk '{served.name}' is busy: {served.busy}")
+        for served in found:
+            served.busy = f"{peer} asks who owns it"
+        return [
+            RecalledDisk(served.name, served.epoch_file, None if served.is_read_only else served.disk)
+            for served in found
+        ]
+
+    def let_go(self, disks: Sequence[RecalledDisk]) -> None:
+        """End a reservation (`RecallHost.let_go`)."""
+        for disk in disks:
+            served = self.disks[disk.name]
+            served.busy = ""
+            served.look_again(is_destination=self.is_destination)
 
 
 def _most_telling(group: BaseExceptionGroup[BaseException]) -> BaseException:

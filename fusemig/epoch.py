@@ -5,11 +5,15 @@ one has never taken part in any and belongs to whoever opens it. Layout: two slo
 padded with spaces; a write goes to the older slot and is followed by fdatasync, so a torn write leaves the other slot
 and no rename is needed at switchover. The valid slot with the higher counter counts.
 
+What is read is made durable before it counts: a record that a killed daemon left in the page cache only would be acted
+on, perhaps by the other side too, and be gone after a power loss. For the same reason the directory is synced once by
+every daemon that uses the file, not only by the one that created it.
+
     state        meaning                                                may guests write?
     owner        this side owns the disk in `epoch`                     yes
     incoming     a destination's image, incomplete                      no: `serve --incoming` only
     prepared     a destination's image, complete, not yet given         no: `serve --incoming` only
-    handed-off   a source that said COMMIT and knows no more            no, until resolved
+    handed-off   a source that said COMMIT and knows no more            no, until settled (`evidence_of`, `resolved`)
     released     a source whose disk lives elsewhere now                no
 """
 
@@ -23,6 +27,7 @@ import msgspec
 from xxhash import xxh3_64_hexdigest
 
 from fusemig.errors import ConfigError, StateError
+from fusemig.handoff import Evidence
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +57,11 @@ class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
     session: str = ""
     """The migration that wrote this record."""
     peer: str = ""
-    """Where that migration went to or came from, for people."""
+    """Where that migration went to (a URI, which is asked when it is in doubt) or came from (for people)."""
+    wire: str = ""
+    """The wire of that migration, as far as a source has handed off over it; only ``native`` can be asked."""
+    group: int = 0
+    """How many disks that migration moves together, as far as a source has handed off."""
     version: int = _VERSION
 
 
@@ -83,7 +92,11 @@ class EpochFile:
         """
         self.path = path
         self.record: EpochRecord | None = None
+        self.is_certain = True
+        """Whether `record` is what is durable; not so after a write that failed, until one succeeds."""
         self._counter = 0
+        self._is_linked = False
+        """Whether the directory's entry of the file is known to be durable."""
         self._read()
 
     def _read(self) -> None:
@@ -111,13 +124,26 @@ class EpochFile:
                 f"the epoch file {self.path} is damaged, so who owns the disk is not known here; "
                 "find out which side wrote last, then remove the file on that side"
             )
+        self._make_durable()
         self._counter, self.record = max(valid, key=lambda slot: slot[0])
+
+    def _make_durable(self) -> None:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+            sync_directory(self.path.parent)
+        except OSError as exc:
+            raise ConfigError(f"cannot make the epoch file {self.path} durable: {exc.strerror}") from exc
+        self._is_linked = True
 
     def write(self, record: EpochRecord) -> None:
         """Make ``record`` durable; on return it is.
 
         Raises:
-            StateError: it could not be made durable; the former record counts.
+            StateError: it could not be made durable; the former record counts, and on the disk either may be.
         """
         counter = self._counter + 1
         raw = msgspec.json.encode(record)
@@ -134,14 +160,88 @@ class EpochFile:
                 os.fdatasync(fd)
             finally:
                 os.close(fd)
-            if self.record is None:  # also after a first try that left the file behind
-                _sync_directory(self.path.parent)
+            if not self._is_linked:
+                sync_directory(self.path.parent)
+                self._is_linked = True
         except OSError as exc:
+            self.is_certain = False
             raise StateError(
                 f"cannot write the epoch file {self.path}: {exc.strerror}; free space there first"
             ) from exc
         self._counter = counter
         self.record = record
+        self.is_certain = True
+
+    def assume(self, record: EpochRecord) -> None:
+        """Go by ``record``, which could not be written but may be what is durable: for the safer of the two."""
+        self.record = record
+        self.is_certain = False
+
+
+class Side(Enum):
+    """One of the two sides of a hand-off, as a person names it."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+def evidence_of(record: EpochRecord | None, *, session: str, image_id: str, epoch: int) -> Evidence:
+    """Return what a destination's durable record says of a disk that a source handed off.
+
+    Args:
+        record: the destination's, of this disk as far as it knows.
+        session: the migration in which the source said COMMIT.
+        image_id: the disk.
+        epoch: the one in which the source owned the disk.
+    """
+    if record is None or record.image_id != image_id or record.epoch <= epoch:
+        return Evidence.UNKNOWN
+    if record.session == session and record.state is Ownership.PREPARED:
+        return Evidence.PREPARED
+    if record.session == session and record.state is Ownership.INCOMING:
+        return Evidence.INCOMING
+    if record.state in (Ownership.INCOMING, Ownership.PREPARED) and record.epoch == epoch + 1:
+        # Offered by a source that owned it in the same epoch: this record does not tell what became of ours.
+        return Evidence.UNKNOWN
+    # Whoever owns the disk in a later epoch, or offers it from one, had it through our hand-off.
+    return Evidence.OWNED
+
+
+def resolved(record: EpochRecord | None, owner: Side) -> EpochRecord:
+    """Return the record that a person's word makes of ``record``: who owns the disk, the other side being fenced.
+
+    A source that takes its disk back skips an epoch: the next one may have been used by the destination, and whatever
+    that still holds must count as older.
+
+    Raises:
+        StateError: there is nothing to resolve in this state.
+    """
+    state = None if record is None else record.state
+    change = (
+        {
+            (Ownership.HANDED_OFF, Side.SOURCE): (Ownership.OWNER, 2),
+            (Ownership.HANDED_OFF, Side.DESTINATION): (Ownership.RELEASED, 0),
+            (Ownership.RELEASED, Side.SOURCE): (Ownership.OWNER, 2),
+            (Ownership.PREPARED, Side.SOURCE): (Ownership.INCOMING, 0),
+            (Ownership.PREPARED, Side.DESTINATION): (Ownership.OWNER, 0),
+        }.get((state, owner))
+        if state is not None
+        else None
+    )
+    if record is None or change is None:
+        raise StateError(f"there is nothing to resolve: {_UNDOUBTED[state]}")
+    new_state, skipped = change
+    return msgspec.structs.replace(record, state=new_state, epoch=record.epoch + skipped)
+
+
+_UNDOUBTED: Final = {
+    None: "the disk never moved (it has no epoch file) and belongs to whoever serves it",
+    Ownership.OWNER: "the state is 'owner': this side owns the disk; to give it away, migrate it",
+    Ownership.INCOMING: "the state is 'incoming': the image is incomplete and its source goes on; receive it again",
+    Ownership.PREPARED: "the state is 'prepared'",
+    Ownership.HANDED_OFF: "the state is 'handed-off'",
+    Ownership.RELEASED: "the state is 'released': the destination owns the disk already",
+}
 
 
 def _parse(slot: bytes) -> tuple[int, EpochRecord] | None:
@@ -164,7 +264,8 @@ def _pwrite(fd: int, data: bytes, offset: int) -> None:
         done += os.pwrite(fd, data[done:], offset + done)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make the entries of a directory durable; raises `OSError`."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

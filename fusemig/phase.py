@@ -3,7 +3,7 @@
     NONE ─> SETUP ─> BULK ─> DIRTY ─┬─> PRE_SWITCHOVER ─┐
                                     └──────────────────>┴─> FROZEN ─> COMMITTED ─> COMPLETED
     any before COMMITTED ─> CANCELLING ─> CANCELLED           COMMITTED ─> IN_DOUBT
-    any before COMMITTED ─> FAILED
+    any before COMMITTED ─> FAILED                            IN_DOUBT ─> COMPLETED, FAILED (once that is known)
 
 Rule: from COMMITTED on the source never thaws by itself; before it, every way out thaws. `TRANSITIONS` is the whole
 truth and `PhaseMachine` refuses anything else.
@@ -43,7 +43,7 @@ class MigrationPhase(Enum):
     CANCELLED = "cancelled"
     """Over by request; the source serves on."""
     IN_DOUBT = "in-doubt"
-    """COMMIT was sent and no TAKEN came: frozen until it is known who owns the disks."""
+    """COMMIT was sent and no TAKEN came: read-only until it is known who owns the disks."""
 
 
 _P = MigrationPhase
@@ -58,7 +58,7 @@ TRANSITIONS: Final[dict[MigrationPhase, frozenset[MigrationPhase]]] = {
     _P.FROZEN: frozenset({_P.COMMITTED}),
     _P.COMMITTED: frozenset({_P.COMPLETED, _P.IN_DOUBT}),
     _P.CANCELLING: frozenset({_P.CANCELLED}),
-    _P.IN_DOUBT: frozenset({_P.COMPLETED}),
+    _P.IN_DOUBT: frozenset({_P.COMPLETED, _P.FAILED}),
     _P.COMPLETED: frozenset(),
     _P.FAILED: frozenset(),
     _P.CANCELLED: frozenset(),

@@ -78,8 +78,10 @@ class ServedDisk:
         self.is_read_only = spec.is_read_only
         self.busy = ""
         """Why the disk must not be migrated, received or closed now; empty if nothing keeps it (an op blocker)."""
+        self.doubt = ""
+        """What has become of asking who owns the disk, if it is in doubt; for people."""
         state_dir = _state_directory(spec, state_dir)
-        self.epoch_file = EpochFile(state_dir / f"{spec.path.name}.fusemig")
+        self.epoch_file = EpochFile(epoch_path(spec, state_dir))
         self._map_path = state_dir / f"{spec.path.name}.fusemig-map"
         self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in _RECEIVABLE
         """Whether a source may fill this disk."""
@@ -116,10 +118,15 @@ class ServedDisk:
                 f"image {self.path} of disk '{self.name}' is incomplete: a migration from {record.peer or 'elsewhere'} "
                 f"did not end; serve it with --incoming to receive it again, or delete the image and "
                 f"{self.epoch_file.path}"
+                + (
+                    "; it is complete, and if the source is gone for good see `fusemig resolve --help`"
+                    if record.state is Ownership.PREPARED
+                    else ""
+                )
             )
         if record.state is Ownership.HANDED_OFF:
             log.warning(
-                "read-only: it is not known whether the destination took the disk; see `fusemig resolve`",
+                "read-only: it is not known whether the destination took the disk; it is asked, see `fusemig status`",
                 disk=self.name,
                 destination=record.peer,
             )
@@ -158,6 +165,11 @@ class ServedDisk:
             raise PeerRefusedError(f"disk '{self.name}' is busy: {self.busy}")
         if self.ownership is Ownership.HANDED_OFF:
             raise PeerRefusedError(f"disk '{self.name}' is in doubt there: resolve that first (`fusemig resolve`)")
+        if self.ownership is Ownership.PREPARED and record is not None and record.image_id != offer.image_id:
+            raise PeerRefusedError(
+                f"disk '{self.name}' is prepared there for the source of another one ({record.peer}), which may have "
+                "handed it off: have that migrate again, or see `fusemig resolve` there"
+            )
         if not self.is_waiting:
             raise PeerRefusedError(
                 f"disk '{self.name}' is owned there and would be overwritten; serve another image with --incoming"
@@ -172,6 +184,12 @@ class ServedDisk:
                 f"disk '{self.name}' has {self.disk.size} bytes there and {offer.size} bytes at the source; "
                 "delete the image there, or make it the same size"
             )
+
+    def look_again(self, *, is_destination: bool) -> None:
+        """Decide anew whether the disk waits for a source, after its epoch file has changed."""
+        self.is_waiting = (
+            is_destination and not self.is_read_only and not self.is_writable and self.ownership in _RECEIVABLE
+        )
 
     def open_created(self) -> int:
         """Return the size of the image, opening one that was created since the daemon started. May sleep.
@@ -222,6 +240,11 @@ _RECEIVABLE = frozenset({None, Ownership.INCOMING, Ownership.PREPARED, Ownership
 
 def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()
+
+
+def epoch_path(spec: DiskSpec, state_dir: Path | None) -> Path:
+    """Return where the epoch file of a disk lies; raises `ConfigError` if that cannot be known."""
+    return _state_directory(spec, state_dir) / f"{spec.path.name}.fusemig"
 
 
 def _state_directory(spec: DiskSpec, state_dir: Path | None) -> Path:

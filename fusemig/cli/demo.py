@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -45,6 +46,7 @@ from fusemig.errors import ConfigError, FusemigError
 from fusemig.units import SECTOR_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from fusemig.cli.demo_stage import LoopMount, Place, Program
@@ -69,16 +71,26 @@ async def demo_command(size: int, seconds: float, directory: Path | None) -> int
     Raises:
         FusemigError: a step failed, so that there was nothing to check.
     """
+    check_options(size, seconds)
+    return await until_interrupted(partial(_demo, size, seconds, directory))
+
+
+def check_options(size: int, seconds: float) -> None:
+    """Raise `ConfigError` unless a demo can be made of these."""
     if size < MIN_SIZE or size % SECTOR_SIZE:
         raise ConfigError(f"--size {size}: give at least {MIN_SIZE >> 20}M, a multiple of {SECTOR_SIZE} bytes")
     if not 0 < seconds <= MIGRATE_DEADLINE_S:
         raise ConfigError(f"--seconds {seconds:g}: give more than 0 and at most {MIGRATE_DEADLINE_S:g}")
+
+
+async def until_interrupted(job: Callable[[], Awaitable[int]]) -> int:
+    """Run a demo, which SIGINT and SIGTERM cancel; return its exit code."""
     error: FusemigError | None = None
     code = 130
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_signals, nursery.cancel_scope)
         try:
-            code = await _demo(size, seconds, directory)
+            code = await job()
         except FusemigError as exc:
             error = exc  # outside the nursery, which would make a group of it
         nursery.cancel_scope.cancel()
@@ -93,15 +105,15 @@ async def _watch_signals(
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for _ in signals:
-            _say("interrupted; cleaning up")
+            say("interrupted; cleaning up")
             scope.cancel()
 
 
 async def _demo(size: int, seconds: float, directory: Path | None) -> int:
     async with place(directory, 2 * size + _SPARE_BYTES) as where, AsyncExitStack() as stack:
         if why := await why_no_loop(where):
-            _say(f"no ext4 on a loop device ({why}): a plain writer on the mount takes sqlite3's place")
-        _say(f"making a disk of {size >> 20} MiB and starting two daemons")
+            say(f"no ext4 on a loop device ({why}): a plain writer on the mount takes sqlite3's place")
+        say(f"making a disk of {size >> 20} MiB and starting two daemons")
         image, copy = where.images / "source.img", where.images / "destination.img"
         await in_thread(fill_with_random, image, size, deadline_s=VERIFY_DEADLINE_S)
         _, destination_control, arrived = await stack.enter_async_context(
@@ -118,7 +130,7 @@ async def _demo(size: int, seconds: float, directory: Path | None) -> int:
             report.checks.append(_none_lost(report.log, n_lost))
         else:
             await _check_file_system(where, arrived, report)
-        report.checks.append(Check(*await in_thread(_only_one_writable, left, arrived)))
+        report.checks.append(Check(*await in_thread(only_one_writable, left, arrived)))
         for line in report.lines():
             print(line)
         return 0 if report.is_ok else 1
@@ -155,11 +167,11 @@ async def _sqlite(journey: _Journey, size: int) -> Report:
         pause = {"capability": "pause-before-switchover", "state": True}
         await control.execute("migrate-set-capabilities", {"capabilities": [pause]})
         begun_at = await _start(control, writer, journey)
-        await _wait_status(control, "pre-switchover", writer)
+        await wait_status(control, "pre-switchover", writer)
         converged_s = time.monotonic() - begun_at
         await _stop_guest(writer, file_system)
         await control.execute("migrate-continue", {"state": "pre-switchover"})
-        info = await _wait_status(control, "completed")
+        info = await wait_status(control, "completed")
         ended_at = time.monotonic()
     log = await in_thread(read_log, journey.log)
     name = "sqlite3 (WAL, synchronous=FULL) on ext4 on a loop device on the mount"
@@ -170,7 +182,7 @@ async def _plain(journey: _Journey, size: int, why: str) -> Report:
     """Move the disk under a plain writer, which goes on until it is refused."""
     async with open_control(journey.control) as control, _writer("plain", journey.left, journey) as writer:
         begun_at = await _start(control, writer, journey)
-        info = await _wait_status(control, "completed")
+        info = await wait_status(control, "completed")
         ended_at = time.monotonic()
         if code := await writer.wait(VERIFY_DEADLINE_S):
             raise DemoError(f"the writer failed with {code}: {writer.last_words()}")
@@ -189,7 +201,7 @@ def _writer(kind: str, target: Path, journey: _Journey) -> Any:
 
 async def _start(control: ControlClient, writer: Program, journey: _Journey) -> float:
     """Let the writer write for a while, then start the migration; return when."""
-    _say(f"the writer commits; the disk moves after {journey.seconds:g} s")
+    say(f"the writer commits; the disk moves after {journey.seconds:g} s")
     await trio.sleep(journey.seconds)
     writer.check_alive()
     begun_at = time.monotonic()
@@ -197,7 +209,7 @@ async def _start(control: ControlClient, writer: Program, journey: _Journey) -> 
     return begun_at
 
 
-async def _wait_status(control: ControlClient, status: str, writer: Program | None = None) -> dict[str, Any]:
+async def wait_status(control: ControlClient, status: str, writer: Program | None = None) -> dict[str, Any]:
     """Wait until the migration has come to ``status``; return its ``query-migrate``."""
     try:
         with trio.fail_after(MIGRATE_DEADLINE_S):
@@ -264,7 +276,7 @@ def _digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def _only_one_writable(left: Path, arrived: Path) -> tuple[bool, str]:
+def only_one_writable(left: Path, arrived: Path) -> tuple[bool, str]:
     """Write the disk's first sector anew, as it is, on both sides."""
     with arrived.open("rb") as stream:
         sector = stream.read(SECTOR_SIZE)
@@ -288,5 +300,6 @@ def _answer(file: Path, sector: bytes) -> int:
     return 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell what happens, on stderr."""
     print(f"fusemig demo: {text}", file=sys.stderr)

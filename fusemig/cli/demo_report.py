@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from fusemig.units import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fusemig.cli.demo_writer import Log
 
 _LABEL_WIDTH: Final = 15
@@ -46,17 +48,7 @@ class Report:
     def lines(self) -> list[str]:
         """Return the screen, line by line."""
         rows = [("writer", self.writer), *self._move(), *self._commits()]
-        n_failed = sum(not check.is_ok for check in self.checks)
-        verdict = "everything held" if not n_failed else f"{n_failed} of {len(self.checks)} checks FAILED"
-        return [
-            "A busy disk moved from one mount to another while it was being written",
-            "",
-            *(f"  {label:{_LABEL_WIDTH}}{value}" for label, value in rows),
-            "",
-            *(f"  {'ok    ' if check.is_ok else 'FAILED'}  {check.text}" for check in self.checks),
-            "",
-            f"  {verdict}",
-        ]
+        return page("A busy disk moved from one mount to another while it was being written", rows, self.checks)
 
     def _move(self) -> list[tuple[str, str]]:
         own = self.info["x-fusemig"]
@@ -89,6 +81,21 @@ class Report:
             usual = f"before: {_ms(max(before))}, in the median {_ms(statistics.median(before))}"
             rows.append(("longest pause", f"{seen} ({usual})"))
         return rows
+
+
+def page(title: str, rows: Sequence[tuple[str, str]], checks: Sequence[Check]) -> list[str]:
+    """Return a demo's screen, line by line."""
+    n_failed = sum(not check.is_ok for check in checks)
+    verdict = "everything held" if not n_failed else f"{n_failed} of {len(checks)} checks FAILED"
+    return [
+        title,
+        "",
+        *(f"  {label:{_LABEL_WIDTH}}{value}" for label, value in rows),
+        "",
+        *(f"  {'ok    ' if check.is_ok else 'FAILED'}  {check.text}" for check in checks),
+        "",
+        f"  {verdict}",
+    ]
 
 
 def _ms(seconds: float) -> str:

@@ -25,6 +25,7 @@ from fusemig.errors import ConfigError, FusemigError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
 
 _T = TypeVar("_T")
 
@@ -156,17 +157,29 @@ class Program:
         await self.wait(END_DEADLINE_S)
 
 
-@asynccontextmanager
-async def program(name: str, log: Path, *arguments: str | Path) -> AsyncIterator[Program]:
+def program(name: str, log: Path, *arguments: str | Path) -> AbstractAsyncContextManager[Program]:
     """Run ``python -m ARGUMENTS``; at the end it is asked to stop, and killed if it does not."""
+    return command(name, log, sys.executable, "-m", *arguments)
+
+
+@asynccontextmanager
+async def command(name: str, log: Path, *words: str | Path) -> AsyncIterator[Program]:
+    """Run any program as `program` does.
+
+    Raises:
+        DemoError: it cannot be run.
+    """
     with log.open("wb") as stderr:
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,
-        )
+        try:
+            process = await trio.lowlevel.open_process(
+                [str(word) for word in words],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        except OSError as exc:
+            raise DemoError(f"cannot run {words[0]}: {exc.strerror}") from exc
     running = Program(name, process, log)
     try:
         yield running

@@ -21,6 +21,7 @@ EXIT_CODES: Final = {
     "cancelled": 6,
     "in-doubt": 7,
     "mismatch": 8,
+    "guest": 9,
 }
 """By `FusemigError.kind`; 0 is success, 130 an interrupt that could not wait."""
 

@@ -84,6 +84,9 @@ def cli() -> None:
     "them known and durable, also to a migration. Writes it still holds at the switchover fail with EROFS when synced.",
 )
 @click.option(
+    "--allow-guest-commands", is_flag=True, help="Run the --pause-command and --resume-command that `migrate` names."
+)
+@click.option(
     "--tls-creds",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
@@ -119,6 +122,12 @@ def serve(log_format: str, **options: Any) -> None:
 @click.option("--compress", metavar="zstd[:LEVEL]")
 @click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
 @click.option("--resume", is_flag=True, help="Go on with a migration that failed.")
+@click.option("--guest", metavar="qmp:PATH", help="Move the guest of this QEMU with its disks; its QMP socket.")
+@click.option("--guest-destination", metavar="qmp:PATH", help="QMP socket of the QEMU that waits with -incoming.")
+@click.option("--guest-uri", metavar="URI", help="Where that QEMU listens, if it does not say so itself.")
+@click.option("--pause-command", metavar="COMMAND", help="Brings a guest of another runtime to a standstill.")
+@click.option("--resume-command", metavar="COMMAND", help="Lets it run again, on the side that $FUSEMIG_SIDE names.")
+@click.option("--command-deadline", type=_Time(), metavar="TIME", help="For each of the two (default: 30s).")
 @click.option("--progress", type=click.Choice(["auto", "plain", "json", "none"]), default="auto")
 @click.option("--detach", is_flag=True, help="Start it and return.")
 @click.option(
@@ -133,7 +142,7 @@ def migrate(socket: Path, uri: str, **options: Any) -> None:
     """Move disks of the daemon at SOCKET to the destination at URI.
 
     Exits 0 only when the destination has proved that it holds every byte and has taken over (with --wire qemu: when
-    everything was sent). Ctrl-C cancels: the disks then stay here.
+    everything was sent). Ctrl-C cancels: the disks then stay here, and so does a guest that was to move with them.
     """
     from fusemig.cli.migrate import MigrateRequest, migrate_command
 
@@ -170,13 +179,46 @@ def continue_(socket: Path) -> None:
 
 
 @cli.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--disk", "disks", multiple=True, metavar="NAME", help="Of the daemon at a socket; may be repeated.")
+@click.option("--owner", type=click.Choice(["source", "destination"]), required=True, help="The side that owns it.")
+@click.option("--i-have-fenced-the-other", "is_other_fenced", is_flag=True, help="The other side can write it no more.")
+@click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Where an image's epoch file is.")
+def resolve(target: Path, **options: Any) -> None:
+    r"""Say who owns a disk that is in doubt, or take back one that was handed off.
+
+    TARGET is the control socket of a running daemon, or the image of a stopped one. A source that lost its destination
+    in the moment of the hand-off asks it by itself; this is for a destination that is gone for good, and for wires
+    without an answer. Nothing checks what you say: first make sure that the other side cannot write the disk.
+
+    \b
+    on the source       --owner source        handed-off, released: writable here again
+                        --owner destination   handed-off: released
+    on the destination  --owner destination   prepared: writable here
+                        --owner source        prepared: waits for the source again
+    """
+    set_up_logs("console")
+    from fusemig.cli.resolve import ResolveRequest, resolve_command
+
+    sys.exit(run(resolve_command, ResolveRequest(target=target, **options)))
+
+
+@cli.command()
 @click.option("--size", type=_Rate(), default="256M", show_default=True, help="Size of the disk that moves.")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="How long to write before it moves.")
 @click.option("--directory", type=click.Path(path_type=Path), help="Where to put the images (default: temporary).")
-def demo(size: int, seconds: float, directory: Path | None) -> None:
+@click.option(
+    "--guest",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Move a running VM; DIRECTORY holds its vmlinuz and initrd (tools/demo --guest makes them).",
+)
+def demo(size: int, seconds: float, directory: Path | None, guest: Path | None) -> None:
     """Move a busy disk between two mounts on this machine and show what happened."""
     from fusemig.cli.demo import demo_command
+    from fusemig.cli.demo_guest import demo_guest_command
 
+    if guest is not None:
+        sys.exit(run(demo_guest_command, size, seconds, directory, guest))
     sys.exit(run(demo_command, size, seconds, directory))
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from fusemig.cli.exits import fail
+from fusemig.cli.guest import STUCK
+from fusemig.cli.guest import lines as guest_lines
 from fusemig.cli.progress import make_display
 from fusemig.control_client import open_control
 from fusemig.errors import StateError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fusemig.cli.progress import Display
     from fusemig.control_client import ControlClient
 
@@ -43,6 +44,12 @@ class MigrateRequest:
     compress: str | None = None
     incremental: bool = False
     resume: bool = False
+    guest: str | None = None
+    guest_destination: str | None = None
+    guest_uri: str | None = None
+    pause_command: str | None = None
+    resume_command: str | None = None
+    command_deadline: float | None = None
     progress: str = "auto"
     detach: bool = False
     tls_creds: Path | None = None
@@ -72,7 +79,21 @@ class MigrateRequest:
             arguments["x-fusemig-tls-hostname"] = self.tls_hostname
         if self.insecure:
             arguments["x-fusemig-insecure"] = True
-        return arguments
+        return arguments | self._guest_arguments()
+
+    def _guest_arguments(self) -> dict[str, Any]:
+        """Return those about a guest; it is the daemon that connects, so its sockets' paths are made absolute."""
+        arguments = {
+            "x-fusemig-guest": _absolute(self.guest),
+            "x-fusemig-guest-destination": _absolute(self.guest_destination),
+            "x-fusemig-guest-uri": self.guest_uri,
+            "x-fusemig-pause-command": self.pause_command,
+            "x-fusemig-resume-command": self.resume_command,
+            "x-fusemig-command-deadline": None
+            if self.command_deadline is None
+            else round(self.command_deadline * 1000),
+        }
+        return {name: value for name, value in arguments.items() if value is not None}
 
     def parameters(self) -> dict[str, Any]:
         """Return the arguments of QMP's ``migrate-set-parameters``; empty if none is given."""
@@ -82,6 +103,13 @@ class MigrateRequest:
         if self.downtime_limit is not None:
             parameters["downtime-limit"] = round(self.downtime_limit * 1000)
         return parameters
+
+
+def _absolute(guest: str | None) -> str | None:
+    """Return ``qmp:PATH`` with an absolute path; anything else as it is, for the daemon to refuse."""
+    if guest is None or not guest.startswith("qmp:") or guest == "qmp:":
+        return guest
+    return f"qmp:{Path(guest.removeprefix('qmp:')).absolute()}"
 
 
 async def migrate_command(request: MigrateRequest) -> int:
@@ -126,6 +154,19 @@ async def _follow(control: ControlClient, display: Display) -> dict[str, Any]:
 
 
 def _outcome(info: dict[str, Any], *, is_quiet: bool) -> int:
+    own = info["x-fusemig"]
+    guest = own.get("guest", {})
+    if guest and not is_quiet:
+        for line in guest_lines(guest):
+            print(f"fusemig: {line}", file=sys.stderr)
+    code = _disks_outcome(info, is_quiet=is_quiet)
+    if "error" in guest:
+        stuck = fail(guest["error"], "guest")
+        return stuck if guest["state"] in STUCK else code
+    return code
+
+
+def _disks_outcome(info: dict[str, Any], *, is_quiet: bool) -> int:
     own = info["x-fusemig"]
     if info["status"] == "completed":
         if not is_quiet:

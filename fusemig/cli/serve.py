@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
 import trio
 
+from fusemig import failpoint
 from fusemig.credentials import Endpoint, load_credentials
 from fusemig.daemon import Daemon, ServeOptions
+from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
 from fusemig.fuse.lanes import Lane
 from fusemig.migration.arrival import IncomingWire
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
 
     from fusemig.credentials import Credentials
     from fusemig.served import DiskSpec
+
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class ServeRequest:
     lane: str
     lane_threads: int | None
     cache: str
+    allow_guest_commands: bool
     tls_creds: Path | None
     tls_authz: tuple[str, ...]
     insecure: bool
@@ -53,7 +61,9 @@ async def serve_command(request: ServeRequest) -> None:
     tls = _load_tls(request)
     specs = _parse_disks(request.disks, request.read_only)
     if request.state_dir is not None:
-        await trio.Path(request.state_dir).mkdir(0o700, parents=True, exist_ok=True)
+        await trio.to_thread.run_sync(_make_durably, request.state_dir.absolute())
+    if point := failpoint.arm(os.environ):
+        log.warning("a test has this daemon kill itself", failpoint=point)
     gc.freeze()  # what is loaded by now stays: the collector need not look at it again while guests wait
     options = ServeOptions(
         request.mountpoint,
@@ -66,6 +76,7 @@ async def serve_command(request: ServeRequest) -> None:
         Lane(request.lane),
         request.lane_threads,
         write_back=request.cache == "writeback",
+        allow_guest_commands=request.allow_guest_commands,
         tls=tls,
         tls_identities=request.tls_authz,
         is_insecure=request.insecure,
@@ -85,6 +96,18 @@ def _load_tls(request: ServeRequest) -> Credentials | None:
     if request.insecure:
         raise ConfigError("--insecure takes back what --tls-creds demands: leave one of them out")
     return load_credentials(request.tls_creds, Endpoint.SERVER)
+
+
+def _make_durably(directory: Path) -> None:
+    """Create a directory and what leads to it; what is created is there after a power loss too."""
+    if directory.is_dir():
+        return
+    _make_durably(directory.parent)
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        sync_directory(directory.parent)
+    except OSError as exc:
+        raise ConfigError(f"--state-dir {directory} cannot be created: {exc.strerror}") from exc
 
 
 def _parse_disks(disks: tuple[str, ...], read_only: tuple[str, ...]) -> tuple[DiskSpec, ...]:

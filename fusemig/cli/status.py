@@ -37,6 +37,8 @@ def _describe(status: dict[str, Any]) -> list[str]:
         if disk["io-error"]:
             notes.append("I/O ERROR")
         lines.append(f"  {disk['name']:16} {size:>12}  {', '.join(notes)}  {disk['path']}")
+        if "in-doubt" in disk:
+            lines.append(f"    IN DOUBT who owns it: {disk['in-doubt']}")
     if "incoming" in status:
         incoming = status["incoming"]
         lines.append(f"  incoming at {incoming['uri']}: {incoming['status']}")

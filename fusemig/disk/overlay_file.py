@@ -10,7 +10,6 @@ image holds no data, so a crash in between leaves what is taken for a new overla
 
 from __future__ import annotations
 
-import os
 import stat
 import time
 from contextlib import ExitStack, suppress
@@ -21,10 +20,12 @@ from xxhash import xxh3_128
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, boot_id, map_size, write_header
 from fusemig.disk.overlay import OverlayDisk, check_sizes
 from fusemig.disk.raw import RawDisk, create_image
+from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
 from fusemig.units import CHUNK_SIZE, chunks_of
 
 if TYPE_CHECKING:
+    import os
     from pathlib import Path
 
     from fusemig.disk.base import Disk
@@ -89,7 +90,7 @@ class OverlayFile(OverlayDisk):
         try:
             new.rename(map_path)
             for directory in {image.path.parent, map_path.parent}:
-                _sync_directory(directory)
+                sync_directory(directory)
         except OSError as exc:
             raise ConfigError(f"cannot make the map {map_path}: {exc.strerror}") from exc
 
@@ -160,11 +161,3 @@ def _stamp_of(base: RawDisk) -> str:
     if not stat.S_ISREG(found.st_mode) or time.time_ns() - found.st_ctime_ns < _YOUNG_NS:
         return ""
     return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

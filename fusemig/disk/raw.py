@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fusemig.disk.base import Disk, Extent
+from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError, DiskError
 from fusemig.units import BLOCK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 
@@ -211,6 +212,7 @@ def create_image(path: Path, size: int) -> None:
         raise ConfigError(f"cannot create image {path}: {exc.strerror}") from exc
     try:
         os.ftruncate(fd, size)
+        sync_directory(path.parent)  # it is to be there after a power loss, as its epoch file is
     except OSError as exc:
         path.unlink()
         raise ConfigError(f"cannot make image {path} {size} bytes large: {exc.strerror}") from exc

@@ -4,6 +4,11 @@
     commit    `handed-off` durable, COMMIT ──> TAKEN    may not; what fails here is in doubt
     release   `released` durable, RELEASED ──>          whatever fails, the destination owns the disks
 
+If `handed-off` cannot be made durable and cannot be taken back either, it may be durable all the same, and a source
+that is started again would have the prepared destination take the disks. So the guests go on here only after the
+destination has answered ABORT with ABORT, which it does when it has durably forgotten; without that answer the disks
+are in doubt.
+
 The order of states is `fusemig.handoff`'s; here is what has to happen on the way from one to the next.
 """
 
@@ -18,6 +23,7 @@ import trio
 
 from fusemig.epoch import EpochRecord, Ownership
 from fusemig.errors import FusemigError, InDoubtError, StateError, VerificationError
+from fusemig.failpoint import reach
 from fusemig.handoff import SourceEvent, SourceHandoff, SourceState
 from fusemig.wire import native
 
@@ -30,6 +36,8 @@ if TYPE_CHECKING:
     from fusemig.migration.stats import MigrationParameters
 
 log = structlog.get_logger(__name__)
+
+_FORGET_DEADLINE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,11 @@ class SourceDisk:
 class HandoffRecords:
     """The epoch files of a group of disks on their way out."""
 
-    def __init__(self, disks: Sequence[SourceDisk], session: str, offload: Offload) -> None:
-        """Look after the files of ``disks`` in migration ``session``."""
+    def __init__(self, disks: Sequence[SourceDisk], session: str, offload: Offload, wire: str) -> None:
+        """Look after the files of ``disks`` in migration ``session`` over ``wire``."""
         self._lent = disks
         self._session = session
+        self._wire = wire
         self._offload = offload
         self._records: list[EpochRecord] = []
 
@@ -69,16 +78,31 @@ class HandoffRecords:
         """
         done: list[tuple[SourceDisk, EpochRecord]] = []
         for lent, record in zip(self._lent, self._records, strict=True):
-            new = EpochRecord(
-                state=state, image_id=record.image_id, epoch=record.epoch, session=self._session, peer=peer
-            )
+            new = self._record(record, state, peer)
             try:
                 await self._offload(lent.epoch_file.write, new)
+                reach(f"after-one-{state.value}")
             except StateError:
                 for other, old in done if may_undo else ():
                     await self._offload(other.epoch_file.write, old)
                 raise
             done.append((lent, record))
+
+    def assume(self, state: Ownership, peer: str) -> None:
+        """Go by a state that could not be written, but may be durable."""
+        for lent, record in zip(self._lent, self._records, strict=True):
+            lent.epoch_file.assume(self._record(record, state, peer))
+
+    def _record(self, own: EpochRecord, state: Ownership, peer: str) -> EpochRecord:
+        return EpochRecord(
+            state=state,
+            image_id=own.image_id,
+            epoch=own.epoch,
+            session=self._session,
+            peer=peer,
+            wire=self._wire,
+            group=len(self._lent),
+        )
 
 
 class OutgoingHandoff:
@@ -91,7 +115,7 @@ class OutgoingHandoff:
         self._lent = disks
         self._parameters = parameters
         self._machine = SourceHandoff()
-        self._records = HandoffRecords(disks, session, offload)
+        self._records = HandoffRecords(disks, session, offload, "native")
         self._own: list[EpochRecord] = []
         self._peer = ""
         self._log = log.bind(migration=session[:8])
@@ -137,33 +161,75 @@ class OutgoingHandoff:
         if prepared.disks != proofs:
             raise VerificationError(self._difference(proofs, prepared.disks))
         self._machine.on(SourceEvent.PREPARED)
+        reach("after-prepared-received")
 
     async def commit(self, link: NativeLink, on_committed: Callable[[], None]) -> None:
         """Give the disks away; the caller shields this.
 
         Raises:
             StateError: `handed-off` could not be made durable: nothing was given away.
-            InDoubtError: COMMIT was sent, and no TAKEN came.
+            InDoubtError: COMMIT was sent, and no TAKEN came; or `handed-off` may be durable.
         """
-        await self._records.write(Ownership.HANDED_OFF, self._peer, may_undo=True)
+        try:
+            await self._records.write(Ownership.HANDED_OFF, self._peer)
+        except StateError as exc:
+            await self._undo(link, exc, on_committed)
+            raise
         self._machine.on(SourceEvent.HANDOFF_DURABLE)
+        reach("after-handed-off")
         on_committed()
         try:
             with trio.fail_after(self._parameters.taken_deadline_s):
                 await link.send_message(native.Commit())
+                reach("after-commit-sent")
                 await link.expect(native.Taken, self._parameters.taken_deadline_s)
         except (FusemigError, trio.TooSlowError) as exc:
             raise InDoubtError(
                 f"COMMIT was sent to {link.peer} and its answer is missing ({str(exc) or 'deadline passed'}); "
-                "the disks are read-only here until it is known who owns them: look at the destination with "
-                "`fusemig status`, then see `fusemig resolve --help`"
+                "the disks are read-only here until it is known who owns them: the destination is being asked, see "
+                "`fusemig status`; if it is gone for good, see `fusemig resolve --help`"
             ) from exc
         self._machine.on(SourceEvent.TAKEN)
+        reach("after-taken-received")
+
+    async def _undo(self, link: NativeLink, cause: StateError, on_committed: Callable[[], None]) -> None:
+        """See that `handed-off`, which could not be written, cannot come to count: by our own word, or by the peer's.
+
+        Raises:
+            InDoubtError: neither can be had.
+        """
+        try:
+            await self._records.write(Ownership.OWNER, self._peer)
+        except StateError:
+            reason = f"the source cannot write its epoch file: {cause}"
+            if await self._is_forgotten(link, reason):
+                return
+            self._records.assume(Ownership.HANDED_OFF, self._peer)
+            self._machine.on(SourceEvent.HANDOFF_DURABLE)
+            on_committed()
+            raise InDoubtError(
+                f"{cause}; it may say all the same that the disks were handed off, and {link.peer}, which is prepared, "
+                "did not answer that it forgets them: they are read-only here until it does or the file can be written"
+            ) from cause
+
+    async def _is_forgotten(self, link: NativeLink, reason: str) -> bool:
+        """Call the hand-off off at the destination; return whether it says that this is durable there."""
+        with trio.move_on_after(_FORGET_DEADLINE_S):
+            try:
+                await link.send_message(native.Abort(reason))
+                while not isinstance(await link.receive(_FORGET_DEADLINE_S), native.Abort):
+                    pass  # acknowledgements may come before it
+            except FusemigError as exc:
+                self._log.info("the destination could not be told", reason=str(exc))
+            else:
+                return True
+        return False
 
     async def release(self, link: NativeLink) -> None:
         """Note that the destination owns the disks, and let it know that we know; never fails."""
         try:
             await self._records.write(Ownership.RELEASED, self._peer)
+            reach("after-released")
             with trio.move_on_after(1):
                 await link.send_message(native.Released())
         except FusemigError as exc:
@@ -180,8 +246,7 @@ class OutgoingHandoff:
             try:
                 await self._records.write(Ownership.OWNER, self._peer)
             except StateError as exc:
-                # What is durable is `owner` from before, or `handed-off`, which asks on restart. COMMIT was never sent,
-                # so the destination cannot have taken over.
+                # What is durable is `owner` from before, or `handed-off` of a destination that has forgotten (`_undo`).
                 self._log.warning("could not note the end of the hand-off", reason=str(exc))
 
     async def say_abort(self, link: NativeLink, reason: str) -> None:
@@ -207,6 +272,8 @@ def _own_record(lent: SourceDisk) -> EpochRecord:
     if record is None:
         record = EpochRecord(state=Ownership.OWNER, image_id=uuid.uuid4().hex, epoch=0)
         lent.epoch_file.write(record)
+    elif not lent.epoch_file.is_certain:
+        lent.epoch_file.write(record)  # what a failed write may have left behind must not count any more
     if record.state is not Ownership.OWNER:
         raise StateError(
             f"disk '{lent.disk.name}' is not owned here: its epoch file says {record.state.value}; "

@@ -6,7 +6,8 @@
 One task does everything, so what follows a frame on the wire finds it in the image. Until TAKEN the gates stay
 read-only and the epoch files say `incoming`; a migration that fails leaves them so, and the images wait for the next
 one. From the moment `prepared` is durable only the source's word ends the wait: its ABORT, its COMMIT, or its next
-HELLO, which a source that said COMMIT cannot send.
+HELLO, which a source that said COMMIT cannot send. A source that begins with ASK instead of HELLO sends no disks; it is
+answered by `fusemig.migration.witness`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import trio
 
 from fusemig.epoch import Ownership
 from fusemig.errors import FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
+from fusemig.failpoint import reach
 from fusemig.handoff import DestinationEvent, DestinationHandoff, DestinationState
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink, Need
 from fusemig.migration.receiver import FrameReceiver
+from fusemig.migration.witness import Witness
 from fusemig.migration.writer import FrameWriter
 from fusemig.phase import MigrationPhase
 from fusemig.units import CHUNK_SIZE
@@ -67,17 +70,44 @@ class DestinationMigration(IncomingMigration):
         self._refusal = refusal
         self._handoff = DestinationHandoff()
         self._progress = native.Progress(0, 0, 0)
+        self._first: native.Event | None = None
+
+    async def run(self) -> None:
+        """Receive (`IncomingMigration.run`), or answer a source that asks who owns its disks.
+
+        A question leaves `phase` at NONE, or at COMPLETED if disks were taken over.
+        """
+        try:
+            self._first = await self._first_message()
+            if isinstance(self._first, native.Ask) and not self._refusal:
+                self.is_question = True
+                self.session = self._first.session
+                await Witness(self._link, self._host, self._offload, self._on_taken).answer(self._first)
+                return
+        except FusemigError as exc:
+            self.error = exc
+            return
+        await super().run()
+
+    async def _first_message(self) -> native.Event:
+        with trio.move_on_after(HANDSHAKE_DEADLINE_S):
+            return await self._link.receive(HANDSHAKE_DEADLINE_S)
+        raise RemoteProtocolError(f"{self.peer} did not say hello within {HANDSHAKE_DEADLINE_S:g} s")
+
+    def _on_taken(self) -> None:
+        self._enter(MigrationPhase.COMPLETED)
 
     async def _meet(self) -> list[IncomingDisk]:
-        return await self._claim(await self._hello())
+        if isinstance(self._first, native.Hello):
+            return await self._claim(self._first)
+        if isinstance(self._first, native.Ask):
+            await self._refuse(self._refusal)
+            raise PeerRefusedError(self._refusal)
+        raise RemoteProtocolError(f"{self.peer} began with {type(self._first).__name__}")
 
-    async def _hello(self) -> native.Hello:
-        with trio.move_on_after(HANDSHAKE_DEADLINE_S):
-            event = await self._link.receive(HANDSHAKE_DEADLINE_S)
-            if isinstance(event, native.Hello):
-                return event
-            raise RemoteProtocolError(f"{self.peer} began with {type(event).__name__}")
-        raise RemoteProtocolError(f"{self.peer} did not say hello within {HANDSHAKE_DEADLINE_S:g} s")
+    async def _refuse(self, reason: str) -> None:
+        await self._link.send_message(native.Refuse(reason))
+        await self._link.linger(LINGER_S)
 
     async def _claim(self, hello: native.Hello) -> list[IncomingDisk]:
         try:
@@ -93,8 +123,7 @@ class DestinationMigration(IncomingMigration):
                 raise PeerRefusedError("no disk offered")
             disks = await self._host.claim(hello.disks, hello.session, self.peer)
         except FusemigError as exc:
-            await self._link.send_message(native.Refuse(str(exc)))
-            await self._link.linger(LINGER_S)
+            await self._refuse(str(exc))
             raise
         self.session = hello.session
         return disks
@@ -159,21 +188,27 @@ class DestinationMigration(IncomingMigration):
         ]
         self._progress = native.Progress(self._progress.pass_number, 0, self._progress.total_bytes)
         if proofs == final.disks:
+            reach("before-prepared")
             await self._write_records(Ownership.PREPARED)
             self._handoff.on(DestinationEvent.PREPARED_DURABLE)
+            reach("after-prepared")
             self._enter(MigrationPhase.FROZEN)
         await self._link.send_message(native.PreparedProofs(proofs))
+        reach("after-prepared-sent")
 
     async def _take_over(self) -> None:
         if self._handoff.state is not DestinationState.PREPARED:
             raise RemoteProtocolError(f"{self.peer} sent COMMIT to a destination that is {self._handoff.state.value}")
+        reach("after-commit-received")
         with trio.CancelScope(shield=True):
             await self._write_records(Ownership.OWNER)
             self._handoff.on(DestinationEvent.OWNER_DURABLE)
+            reach("after-owner")
             self._open_gates()
             with trio.move_on_after(1):
                 try:
                     await self._link.send_message(native.Taken())
+                    reach("after-taken-sent")
                 except FusemigError as exc:
                     # The disks are ours whether the source hears it or not; it asks when it reconnects.
                     self._log.warning("the source could not be told of the take-over", reason=str(exc))

@@ -18,6 +18,8 @@ import structlog
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import EpochRecord
 from fusemig.errors import FusemigError
+from fusemig.failpoint import reach
+from fusemig.migration.witness import RecallHost
 from fusemig.phase import MigrationPhase
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class AwaitedDisk(NamedTuple):
     """Whether it is an overlay: what a source leaves out may be its base's."""
 
 
-class IncomingHost(Protocol):
+class IncomingHost(RecallHost, Protocol):
     """What a destination needs of its daemon."""
 
     async def awaited(self) -> list[AwaitedDisk]:
@@ -100,6 +102,8 @@ class IncomingMigration(ABC):
         """
         self.phase = MigrationPhase.NONE
         self.error: FusemigError | None = None
+        self.is_question = False
+        """Whether the source only asked who owns its disks."""
         self.session = ""
         self.peer = stream.peer
         self.disks: list[IncomingDisk] = []
@@ -178,6 +182,7 @@ class IncomingMigration(ABC):
                 state=state, image_id=record.image_id, epoch=record.epoch, session=self.session, peer=self.peer
             )
             await self._offload(disk.epoch_file.write, new)
+            reach(f"after-one-{state.value}")
 
     def _open_gates(self) -> None:
         for disk in self.disks:

@@ -3,6 +3,7 @@
     run ── connect, tracking on, find allocated chunks                       SETUP
          ├ passes, until what is left is expected to fit the downtime limit  BULK, DIRTY
          ├ (wait for `proceed`, with passes going on)                        PRE_SWITCHOVER
+         ├ (bring the guest to a standstill, with passes going on)
          ├ gate closed, drained, synced; last pass                           FROZEN
          └ hand-off, as far as the wire knows one                            COMMITTED, COMPLETED
 
@@ -25,6 +26,7 @@ import trio
 from fusemig.convergence import Convergence, Decision, Rate, RateLimit, Throughput
 from fusemig.disk.tracked import Gate
 from fusemig.errors import CancelledByUserError, FusemigError, InDoubtError, MigrationError, StateError
+from fusemig.migration.guest import NoGuest
 from fusemig.migration.reader import OutgoingDisk
 from fusemig.migration.stats import DiskStatistics, MigrationStatistics
 from fusemig.phase import MigrationPhase, PhaseMachine
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from fusemig.migration.commit import SourceDisk
+    from fusemig.migration.guest import MovingGuest
     from fusemig.migration.link import Offload
     from fusemig.migration.stats import MigrationParameters, WindowStatistics
     from fusemig.transport import ByteStream
@@ -81,6 +84,8 @@ class OutgoingMigration(ABC):
         """
         self.session = uuid.uuid4().hex
         self.error: FusemigError | None = None
+        self.guest: MovingGuest = NoGuest()
+        """The guest that moves with the disks; set before `run`."""
         self._handoff: Handoff
         self._lent = disks
         self._connect = connect
@@ -107,7 +112,7 @@ class OutgoingMigration(ABC):
         self._send_rate = Rate()
         self._dirty_rate = Rate()
         self._dirtied_bytes = 0
-        self._started_at = self._ended_at = 0.0
+        self.started_at = self._ended_at = 0.0  # trio's clock
         self._set_up_at: float | None = None
         self._frozen_at: float | None = None
         self._freeze_ends_at = 0.0
@@ -149,6 +154,11 @@ class OutgoingMigration(ABC):
         return self._machine.phase
 
     @property
+    def may_thaw(self) -> bool:
+        """Whether the disks are still the source's to write."""
+        return self._handoff.may_thaw
+
+    @property
     def is_over(self) -> bool:
         """Whether it has ended; it may be in doubt then."""
         return self._machine.is_over
@@ -188,6 +198,14 @@ class OutgoingMigration(ABC):
         for disk in self._disks:
             disk.tracking.stop()
 
+    def settle(self, *, is_handed_off: bool) -> None:
+        """End a migration that is in doubt: its disks are known to be the destination's, or are ours again."""
+        self.forget()
+        if is_handed_off:
+            self._taken_at = self._ended_at = trio.current_time()
+        self.error = None if is_handed_off else MigrationError("the hand-off was called off; the disks stay here")
+        self._enter(MigrationPhase.COMPLETED if is_handed_off else MigrationPhase.FAILED)
+
     # The run
 
     async def run(self) -> None:
@@ -196,12 +214,10 @@ class OutgoingMigration(ABC):
         Cancellation: before the commit the gates are open again when this returns; from the commit on it is shielded
         until TAKEN came or its deadline passed.
         """
-        self._started_at = trio.current_time()
+        self.started_at = trio.current_time()
         self._enter(MigrationPhase.SETUP)
         try:
-            with self._scope:
-                await self._migrate()
-            self._raise_outcome()
+            await self._migrate_with_guest()
         except InDoubtError as exc:
             self._end(MigrationPhase.IN_DOUBT, exc)
         except CancelledByUserError as exc:
@@ -214,6 +230,17 @@ class OutgoingMigration(ABC):
             self._ended_at = trio.current_time()
             self._thaw()
             self._over.set()
+
+    async def _migrate_with_guest(self) -> None:
+        try:
+            with self._scope:
+                await self.guest.prepare()
+                await self._migrate()
+            self._raise_outcome()
+        except BaseException:
+            self._thaw()
+            await self.guest.fall_back()
+            raise
 
     def _raise_outcome(self) -> None:
         if self._failure is not None:
@@ -264,6 +291,8 @@ class OutgoingMigration(ABC):
     async def _send_all(self) -> None:
         """Make the destination hold every byte: passes, and the last one behind the closed gate."""
         await self._converge()
+        if self.guest.is_moving:
+            await self._stand_still()
         await self._freeze()
 
     async def _guard(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
@@ -299,6 +328,30 @@ class OutgoingMigration(ABC):
                     await self._proceed.wait()
                 continue
             return
+
+    async def _stand_still(self) -> None:
+        """Bring the guest to a standstill; passes go on, so that little is left to be sent then."""
+        is_still = trio.Event()
+        passes = trio.CancelScope()
+
+        async def bring() -> None:
+            await self.guest.bring_to_standstill()
+            passes.deadline = trio.current_time() + self._parameters.freeze_deadline_s
+            is_still.set()
+
+        async def keep_up() -> None:
+            with passes:
+                while not is_still.is_set():
+                    await self._run_pass(is_limited=True)
+                    with trio.move_on_after(TICK_S):
+                        await is_still.wait()
+            if passes.cancelled_caught:
+                raise self._freeze_deadline_error()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._guard, bring)
+            nursery.start_soon(self._guard, keep_up)
+        await trio.lowlevel.checkpoint_if_cancelled()
 
     def _begin_pass(self) -> None:
         self._pass_number += 1
@@ -388,8 +441,8 @@ class OutgoingMigration(ABC):
             send_rate=self._send_rate.per_second(now),
             dirty_rate=self._dirty_rate.per_second(now),
             expected_downtime_s=self._convergence.forecast(pending, self._bandwidth.per_second).expected_downtime_s,
-            setup_s=(self._set_up_at or end) - self._started_at,
-            total_s=end - self._started_at,
+            setup_s=(self._set_up_at or end) - self.started_at,
+            total_s=end - self.started_at,
             frozen_s=0.0 if self._frozen_at is None else (self._taken_at or end) - self._frozen_at,
             downtime_s=self._taken_at - self._frozen_at if self._taken_at and self._frozen_at else None,
             passes_without_progress=self._convergence.n_passes_without_progress,

@@ -82,7 +82,7 @@ class QemuSource(OutgoingMigration):
     ) -> None:
         """Prepare as `SourceMigration` does; ``machine`` is the machine type of the QEMU at the other end."""
         super().__init__(disks, connect, parameters, offload, on_phase, on_pass)
-        self._handoff: UnprovenHandoff = UnprovenHandoff(HandoffRecords(disks, self.session, offload))
+        self._handoff: UnprovenHandoff = UnprovenHandoff(HandoffRecords(disks, self.session, offload, "qemu"))
         self._count_requests = count_requests
         self._machine_type = machine
         self._sender: QemuSender | None = None

@@ -100,6 +100,7 @@ class SourceMigration(OutgoingMigration):
                 if self._handoff.may_thaw:
                     await self._handoff.call_off()
                     self._thaw()
+                    await self.guest.fall_back()
                     await self._handoff.say_abort(link, self._reason(exc))
                 raise
         finally:
@@ -206,15 +207,30 @@ class SourceMigration(OutgoingMigration):
         digests = {disk.disk.name: disk.digest.value for disk in self._disks}
         with trio.move_on_at(self._freeze_ends_at) as scope:
             await self._handoff.prove(link, digests)
+            if self.guest.is_moving:
+                await self._load_guest(link)
         if scope.cancelled_caught:
             raise self._freeze_deadline_error()
         if self._is_cancel_requested:  # granted while PREPARED was on its way to this task
             raise self._cancelled_error()
         with trio.CancelScope(shield=True):
-            await self._handoff.commit(link, lambda: self._enter(MigrationPhase.COMMITTED))
+            await self._handoff.commit(link, self._on_committed)
             self._taken_at = trio.current_time()
             self._thaw()  # answers the parked writes: EROFS
+            await self.guest.run_there()
             await self._handoff.release(link)
+
+    async def _load_guest(self, link: NativeLink) -> None:
+        """Have the rest of the guest moved; a destination that goes away meanwhile ends it before COMMIT is said."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._guard, self._receive, link)
+            await self._guard(self.guest.load)
+            nursery.cancel_scope.cancel()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    def _on_committed(self) -> None:
+        self.guest.on_committed()
+        self._enter(MigrationPhase.COMMITTED)
 
     def _reason(self, exc: BaseException) -> str:
         if self._is_cancel_requested:

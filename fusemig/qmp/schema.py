@@ -148,6 +148,13 @@ class WireName(StrEnum):
     QEMU = "qemu"
 
 
+class Side(StrEnum):
+    """A side of a hand-off, as a person names the owner of a disk."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
 class Role(StrEnum):
     """Which side of a migration this daemon is."""
 
@@ -164,6 +171,9 @@ DowntimeLimit = Annotated[
 ]
 Channels = Annotated[int, msgspec.Meta(ge=1, le=255, description="a value between 1 and 255")]
 ZstdLevel = Annotated[int, msgspec.Meta(ge=0, le=20, description="a value between 0 and 20")]
+CommandDeadline = Annotated[
+    int, msgspec.Meta(ge=1, le=3_600_000, description="an integer in the range of 1 to (3600 * 1000) ms")
+]
 
 
 class QmpCapabilities(Arguments, frozen=True, kw_only=True):
@@ -192,6 +202,18 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     """The machine type of a destination that is a QEMU, which insists on its own; goes with ``qemu``."""
     x_fusemig_compress: str | UnsetType = UNSET
     """``zstd`` or ``zstd:LEVEL``; absent: as the parameters say."""
+    x_fusemig_guest: str | UnsetType = UNSET
+    """``qmp:PATH`` of the QEMU that runs the guest, which moves with its disks."""
+    x_fusemig_guest_destination: str | UnsetType = UNSET
+    """``qmp:PATH`` of the QEMU that waits for it."""
+    x_fusemig_guest_uri: str | UnsetType = UNSET
+    """Where the guest's memory goes to, in QEMU's words; absent: where the QEMU at the destination listens."""
+    x_fusemig_pause_command: str | UnsetType = UNSET
+    """Brings a guest that is no QEMU's to a standstill; run by a shell, where the daemon allows it."""
+    x_fusemig_resume_command: str | UnsetType = UNSET
+    """Lets it run again, on the side that FUSEMIG_SIDE names."""
+    x_fusemig_command_deadline: CommandDeadline | UnsetType = UNSET
+    """For each of the two, in ms."""
     x_fusemig_tls_creds: str | UnsetType = UNSET
     """A directory of credentials for this migration alone; absent: the parameter ``tls-creds`` counts."""
     x_fusemig_tls_hostname: str = ""
@@ -255,6 +277,15 @@ class Estimate(Arguments, frozen=True, kw_only=True):
     """``x-fusemig-estimate``: what a migration to ``uri`` would take."""
 
     uri: str
+
+
+class Resolve(Arguments, frozen=True, kw_only=True):
+    """``x-fusemig-resolve``: a person's word for who owns disks that are in doubt, or takes released ones back."""
+
+    disks: list[str]
+    owner: Side
+    i_have_fenced_the_other: bool = False
+    """That the other side cannot write the disks and never will; it is not honoured without."""
 
 
 # Results
@@ -342,6 +373,28 @@ class MigrationWindow(Result, frozen=True, kw_only=True):
     """Acknowledged, since the start."""
 
 
+class GuestStep(Result, frozen=True, kw_only=True):
+    """A state that a guest came to on its way (`fusemig.guest`)."""
+
+    state: str
+    at_ms: float
+    """Since the migration began."""
+
+
+class GuestInfo(Result, frozen=True, kw_only=True):
+    """A guest that moves with its disks."""
+
+    runtime: str
+    """``qemu`` or ``command``."""
+    state: str
+    """Where it is: the last of ``timeline``, or ``at-source``."""
+    timeline: list[GuestStep] = field(default_factory=list)
+    downtime_ms: float | UnsetType = UNSET
+    """How long it stood still, once it runs again, on either side."""
+    error: str | UnsetType = UNSET
+    """Why it does not run where it may, and what to do."""
+
+
 class FusemigMigration(Result, frozen=True, kw_only=True):
     """``x-fusemig`` of ``query-migrate``: what QEMU has no word for."""
 
@@ -368,6 +421,8 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     """How long the write gate has been closed, or was."""
     error_kind: str | UnsetType = UNSET
     """`FusemigError.kind` of what ended a failed migration."""
+    guest: GuestInfo | UnsetType = UNSET
+    """The guest that moves with the disks, if one does."""
 
 
 class MigrationInfo(Result, frozen=True, kw_only=True):
@@ -404,6 +459,8 @@ class ServedDisk(Result, frozen=True, kw_only=True):
     """A flush failed; every later one fails too."""
     dirty_bytes: int = 0
     epoch: int | UnsetType = UNSET
+    in_doubt: str | UnsetType = UNSET
+    """Present where it is not known who owns the disk: what has become of asking."""
 
 
 class Incoming(Result, frozen=True, kw_only=True):
@@ -544,6 +601,7 @@ COMMANDS: Final[dict[str, type[Arguments]]] = {
     "human-monitor-command": HumanMonitorCommand,
     "x-fusemig-status": NoArguments,
     "x-fusemig-estimate": Estimate,
+    "x-fusemig-resolve": Resolve,
 }
 """Every command and its arguments. The server itself answers the first five."""
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import msgspec
 from xxhash import xxh3_64_intdigest
@@ -74,6 +74,8 @@ class FrameType(IntEnum):
     TAKEN = 13  # destination: they are mine, durably
     RELEASED = 14  # source: I know
     ABORT = 15  # either: this migration is over, and why
+    ASK = 20  # source, instead of HELLO: who owns the disks that I handed off?
+    ANSWER = 21  # destination: what my durable records say
 
 
 class DiskOffer(msgspec.Struct, frozen=True):
@@ -163,6 +165,30 @@ class Abort(msgspec.Struct, frozen=True):
     reason: str
 
 
+class AskedDisk(msgspec.Struct, frozen=True):
+    """A disk that the source handed off, and the epoch in which it owned it."""
+
+    image_id: str
+    epoch: int
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """The first message of a source that does not know whether its COMMIT arrived."""
+
+    version: int
+    session: str
+    disks: list[AskedDisk]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """The destination's durable word; sent again after a COMMIT or ABORT that follows an ASK."""
+
+    disks: list[Literal["owned", "prepared", "incoming", "unknown"]]
+    """In the order in which they were asked about; the words are explained in `fusemig.handoff.Evidence`."""
+    is_taken: bool
+    """Whether any disk of that migration is owned by the destination."""
+
+
 class Ack(NamedTuple):
     """Every DATA and ZERO frame up to ``sequence`` is in the destination's image."""
 
@@ -182,6 +208,8 @@ Message = (
     | Taken
     | Released
     | Abort
+    | Ask
+    | Answer
 )
 
 _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
@@ -197,6 +225,8 @@ _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
     FrameType.TAKEN: Taken,
     FrameType.RELEASED: Released,
     FrameType.ABORT: Abort,
+    FrameType.ASK: Ask,
+    FrameType.ANSWER: Answer,
 }
 _TYPE_OF: Final = {message: frame_type for frame_type, message in _MESSAGE_TYPES.items()}
 _DECODERS: Final = {frame_type: msgspec.json.Decoder(message) for frame_type, message in _MESSAGE_TYPES.items()}
@@ -212,6 +242,7 @@ FROM_SOURCE: Final = frozenset(
         FrameType.COMMIT,
         FrameType.RELEASED,
         FrameType.ABORT,
+        FrameType.ASK,
     }
 )
 FROM_DESTINATION: Final = frozenset(FrameType) - FROM_SOURCE | {FrameType.ABORT}

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fusemig.cli.demo_records import RECORD, last_durable, lost_records, read_console, record_number
 from fusemig.cli.demo_writer import Commit, Log, check_plain, check_sqlite, read_log
+from support.guest import PARTS, is_made, make_record
+from support.qemu import is_available
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,6 +139,85 @@ def test_an_interrupted_demo_leaves_nothing_behind(scratch: Path, sign: signal.S
         _, remarks = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130
     assert remarks.splitlines()[-1] == "fusemig demo: interrupted; cleaning up"
+
+
+needs_guest = pytest.mark.skipif(not (is_available() and is_made()), reason="needs QEMU and a guest: tools/setup test")
+
+
+@needs_guest
+@pytest.mark.fuse
+@pytest.mark.qemu
+def test_a_vm_moves_and_it_is_told_on_one_screen(scratch: Path) -> None:
+    """Exit code 0 stands for: the same boot, no gap, no record lost or torn, one side writable."""
+    with demo("--guest", str(PARTS), "--size", "64M", "--seconds", "1") as process:
+        screen, remarks = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, screen + remarks
+    assert len(screen.splitlines()) <= 24
+    assert all(len(line) <= 120 for line in screen.splitlines())
+    for key in ("guest", "disk", "records", "moved in", "sent", "stood still", "timeline"):
+        assert re.search(rf"^  {key}  +\S", screen, re.MULTILINE), key
+    for promise in (
+        r"it is the same boot, [0-9a-f-]{36}, and its numbering has no gap",
+        r"it wrote on there: [1-9][\d,]* records so far",
+        r"all [\d,]+ records that it reported durable are there, none is torn",
+        r"only the destination takes writes",
+    ):
+        assert re.search(rf"^  ok +{promise}", screen, re.MULTILINE), promise
+    assert screen.rstrip().endswith("everything held")
+
+
+@needs_guest
+@pytest.mark.fuse
+@pytest.mark.qemu
+def test_an_interrupted_move_of_a_vm_leaves_nothing_behind(scratch: Path) -> None:
+    """Neither QEMU nor a mount nor a file (see the fixture)."""
+    with demo("--guest", str(PARTS), "--size", "64M", "--seconds", "60") as process:
+        deadline = time.monotonic() + DEADLINE_S
+        while not any(last_durable(console.read_text()) for console in scratch.glob("*/source.console")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, remarks = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130
+    assert remarks.splitlines()[-1] == "fusemig demo: interrupted; cleaning up"
+
+
+def test_without_a_guests_kernel_the_demo_says_how_to_get_one(tmp_path: Path) -> None:
+    """Nothing is started."""
+    with demo("--guest", str(tmp_path)) as process:
+        _, remarks = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2
+    assert f"there is no vmlinuz in it; `tools/make_guest {tmp_path}` makes it" in remarks
+
+
+BOOT = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+def test_a_record_that_is_missing_or_torn_is_found(tmp_path: Path) -> None:
+    """The proof of the VM's demo: what was reported must be there, whole, or overwritten by a later record."""
+    said = "".join([f"boot {BOOT}\n", *(f"durable {number} {BOOT[:8]}\n" for number in range(1, 7))])
+    account = read_console(said[:40], said[40:90], said[90:])
+    assert account.is_one_guest
+    assert account.numbers == [1, 2, 3, 4, 5, 6]
+    image = tmp_path / "image"
+    slots = [make_record(number, BOOT) for number in (5, 6, 3, 4)]
+    image.write_bytes(b"".join(slots))
+    assert lost_records(image, account) == []
+    slots[1] = make_record(2, BOOT)  # 6 did not come
+    slots[2] = slots[2][: RECORD // 2] + bytes(RECORD // 2)  # half of 3
+    image.write_bytes(b"".join(slots))
+    assert lost_records(image, account) == [3, 6]
+    assert record_number(slots[1], BOOT) == 2
+    assert record_number(slots[1], BOOT.replace("0", "1")) is None
+
+
+def test_a_second_boot_or_a_gap_is_no_single_guest() -> None:
+    """What would show that the guest was started anew, or lost a report."""
+    said = f"boot {BOOT}\ndurable 1 {BOOT[:8]}\n"
+    assert read_console(said).is_one_guest
+    assert not read_console(said, said).is_one_guest
+    assert not read_console(said, f"durable 3 {BOOT[:8]}\n").is_one_guest
 
 
 def run_writer(kind: str, target: Path, log: Path, n_commits: int) -> None:

@@ -88,20 +88,21 @@ def test_the_destinations_prepared_is_lost(hosts: Hosts) -> None:
 
 
 def test_the_destinations_taken_is_lost(hosts: Hosts) -> None:
-    """Exit code 7: the destination owns the disk, and the source does not write to it again on its own."""
+    """Exit code 7: the destination owns the disk, and the source does not write to it until it has asked, nor then."""
     source, destination = hosts.pair(8 * MIB)
     source.pause_before_switchover()
     with FaultProxy(destination.uri) as proxy:
         migrate = source.start_migrate(proxy.uri)
         source.wait_phase("pre-switchover")
         proxy.arm(FrameType.TAKEN, Fault.LOSE)
+        proxy.is_barred = True
         source.proceed()
         done = migrate.finish()
         assert done.exit_code == 7
         assert done.stderr == (
             f"fusemig: COMMIT was sent to {proxy.uri} and its answer is missing ({proxy.uri} closed the connection); "
-            "the disks are read-only here until it is known who owns them: look at the destination with "
-            "`fusemig status`, then see `fusemig resolve --help`\n"
+            "the disks are read-only here until it is known who owns them: the destination is being asked, see "
+            "`fusemig status`; if it is gone for good, see `fusemig resolve --help`\n"
         )
         assert source.disk()["state"] == "handed-off"
         assert destination.disk()["state"] == "owner"
@@ -109,8 +110,42 @@ def test_the_destinations_taken_is_lost(hosts: Hosts) -> None:
             pwrite(source.file(), b"x")
         pwrite(destination.file(), b"x")
         refused = source.migrate(destination.uri)
-        assert refused.exit_code == 1
+        assert refused.exit_code == 7
         assert "in doubt" in refused.stderr
+        wait_until(lambda: "closed the connection" in source.disk().get("in-doubt", ""), "the first question")
+        assert "IN DOUBT who owns it: " in source.command("status").stdout
+        proxy.is_barred = False
+        wait_until(lambda: source.disk()["state"] == "released", "the answer")
+        assert "in-doubt" not in source.disk()
+        assert source.phase() == "completed"
+        assert source.migration()["status"] == "completed"
+        with pytest.raises(OSError, match="Read-only"):
+            pwrite(source.file(), b"x")
+        pwrite(destination.file(), b"y")
+        assert destination.status()["incoming"]["rejected-connections"] == 0
+
+
+def test_the_sources_commit_is_lost(hosts: Hosts) -> None:
+    """The destination waits, prepared; it is told again, and the disk moves after all, without another byte sent."""
+    source, destination = hosts.pair(8 * MIB)
+    destination.qmp.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
+    source.pause_before_switchover()
+    with FaultProxy(destination.uri) as proxy:
+        migrate = source.start_migrate(proxy.uri)
+        source.wait_phase("pre-switchover")
+        proxy.arm(FrameType.COMMIT, Fault.LOSE)
+        proxy.is_barred = True
+        source.proceed()
+        assert migrate.finish().exit_code == 7
+        assert destination.disk()["state"] == "prepared"
+        with pytest.raises(OSError, match="Read-only"):
+            pwrite(destination.file(), b"x")
+        proxy.is_barred = False
+        wait_until(lambda: source.disk()["state"] == "released", "the answer")
+        assert destination.disk()["state"] == "owner"
+        assert source.images["vda"].read_bytes() == destination.images["vda"].read_bytes()
+        pwrite(destination.file(), b"y")
+        assert destination.qmp.event_names()[-2:] == ["RESUME", "MIGRATION completed"]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fusemig.units import CHUNK_SIZE
-from support.hosts import Hosts, assert_migrates, assert_unharmed, pread, pwrite, write_random
+from support.hosts import assert_migrates, assert_unharmed, pread, pwrite, write_random
 from support.qemu import MACHINE, Drive, Qemu, QemuError, disk_bytes, is_available
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from support.hosts import Host
+    from support.hosts import Host, Hosts
 
 pytestmark = [
     pytest.mark.fuse,
@@ -27,17 +26,6 @@ needs_qemu = pytest.mark.skipif(not is_available(), reason="needs a QEMU older t
 
 ODD = 5 * CHUNK_SIZE + 1536
 TO_QEMU = ("--wire", "qemu", "--machine", MACHINE)
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    """Make fusemig hosts; all are stopped at the end, and none may have misbehaved."""
-    hosts = Hosts(tmp_path)
-    try:
-        yield hosts
-    finally:
-        problems = hosts.close()
-    assert not problems, problems
 
 
 def make_source(hosts: Hosts, contents: dict[str, bytes]) -> Host:

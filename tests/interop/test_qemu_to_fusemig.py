@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fusemig.units import CHUNK_SIZE
-from support.hosts import Hosts, pread, pwrite, wait_until
+from support.hosts import pread, pwrite, wait_until
 from support.qemu import Drive, Qemu, disk_bytes, is_available
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from support.hosts import Host
+    from support.hosts import Host, Hosts
 
 pytestmark = [
     pytest.mark.fuse,
@@ -29,17 +28,6 @@ ODD = 5 * CHUNK_SIZE + 1536
 UNHURRIED = {"downtime_limit": 1, "max_bandwidth": 500 << 20}
 """Parameters with which QEMU 7.2 to 9.0 finishes its bulk phase."""
 BUG = "b5280437a7f4"
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    """Make fusemig hosts; all are stopped at the end, and none may have misbehaved."""
-    hosts = Hosts(tmp_path)
-    try:
-        yield hosts
-    finally:
-        problems = hosts.close()
-    assert not problems, problems
 
 
 def make_drives(directory: Path, contents: dict[str, bytes]) -> list[Drive]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -140,8 +141,11 @@ class Qmp:
 class Command:
     """A fusemig command in the background."""
 
-    def __init__(self, arguments: Iterable[object], directory: Path, label: str) -> None:
+    def __init__(self, arguments: Iterable[object], directory: Path, label: str, failpoint: str = "") -> None:
         """Start ``fusemig ARGUMENTS``; what it says goes to files in ``directory``."""
+        environment = {name: value for name, value in os.environ.items() if name != "FUSEMIG_FAILPOINT"}
+        if failpoint:
+            environment["FUSEMIG_FAILPOINT"] = failpoint
         self._out, self._err = directory / f"{label}.out", directory / f"{label}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
@@ -149,6 +153,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
+                env=environment,
             )
 
     def stderr(self) -> str:
@@ -186,14 +191,16 @@ class Host:
         wire: str | None = None,
         bases: Mapping[str, Path] | None = None,
         options: Iterable[object] = (),
+        failpoint: str = "",
     ) -> None:
         """Prepare ``fusemig serve`` in ``directory``.
 
         ``incoming`` is a URI, of which port 0 is a free one; a disk in ``bases`` is an overlay over that image;
-        ``options`` are passed on as they are.
+        ``options`` are passed on as they are; at ``failpoint`` the daemon kills itself.
         """
         self.name = name
         self.directory = directory
+        self._failpoint = failpoint
         self.images = dict(disks)
         self.mount = directory / "mnt"
         self.control = directory / "control"
@@ -231,7 +238,7 @@ class Host:
 
     def launch(self) -> None:
         """Start the daemon and wait for nothing."""
-        self._daemon = Command(self._arguments, self.directory, "serve")
+        self._daemon = Command(self._arguments, self.directory, "serve", self._failpoint)
         self._watchdog = threading.Timer(WATCHDOG_S, self._daemon.process.kill)
         self._watchdog.daemon = True
         self._watchdog.start()
@@ -362,6 +369,12 @@ class Host:
         self._daemon.process.wait(DEADLINE_S)
         self._stop_watchdog()
         self._unmount()
+
+    def wait_killed(self) -> None:
+        """Wait until the daemon has killed itself at its failpoint, and clear its mount away."""
+        assert self._daemon is not None
+        assert self._daemon.process.wait(DEADLINE_S) == -signal.SIGKILL
+        self.kill()
 
     def wait(self) -> int:
         """Wait for an end that was asked for otherwise; return the exit code."""

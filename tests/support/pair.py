@@ -16,6 +16,7 @@ from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
+from fusemig.migration.witness import RecalledDisk
 from fusemig.migration.writer import IncomingDisk
 from support.streams import memory_connection
 
@@ -47,6 +48,7 @@ class Side:
         self.images = {name: MemoryDisk(name, size) for name, size in sizes.items()}
         self.disks = {name: TrackedDisk(image, gate=gate) for name, image in self.images.items()}
         self.epochs = {name: EpochFile(directory / f"{name}.fusemig") for name in sizes}
+        self.busy = False
 
     async def awaited(self) -> list[AwaitedDisk]:
         return [AwaitedDisk(name, disk.size, isinstance(disk.image, OverlayDisk)) for name, disk in self.disks.items()]
@@ -63,10 +65,25 @@ class Side:
             )
             self.epochs[offer.name].write(record)
             claimed.append(IncomingDisk(self.disks[offer.name], self.epochs[offer.name], nothing))
+        self.busy = True
         return claimed
 
     def release(self, disks: Sequence[IncomingDisk]) -> None:
-        pass
+        self.busy = False
+
+    def recall(self, session: str, image_ids: Sequence[str], peer: str) -> list[RecalledDisk]:
+        if self.busy:
+            raise PeerRefusedError("it is being received")
+        self.busy = True
+        return [
+            RecalledDisk(name, file, self.disks[name])
+            for name, file in self.epochs.items()
+            for record in [file.record]
+            if record is not None and (record.session == session or record.image_id in image_ids)
+        ]
+
+    def let_go(self, disks: Sequence[RecalledDisk]) -> None:
+        self.busy = False
 
 
 class Pair:

@@ -51,6 +51,8 @@ class FaultProxy:
         self._lock = threading.Lock()
         self._armed: tuple[FrameType, Fault] | None = None
         self._left = 0
+        self.is_barred = False
+        """Whether new connections are closed at once."""
         self._closing = threading.Event()
         self._sockets: list[socket.socket] = [self._listener]
         self._threads: list[threading.Thread] = []
@@ -94,6 +96,9 @@ class FaultProxy:
             except OSError:
                 return
             self._sockets.append(near)
+            if self.is_barred:
+                near.shutdown(socket.SHUT_RDWR)
+                continue
             far = socket.create_connection(self._target, DEADLINE_S)
             far.settimeout(None)
             self._sockets.append(far)

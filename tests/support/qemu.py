@@ -75,12 +75,17 @@ class Qemu:
         machine: str = MACHINE,
         incoming: str = "",
         bios: Path | None = None,
+        memory_mib: int = 1,
+        paused: bool = True,
+        more: Sequence[str] = (),
     ) -> None:
-        """Start it; its sockets and its log are made in ``directory``."""
-        self._control = directory / "qmp.sock"
+        """Start it with ``more`` arguments; its sockets and its log are made in ``directory``."""
+        self.control = directory / "qmp.sock"
         self._log = directory / "qemu.log"
-        self.command = [PROGRAM, "-M", f"{machine},accel=tcg", "-m", "1", "-nodefaults", "-display", "none"]
-        self.command += ["-S"]
+        self.command = [PROGRAM, "-M", f"{machine},accel=tcg", "-m", str(memory_mib), "-nodefaults", "-display", "none"]
+        if paused:
+            self.command += ["-S"]
+        self.command += more
         for drive in drives:
             self.command += ["-drive", f"if=none,id={drive.name},file={drive.path},format={drive.format}"]
             self.command += ["-device", f"virtio-blk-pci,drive={drive.name}"]
@@ -88,7 +93,7 @@ class Qemu:
             self.command += ["-bios", str(bios)]
         if incoming:
             self.command += ["-incoming", incoming]
-        arguments = [*self.command, "-qmp", f"unix:{self._control},server=on,wait=off"]
+        arguments = [*self.command, "-qmp", f"unix:{self.control},server=on,wait=off"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
@@ -121,7 +126,7 @@ class Qemu:
         self._socket.settimeout(DEADLINE_S)
         while True:
             try:
-                self._socket.connect(os.fspath(self._control))
+                self._socket.connect(os.fspath(self.control))
             except (FileNotFoundError, ConnectionRefusedError):
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise QemuError(self.log) from None
@@ -189,6 +194,14 @@ class Qemu:
         """Run a human monitor command, such as ``qemu-io drive0 "write -P 1 0 64k"``, and return its answer."""
         answer: str = self.execute("human-monitor-command", command_line=command)
         return answer
+
+    def is_running(self) -> bool:
+        """Tell whether the process has not ended."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """End the process as a crash would, without waiting: its files may be on a mount that does not answer now."""
+        self._process.kill()
 
     def close(self) -> None:
         """End the process, whatever it is doing."""

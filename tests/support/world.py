@@ -52,6 +52,7 @@ class FaultyEpochFile(EpochFile):
         if self.fails(self.n_writes):
             if self.is_stored:
                 EpochFile(self.path).write(record)
+            self.is_certain = False
             raise StateError(f"cannot write the epoch file {self.path}: on purpose")
         super().write(record)
 

@@ -14,9 +14,13 @@ from fusemig.handoff import (
     DestinationEvent,
     DestinationHandoff,
     DestinationState,
+    Evidence,
     SourceEvent,
     SourceHandoff,
     SourceState,
+    Verdict,
+    judge,
+    settled,
 )
 
 S, SE, D, DE = SourceState, SourceEvent, DestinationState, DestinationEvent
@@ -28,6 +32,7 @@ SOURCE_PATHS = {
     S.HANDED_OFF: [SE.FROZEN_AND_SENT, SE.PREPARED, SE.HANDOFF_DURABLE],
     S.RELEASED: [SE.FROZEN_AND_SENT, SE.PREPARED, SE.HANDOFF_DURABLE, SE.TAKEN],
     S.ABORTED: [SE.FAILURE],
+    S.TAKEN_BACK: [SE.FROZEN_AND_SENT, SE.PREPARED, SE.HANDOFF_DURABLE, SE.CALLED_OFF],
 }
 DESTINATION_PATHS = {
     D.INCOMING: [],
@@ -79,9 +84,10 @@ def test_the_destination_does_what_the_table_says(state: DestinationState, event
         assert destination.state is state
 
 
-def test_nothing_leads_back_from_the_handoff() -> None:
-    """Once handed off the source never thaws, whatever happens; an owner stays one."""
-    assert {new for (old, _), new in SOURCE_TABLE.items() if old in (S.HANDED_OFF, S.RELEASED)} == {S.RELEASED}
+def test_only_the_destinations_word_leads_back_from_the_handoff() -> None:
+    """Once handed off the source never thaws by itself, whatever happens; an owner stays one."""
+    ways = {event: new for (old, event), new in SOURCE_TABLE.items() if old in (S.HANDED_OFF, S.RELEASED)}
+    assert ways == {SE.TAKEN: S.RELEASED, SE.CALLED_OFF: S.TAKEN_BACK}
     assert not [old for old, _ in DESTINATION_TABLE if old is D.OWNER]
     assert {state for state in S if not source_at(state).may_thaw} == {S.HANDED_OFF, S.RELEASED}
     assert {state for state in D if destination_at(state).may_write} == {D.OWNER}
@@ -183,3 +189,42 @@ def test_the_straight_path() -> None:
     source.on(SE.TAKEN)
     assert source.state is S.RELEASED
     assert destination.may_write
+
+
+# Judging
+
+W, V = Evidence, Verdict
+
+
+@pytest.mark.parametrize(
+    ("testimonies", "is_whole", "is_taken", "verdict"),
+    [
+        ([W.PREPARED], True, False, V.COMMIT),
+        ([W.PREPARED, W.PREPARED], True, False, V.COMMIT),
+        ([W.PREPARED], False, False, V.CALL_OFF),
+        ([W.PREPARED], False, True, V.COMMIT),
+        ([W.OWNED, W.PREPARED], True, False, V.COMMIT),
+        ([W.OWNED, W.PREPARED], False, False, V.COMMIT),
+        ([W.INCOMING, W.PREPARED], True, False, V.CALL_OFF),
+        ([W.UNKNOWN, W.PREPARED], True, False, V.SETTLE),
+        ([W.UNKNOWN, W.PREPARED], True, True, V.COMMIT),
+        ([W.UNKNOWN, W.PREPARED, W.INCOMING], True, False, V.CALL_OFF),
+        ([W.OWNED, W.INCOMING, W.PREPARED], True, True, V.SETTLE),
+        ([W.OWNED], True, True, V.SETTLE),
+        ([W.INCOMING], True, False, V.SETTLE),
+        ([W.UNKNOWN], True, False, V.SETTLE),
+    ],
+)
+def test_what_a_source_in_doubt_says(
+    testimonies: list[Evidence], is_whole: bool, is_taken: bool, verdict: Verdict
+) -> None:
+    """All of a group or none; what was begun is gone on with; half an answer is none."""
+    assert judge(testimonies, is_whole=is_whole, is_taken=is_taken) is verdict
+
+
+def test_what_settles_a_disk() -> None:
+    """Owned there or never to be; anything else, and what contradicts itself, stays in doubt."""
+    everything = [W.OWNED, W.PREPARED, W.INCOMING, W.UNKNOWN]
+    assert settled(everything, is_taken=False) == [S.RELEASED, S.HANDED_OFF, S.HANDED_OFF, S.HANDED_OFF]
+    assert settled([W.INCOMING, W.PREPARED], is_taken=False) == [S.TAKEN_BACK, S.HANDED_OFF]
+    assert settled([W.INCOMING], is_taken=True) == [S.HANDED_OFF]

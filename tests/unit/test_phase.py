@@ -27,6 +27,7 @@ ALLOWED = {
     (P.COMMITTED, P.COMPLETED),
     (P.COMMITTED, P.IN_DOUBT),
     (P.IN_DOUBT, P.COMPLETED),
+    (P.IN_DOUBT, P.FAILED),
     (P.CANCELLING, P.CANCELLED),
     (P.CANCELLING, P.FAILED),
     *((phase, end) for phase in BEFORE_COMMIT for end in (P.CANCELLING, P.FAILED)),
@@ -84,8 +85,8 @@ def test_what_a_phase_means(phase: MigrationPhase) -> None:
     }
 
 
-def test_from_the_commit_on_there_is_no_way_back() -> None:
-    """No path from COMMITTED leads to a phase in which the source serves on."""
+def test_from_the_commit_on_only_a_doubt_leads_back() -> None:
+    """The one path from COMMITTED to a phase in which the source serves on is that of a doubt that was settled."""
     reachable, frontier = {P.COMMITTED}, [P.COMMITTED]
     while frontier:
         here = frontier.pop()
@@ -93,4 +94,5 @@ def test_from_the_commit_on_there_is_no_way_back() -> None:
             if old is here and new not in reachable:
                 reachable.add(new)
                 frontier.append(new)
-    assert reachable == {P.COMMITTED, P.COMPLETED, P.IN_DOUBT}
+    assert reachable == {P.COMMITTED, P.COMPLETED, P.IN_DOUBT, P.FAILED}
+    assert {old for old, new in ALLOWED if new is P.FAILED and old in reachable} == {P.IN_DOUBT}

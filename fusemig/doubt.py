@@ -1,0 +1,192 @@
+"""Doubts: the disks of a daemon that were handed off without a word of what became of them.
+
+    watch ── for each migration in doubt: connect to its destination, `Settlement`     again and again, with back-off
+    resolve ── a person's word, with the other side fenced                             logged
+
+Both change an epoch file, so they never do at the same time; a person's word ends a question that is under way. What is
+in doubt is read from the epoch files alone, so a daemon that was started again goes on asking where its predecessor
+stopped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import structlog
+import trio
+
+from fusemig.disk.tracked import Gate
+from fusemig.epoch import Ownership, Side, resolved
+from fusemig.errors import ConfigError, FusemigError, StateError
+from fusemig.migration.settlement import DoubtfulDisk, Settlement, is_askable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from fusemig.served import ServedDisk
+    from fusemig.transport import ByteStream
+
+FIRST_PAUSE_S: Final = 0.5
+LONGEST_PAUSE_S: Final = 30.0
+"""Between two questions about the same migration; it doubles from the one to the other."""
+
+log = structlog.get_logger(__name__)
+
+
+class Doubts:
+    """Asks about what is in doubt, and takes a person's word for it."""
+
+    def __init__(
+        self,
+        disks: Mapping[str, ServedDisk],
+        dial: Callable[[str], Awaitable[ByteStream]],
+        on_settled: Callable[[ServedDisk], None],
+    ) -> None:
+        """Look after ``disks``.
+
+        Args:
+            disks: all disks of the daemon.
+            dial: connects to a URI, in time.
+            on_settled: called at once when a disk's record has changed and its gate was set.
+        """
+        self._disks = disks
+        self._dial = dial
+        self._on_settled = on_settled
+        self._changing = trio.Lock()
+        self._question = trio.CancelScope()
+        self._new = trio.Event()
+
+    def in_doubt(self) -> list[ServedDisk]:
+        """Return the disks that are handed off without a word."""
+        return [served for served in self._disks.values() if served.ownership is Ownership.HANDED_OFF]
+
+    def look(self) -> None:
+        """Ask soon: something may be in doubt that was not."""
+        self._new.set()
+
+    async def watch(self) -> None:
+        """Ask until cancelled; waits for `look` while there is nothing to ask.
+
+        Cancellation: at any moment; what is settled is durable.
+        """
+        pause_s = FIRST_PAUSE_S
+        while True:
+            self._new = trio.Event()
+            sessions = self._sessions()
+            for session in sessions:
+                await self._ask(session)
+            if not self._sessions():
+                pause_s = FIRST_PAUSE_S
+                await self._new.wait()
+                continue
+            with trio.move_on_after(pause_s):
+                await self._new.wait()
+                pause_s = FIRST_PAUSE_S
+                continue
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _sessions(self) -> list[str]:
+        """Return the migrations that can be asked about now."""
+        found: dict[str, None] = {}
+        for served in self.in_doubt():
+            record = served.epoch_file.record
+            assert record is not None
+            if served.busy:
+                continue
+            if is_askable(served.epoch_file):
+                found[record.session] = None
+            else:
+                served.doubt = "nobody can be asked: look at the destination, then see `fusemig resolve --help`"
+        return list(found)
+
+    async def _ask(self, session: str) -> None:
+        async with self._changing:
+            chosen = [served for served in self.in_doubt() if _session(served) == session and not served.busy]
+            if not chosen:
+                return
+            for served in chosen:
+                served.busy = "its destination is being asked whether it took it"
+            try:
+                with trio.CancelScope() as self._question:
+                    await self._exchange(session, chosen)
+            finally:
+                for served in chosen:
+                    served.busy = ""
+                    if served.ownership is not Ownership.HANDED_OFF:
+                        self._apply(served)
+
+    async def _exchange(self, session: str, chosen: Sequence[ServedDisk]) -> None:
+        record = chosen[0].epoch_file.record
+        assert record is not None
+        doubtful = [DoubtfulDisk(served.name, served.epoch_file) for served in chosen]
+        n_released = sum(
+            served.ownership is Ownership.RELEASED and _session(served) == session for served in self._disks.values()
+        )
+        is_whole = len(chosen) + n_released == record.group
+        try:
+            stream = await self._dial(record.peer)
+            try:
+                await Settlement(doubtful, trio.to_thread.run_sync, is_whole=is_whole).run(stream)
+            finally:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                    await stream.aclose()
+        except FusemigError as exc:
+            for served in chosen:
+                if served.doubt != str(exc):
+                    log.warning("in doubt", disk=served.name, destination=record.peer, reason=str(exc))
+                served.doubt = str(exc)
+
+    async def resolve(self, names: Sequence[str], owner: Side, *, is_other_fenced: bool) -> None:
+        """Take a person's word for who owns disks; all of them or none, unless a file cannot be written.
+
+        Raises:
+            ConfigError: he does not say that the other side is fenced.
+            StateError: a disk is not in a state that can be resolved, or is busy, or its file cannot be written.
+        """
+        if not is_other_fenced:
+            raise ConfigError(UNFENCED)
+        self._question.cancel()
+        async with self._changing:
+            chosen = [self._disks[name] for name in dict.fromkeys(names)]
+            records = []
+            for served in chosen:
+                if served.busy:
+                    raise StateError(f"disk '{served.name}' is busy: {served.busy}")
+                if owner is Side.DESTINATION and served.ownership is Ownership.PREPARED and served.disk is None:
+                    raise StateError(f"disk '{served.name}' has no image here: {served.path} is missing")
+                try:
+                    records.append(resolved(served.epoch_file.record, owner))
+                except StateError as exc:
+                    raise StateError(f"disk '{served.name}': {exc}") from exc
+            for served, record in zip(chosen, records, strict=True):
+                before = served.ownership
+                log.warning(
+                    "resolved by hand",
+                    disk=served.name,
+                    owner=owner.value,
+                    before=None if before is None else before.value,
+                    after=record.state.value,
+                    epoch=record.epoch,
+                    destination=record.peer,
+                    session=record.session,
+                )
+                await trio.to_thread.run_sync(served.epoch_file.write, record)
+                self._apply(served)
+
+    def _apply(self, served: ServedDisk) -> None:
+        """Have the gate say what the record does."""
+        served.doubt = ""
+        if served.ownership is Ownership.OWNER and served.disk is not None and not served.is_read_only:
+            served.disk.set_gate(Gate.OPEN)
+        self._on_settled(served)
+
+
+UNFENCED: Final = (
+    "this decides who may write the disk, and nothing checks it: first see to it that the other side cannot write it "
+    "and never will (its daemon ended, its copy moved away, or resolved there too), then add --i-have-fenced-the-other"
+)
+
+
+def _session(served: ServedDisk) -> str:
+    record = served.epoch_file.record
+    return "" if record is None else record.session

@@ -1,0 +1,62 @@
+"""Named points of the hand-off at which a test has a daemon killed; `docs/architecture.md` lists them.
+
+``FUSEMIG_FAILPOINT=NAME:kill`` in the environment of ``fusemig serve``, read once at its start (`arm`): the process
+kills itself when it comes to NAME. Without the variable a point is one comparison and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Final
+
+from fusemig.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+VARIABLE: Final = "FUSEMIG_FAILPOINT"
+
+NAMES: Final = frozenset(
+    {
+        # source
+        "after-prepared-received",
+        "after-one-handed-off",
+        "after-handed-off",
+        "after-commit-sent",
+        "after-taken-received",
+        "after-released",
+        # destination
+        "before-prepared",
+        "after-one-prepared",
+        "after-prepared",
+        "after-prepared-sent",
+        "after-commit-received",
+        "after-one-owner",
+        "after-owner",
+        "after-taken-sent",
+    }
+)
+
+_armed = ""
+
+
+def arm(environment: Mapping[str, str]) -> str:
+    """Take what ``environment`` asks for; return the name of the point, empty if none is asked for.
+
+    Raises:
+        ConfigError: it asks for what is not known.
+    """
+    global _armed
+    name, _, action = environment.get(VARIABLE, "").partition(":")
+    if (name or action) and (name not in NAMES or action != "kill"):
+        names = ", ".join(sorted(NAMES))
+        raise ConfigError(f"{VARIABLE} is for tests: unset it, or write NAME:kill with one of {names}")
+    _armed = name
+    return name
+
+
+def reach(name: str) -> None:
+    """Die here, if that is what was asked for."""
+    if name == _armed:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""What runs guests, as far as their move is concerned: QEMU over QMP, anything else by commands."""
