@@ -134,6 +134,19 @@ class Tap:
                     other[one].sendall(data)
 
 
+def test_a_source_with_credentials_of_its_own(hosts: Hosts, authority: Authority) -> None:
+    """What `serve` was given is used where `migrate` gives nothing, and never dropped for plain text."""
+    there, plain = (
+        tls_destination(hosts, authority.server(), *LISTED),
+        hosts.start("plain", {"vda": hosts.directory / "plain.img"}, incoming="tcp:127.0.0.1:0"),
+    )
+    image = write_random(hosts.directory / "source.img", 2 * MIB)
+    here = hosts.start("source", {"vda": image}, options=["--tls-creds", authority.client()])
+    assert here.migrate(plain.uri).exit_code == 4
+    assert here.migrate(there.uri).exit_code == 0
+    assert image.read_bytes() == there.images["vda"].read_bytes()
+
+
 # Who is not admitted
 
 
@@ -566,7 +579,7 @@ def test_options_that_contradict_each_other(hosts: Hosts, authority: Authority, 
     server = authority.server()
     for options, incoming, expected in (
         (["--tls-authz", "DNS:x"], "tcp:127.0.0.1:0", "add --tls-creds DIR"),
-        (["--tls-creds", server], None, "add --incoming URI"),
+        (["--tls-authz", "DNS:x", "--tls-creds", server], None, "and --incoming URI"),
         (["--tls-creds", server, "--insecure"], "tcp:127.0.0.1:0", "leave one of them out"),
     ):
         done = hosts.make("refused", {"vda": place / "b.img"}, incoming=incoming, options=options).serve()
