@@ -91,6 +91,8 @@ class ServeOptions:
     """What proves this destination to sources; with it they must prove who they are."""
     tls_identities: tuple[str, ...] = ()
     """The sources that are admitted then."""
+    tls_client: Credentials | None = None
+    """What proves this source where a migration brings no credentials of its own."""
     is_insecure: bool = False
     """Plain text may cross the network."""
 
@@ -105,7 +107,9 @@ class Daemon:
         self.parameters = MigrationParameters()
         self.capabilities = set(schema.ALWAYS_ON_CAPABILITIES)
         self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.capabilities)
-        self.security = Security(options.tls, options.tls_identities, is_insecure=options.is_insecure)
+        self.security = Security(
+            options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
+        )
         self.mount: AnyMount | None = None
         self.pause = Pause(self.disks.values(), self._push_out)
         self.doubts = Doubts(self.disks, self._dial, self._on_settled)

@@ -33,17 +33,24 @@ class Security:
     """The rules of one daemon."""
 
     def __init__(
-        self, server: Credentials | None = None, identities: Sequence[str] = (), *, is_insecure: bool = False
+        self,
+        server: Credentials | None = None,
+        identities: Sequence[str] = (),
+        *,
+        client: Credentials | None = None,
+        is_insecure: bool = False,
     ) -> None:
         """Take what the command line gave.
 
         Args:
             server: proves this destination; None: QMP's parameters may name others, else it takes plain text.
             identities: the sources that are admitted.
+            client: proves this source where nothing else is given; the questions after a restart need it.
             is_insecure: plain text may cross the network.
         """
         self.is_insecure = is_insecure
         self._server = server
+        self._client = client
         self._listed = AccessList(Rule(identity) for identity in identities)
         self._objects: dict[str, Credentials | AccessList] = {}
         # The migration parameters; "" where there is none.
@@ -105,7 +112,7 @@ class Security:
             ConfigError: the bytes would cross the network in plain text, or no host name is given to check.
             AuthenticationError: the parameters name no fitting credentials.
         """
-        credentials = given or self._credentials(Endpoint.CLIENT)
+        credentials = given or self._credentials(Endpoint.CLIENT) or self._client
         if credentials is None:
             may_leave = is_insecure or self.is_insecure
             if not may_leave and not is_private(uri):

@@ -37,6 +37,7 @@ _PAIR_BUFFER_BYTES: Final = 1 << 20
 _CLOSE_DEADLINE_S: Final = 5.0
 """How long what was sent before the end may take to leave."""
 _DISCARD_S: Final = 1.0
+_HANDSHAKE_BYTES: Final = 16 << 10
 _HANDSHAKE_RECORD: Final = 0x16
 _ALERTS: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR", "HANDSHAKE_FAILURE")
 """In the name of an alert that says that our proof was not taken."""
@@ -45,16 +46,32 @@ _handshakes = trio.CapacityLimiter(1)
 """Strangers who connect and connect have one core's time, and never the loop's."""
 
 
+class _Secured:
+    """A socket and OpenSSL's state beside it, which never sees the socket: we move its records, many at once."""
+
+    def __init__(self, plain: socket.socket, context: ssl.SSLContext, hostname: str | None) -> None:
+        """Take ``plain`` over; without a ``hostname`` we are the server."""
+        plain.setblocking(False)
+        self.socket = plain
+        self.received = ssl.MemoryBIO()
+        """Records from the peer."""
+        self.to_send = ssl.MemoryBIO()
+        """Records for the peer."""
+        self.state = context.wrap_bio(
+            self.received, self.to_send, server_side=hostname is None, server_hostname=hostname
+        )
+
+
 class TlsStream(SocketStream):
     """A `ByteStream` whose bytes cross the network encrypted, with a peer that has proved who it is."""
 
-    def __init__(self, secured: ssl.SSLSocket, peer: str) -> None:
+    def __init__(self, secured: _Secured, peer: str) -> None:
         """Take ``secured`` over, whose handshake is done."""
         ours, relays = socket.socketpair()
         for end in (ours, relays):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PAIR_BUFFER_BYTES)
         super().__init__(trio.socket.from_stdlib_socket(ours), peer)
-        self.names = names_of(secured.getpeercert() or {})
+        self.names = names_of(secured.state.getpeercert() or {})
         """The peer's (`names_of`)."""
         self._relay = _Relay(secured, relays, peer)
         self._relay.start()
@@ -73,25 +90,32 @@ class TlsStream(SocketStream):
 class _Relay(threading.Thread):
     """Moves bytes between the migration's socket and the peer's, both ways, until either side is gone."""
 
-    def __init__(self, secured: ssl.SSLSocket, inner: socket.socket, peer: str) -> None:
+    def __init__(self, secured: _Secured, inner: socket.socket, peer: str) -> None:
         super().__init__(name=f"tls {peer}", daemon=True)
         self.failure: Callable[[], FusemigError] | None = None
         """Makes the error that ended the connection; set before the migration can see the end."""
         self._peer = peer
-        self._secured = secured
+        self._outer = secured.socket
         self._inner = inner
         inner.setblocking(False)
-        secured.setblocking(False)
-        self._outgoing = _Held()
-        self._incoming = _Held()
+        self._state = secured.state
+        self._received = secured.received
+        self._to_send = secured.to_send
+        self._plain = memoryview(bytearray(_BUFFER_BYTES))
+        self._cipher = memoryview(bytearray(_BUFFER_BYTES))
+        self._unsent = memoryview(b"")
+        """Records that OpenSSL has made and the socket has not taken."""
+        self._incoming = memoryview(bytearray(_BUFFER_BYTES))
+        self._ungiven = self._incoming[:0]
+        """Bytes of the peer's that the migration has not taken."""
         self._is_inner_over = False
-        """The migration has closed its end, and all that it sent was taken."""
+        """The migration has closed its end, and all that it sent has been sent on."""
         self._is_peer_over = False
         self._closes_at: float | None = None
         """When to give up; set once the migration has closed its end."""
-        # What each socket is waited for; set by the four steps, anew in each turn.
+        # What each socket is waited for; set by the steps, anew in each turn.
         self._inner_events = 0
-        self._secured_events = 0
+        self._outer_events = 0
 
     def run(self) -> None:
         try:
@@ -105,30 +129,42 @@ class _Relay(threading.Thread):
             self._close()
 
     def _run(self) -> None:
-        poll = _Poll(self._inner, self._secured)
+        poll = _Poll(self._inner, self._outer)
         while True:
-            self._inner_events = self._secured_events = 0
-            has_moved = self._take_from_inner()
-            has_moved |= self._send_to_peer()
+            self._inner_events = self._outer_events = 0
+            has_moved = self._send_to_peer()
             has_moved |= self._take_from_peer()
             has_moved |= self._give_to_inner()
-            if self._is_inner_over and self._outgoing.is_empty:
+            if self._is_inner_over:
                 return
-            if self._is_peer_over and self._incoming.is_empty:
+            if self._is_peer_over and not self._ungiven:
                 return
             if has_moved:
                 continue
             left_s = None if self._closes_at is None else self._closes_at - time.monotonic()
             if left_s is not None and left_s <= 0:
                 return  # what is left could not be sent in time
-            if self._inner in poll.wait({self._inner: self._inner_events, self._secured: self._secured_events}, left_s):
+            if self._inner in poll.wait({self._inner: self._inner_events, self._outer: self._outer_events}, left_s):
                 self._note_inner_over()
 
-    def _take_from_inner(self) -> bool:
-        if self._is_inner_over or not self._outgoing.is_empty:
+    def _send_to_peer(self) -> bool:
+        if not self._unsent:
+            if not self._to_send.pending and not self._encrypt():
+                return False
+            self._unsent = memoryview(self._to_send.read())
+        try:
+            self._unsent = self._unsent[self._outer.send(self._unsent) :]
+        except BlockingIOError:
+            self._outer_events |= select.POLLOUT
+            return False
+        return True
+
+    def _encrypt(self) -> bool:
+        """Make records of what the migration has sent; return whether there are any."""
+        if self._is_inner_over:
             return False
         try:
-            n = self._inner.recv_into(self._outgoing.room())
+            n = self._inner.recv_into(self._plain)
         except BlockingIOError:
             self._inner_events |= select.POLLIN
             return False
@@ -137,55 +173,58 @@ class _Relay(threading.Thread):
         if not n:
             self._is_inner_over = True
             self._note_inner_over()
-        self._outgoing.add(n)
-        return True
-
-    def _send_to_peer(self) -> bool:
-        if self._outgoing.is_empty:
             return False
-        try:
-            n = self._secured.send(self._outgoing.content())
-        except ssl.SSLWantWriteError:
-            self._secured_events |= select.POLLOUT
-            return False
-        except ssl.SSLWantReadError:
-            self._secured_events |= select.POLLIN
-            return False
-        self._outgoing.drop(n)
+        done = 0
+        while done < n:
+            done += self._state.write(self._plain[done:n])  # a record, which is 16 KiB
         return True
 
     def _take_from_peer(self) -> bool:
-        has_moved = False
-        while not self._is_peer_over and not self._incoming.is_full:
-            try:
-                n = self._secured.recv_into(self._incoming.room())
-            except ssl.SSLWantReadError:
-                self._secured_events |= select.POLLIN
-                return has_moved
-            except ssl.SSLWantWriteError:
-                self._secured_events |= select.POLLOUT
-                return has_moved
-            has_moved = True
-            if not n:
-                # With or without TLS's own goodbye, which QEMU leaves out: both wires have ends of their own.
-                self._is_peer_over = True
-            self._incoming.add(n)
-        return has_moved
+        if self._ungiven or self._is_peer_over:
+            return False
+        if self._decrypt():
+            return True
+        try:
+            n = self._outer.recv_into(self._cipher)
+        except BlockingIOError:
+            self._outer_events |= select.POLLIN
+            return False
+        if n:
+            self._received.write(self._cipher[:n])
+            self._decrypt()
+        else:
+            # Without TLS's own goodbye, which QEMU leaves out too: both wires have ends of their own.
+            self._is_peer_over = True
+        return True
+
+    def _decrypt(self) -> bool:
+        """Make bytes of the records that came, as far as they are whole; return whether anything came of it."""
+        n = 0
+        try:
+            while n < _BUFFER_BYTES:
+                # typeshed knows the read that returns bytes only
+                got: int = self._state.read(_BUFFER_BYTES - n, self._incoming[n:])  # type: ignore[assignment]
+                if not got:
+                    self._is_peer_over = True
+                    break
+                n += got
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self._is_peer_over = True
+        self._ungiven = self._incoming[:n]
+        return bool(n) or self._is_peer_over
 
     def _give_to_inner(self) -> bool:
-        if self._is_inner_over:
-            self._incoming.clear()
-        if self._incoming.is_empty:
+        if not self._ungiven:
             return False
         try:
-            n = self._inner.send(self._incoming.content())
+            self._ungiven = self._ungiven[self._inner.send(self._ungiven) :]
         except BlockingIOError:
             self._inner_events |= select.POLLOUT
             return False
         except OSError:  # the migration has gone and wants nothing more; what it sent last still leaves
-            self._incoming.clear()
-            return True
-        self._incoming.drop(n)
+            self._ungiven = self._incoming[:0]
         return True
 
     def _note_inner_over(self) -> None:
@@ -201,15 +240,22 @@ class _Relay(threading.Thread):
             self.failure = lambda: ConnectionLostError(text)
 
     def _close(self) -> None:
-        with suppress(OSError, ValueError):
-            self._secured.unwrap()  # says goodbye; does not wait for an answer
-        self._secured.close()
+        with suppress(OSError):
+            self._say_goodbye()
+        self._outer.close()
         with suppress(OSError):
             # An end that is closed with unread bytes would have the migration see a reset before the bytes it was sent.
             self._inner.shutdown(socket.SHUT_RDWR)
             while self._inner.recv(_BUFFER_BYTES):
                 pass
         self._inner.close()
+
+    def _say_goodbye(self) -> None:
+        """Send TLS's end, or the alert for what the peer did wrong, if that can be done at once."""
+        if not self._unsent:
+            with suppress(ssl.SSLError):
+                self._state.unwrap()
+            self._outer.send(self._to_send.read())
 
 
 class _Poll:
@@ -233,39 +279,6 @@ class _Poll:
         for one in gone:
             self._poll.unregister(one)
         return gone
-
-
-class _Held:
-    """Bytes on their way through the relay."""
-
-    def __init__(self) -> None:
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
-        self._start = self._end = 0
-
-    @property
-    def is_empty(self) -> bool:
-        return self._start == self._end
-
-    @property
-    def is_full(self) -> bool:
-        return self._end == _BUFFER_BYTES
-
-    def room(self) -> memoryview:
-        return self._buffer[self._end :]
-
-    def add(self, n: int) -> None:
-        self._end += n
-
-    def content(self) -> memoryview:
-        return self._buffer[self._start : self._end]
-
-    def drop(self, n: int) -> None:
-        self._start += n
-        if self.is_empty:
-            self.clear()
-
-    def clear(self) -> None:
-        self._start = self._end = 0
 
 
 async def secure_client(stream: SocketStream, context: ssl.SSLContext, hostname: str) -> TlsStream:
@@ -322,56 +335,73 @@ async def has_tls_begun(stream: SocketStream) -> bool:
     raise ConnectionLostError(f"{stream.peer} said nothing within {HANDSHAKE_DEADLINE_S:g} s")
 
 
-async def _shake_hands(stream: SocketStream, context: ssl.SSLContext, hostname: str | None) -> ssl.SSLSocket:
-    """Run the handshake in steps on a thread, which never block; on failure the connection is closed."""
+async def _shake_hands(stream: SocketStream, context: ssl.SSLContext, hostname: str | None) -> _Secured:
+    """Run the handshake, its arithmetic on a thread; on failure the connection is closed."""
     plain = stream.detach()
-    plain.setblocking(False)
-    secured: ssl.SSLSocket | None = None
-    is_done = False
     try:
-        secured = context.wrap_socket(
-            plain, server_side=hostname is None, server_hostname=hostname, do_handshake_on_connect=False
-        )
+        secured = _Secured(plain, context, hostname)
         with trio.fail_after(HANDSHAKE_DEADLINE_S):
             try:
-                await _step(secured)
+                await _shake_hands_until_done(secured)
             except ssl.SSLError:
-                await _discard(secured)  # or the reset of a close with unread bytes overtakes the alert
+                await _flush(secured)
+                await _discard(plain)  # or the reset of a close with unread bytes overtakes the alert
                 raise
     except trio.TooSlowError as exc:
+        plain.close()
         raise ConnectionLostError(
             f"{stream.peer} did not end the TLS handshake within {HANDSHAKE_DEADLINE_S:g} s"
         ) from exc
-    else:
-        is_done = True
-        return secured
-    finally:
+    except BaseException:
         plain.close()
-        if secured is not None and not is_done:
-            secured.close()
+        raise
+    return secured
 
 
-async def _step(secured: ssl.SSLSocket) -> None:
+async def _shake_hands_until_done(secured: _Secured) -> None:
     while True:
         try:
-            await trio.to_thread.run_sync(secured.do_handshake, limiter=_handshakes)
+            await trio.to_thread.run_sync(secured.state.do_handshake, limiter=_handshakes)
         except ssl.SSLWantReadError:
-            await trio.lowlevel.wait_readable(secured)
-        except ssl.SSLWantWriteError:
-            await trio.lowlevel.wait_writable(secured)
+            await _flush(secured)
+            await _fill(secured)
         else:
+            await _flush(secured)
             return
 
 
-async def _discard(secured: ssl.SSLSocket) -> None:
+async def _flush(secured: _Secured) -> None:
+    rest = memoryview(secured.to_send.read())
+    while rest:
+        try:
+            rest = rest[secured.socket.send(rest) :]
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(secured.socket)
+
+
+async def _fill(secured: _Secured) -> None:
+    while True:
+        try:
+            data = secured.socket.recv(_HANDSHAKE_BYTES)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(secured.socket)
+            continue
+        if data:
+            secured.received.write(data)
+        else:
+            secured.received.write_eof()
+        return
+
+
+async def _discard(plain: socket.socket) -> None:
     with suppress(OSError), trio.move_on_after(_DISCARD_S):
-        secured.shutdown(socket.SHUT_WR)
+        plain.shutdown(socket.SHUT_WR)
         while True:
             try:
-                if not secured.recv(_BUFFER_BYTES):  # in plain text, since the shutdown
+                if not plain.recv(_HANDSHAKE_BYTES):
                     return
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(secured)
+                await trio.lowlevel.wait_readable(plain)
 
 
 def _no_tls(peer: str, exc: ssl.SSLError) -> str:

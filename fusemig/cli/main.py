@@ -90,7 +90,8 @@ def cli() -> None:
     "--tls-creds",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Take disks over TLS only; DIR has ca-cert.pem, server-cert.pem, server-key.pem and perhaps ca-crl.pem.",
+    help="TLS only. DIR has ca-cert.pem, perhaps ca-crl.pem; server-cert.pem and server-key.pem for --incoming; "
+    "client-cert.pem and client-key.pem to send.",
 )
 @click.option(
     "--tls-authz", multiple=True, metavar="IDENTITY", help="Admit the source with this name in its certificate."

@@ -58,7 +58,7 @@ async def serve_command(request: ServeRequest) -> None:
     """
     if request.wire != "auto" and request.incoming is None:
         raise ConfigError(f"--wire {request.wire} says what --incoming takes: add --incoming URI, or leave it out")
-    tls = _load_tls(request)
+    tls, tls_client = _load_tls(request)
     specs = _parse_disks(request.disks, request.read_only)
     if request.state_dir is not None:
         await trio.to_thread.run_sync(_make_durably, request.state_dir.absolute())
@@ -79,23 +79,27 @@ async def serve_command(request: ServeRequest) -> None:
         allow_guest_commands=request.allow_guest_commands,
         tls=tls,
         tls_identities=request.tls_authz,
+        tls_client=tls_client,
         is_insecure=request.insecure,
     )
     await Daemon(options).run()
 
 
-def _load_tls(request: ServeRequest) -> Credentials | None:
-    if request.tls_authz and request.tls_creds is None:
-        raise ConfigError("--tls-authz lists who is admitted over TLS: add --tls-creds DIR, or leave it out")
-    if request.tls_creds is None:
-        return None
-    if request.incoming is None:
-        raise ConfigError(
-            "--tls-creds proves a destination to its sources: add --incoming URI; to send, give it to `fusemig migrate`"
-        )
+def _load_tls(request: ServeRequest) -> tuple[Credentials | None, Credentials | None]:
+    """Return what proves us as a destination, and as a source: with --incoming the latter may be missing."""
+    directory = request.tls_creds
+    if request.tls_authz and (directory is None or request.incoming is None):
+        raise ConfigError("--tls-authz lists who may send disks here over TLS: add --tls-creds DIR and --incoming URI")
+    if directory is None:
+        return None, None
     if request.insecure:
         raise ConfigError("--insecure takes back what --tls-creds demands: leave one of them out")
-    return load_credentials(request.tls_creds, Endpoint.SERVER)
+    server = client = None
+    if request.incoming is not None:
+        server = load_credentials(directory, Endpoint.SERVER)
+    if server is None or (directory / "client-cert.pem").exists():
+        client = load_credentials(directory, Endpoint.CLIENT)
+    return server, client
 
 
 def _make_durably(directory: Path) -> None:

@@ -7,6 +7,7 @@ import select
 import socket
 import ssl
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
 import pytest
@@ -131,6 +132,19 @@ class Tap:
                     if not data:
                         return
                     other[one].sendall(data)
+
+
+def test_a_source_with_credentials_of_its_own(hosts: Hosts, authority: Authority) -> None:
+    """What `serve` was given is used where `migrate` gives nothing, and never dropped for plain text."""
+    there, plain = (
+        tls_destination(hosts, authority.server(), *LISTED),
+        hosts.start("plain", {"vda": hosts.directory / "plain.img"}, incoming="tcp:127.0.0.1:0"),
+    )
+    image = write_random(hosts.directory / "source.img", 2 * MIB)
+    here = hosts.start("source", {"vda": image}, options=["--tls-creds", authority.client()])
+    assert here.migrate(plain.uri).exit_code == 4
+    assert here.migrate(there.uri).exit_code == 0
+    assert image.read_bytes() == there.images["vda"].read_bytes()
 
 
 # Who is not admitted
@@ -334,14 +348,41 @@ def test_strangers_disturb_nobody(hosts: Hosts, authority: Authority) -> None:
         wait_until(lambda: rejections(there) >= 3 + 40 - 8, "the flood's end")
         assert here.phase() == "pre-switchover"
         pwrite(here.file(), b"written meanwhile", MIB)
-        here.proceed()
-        done = command.finish()
+        with Flood(address(there)) as more:
+            wait_until(lambda: more.n_connections > 10, "the second flood")
+            here.proceed()
+            done = command.finish()
         assert done.exit_code == 0, done.stderr
     finally:
         for stranger in flood:
             stranger.close()
     assert here.images["vda"].read_bytes() == there.images["vda"].read_bytes()
     assert here.migration()["x-fusemig"]["frozen-ms"] < 5000
+
+
+class Flood:
+    """Strangers who connect one after the other, say half a word, and leave; a context manager."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        """Connect to ``target``."""
+        self.n_connections = 0
+        self._target = target
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join(40)
+
+    def _run(self) -> None:
+        while not self._is_over.is_set():
+            with suppress(OSError), socket.create_connection(self._target, 1) as stranger:
+                self.n_connections += 1
+                stranger.send(b"\x16\x03\x01"[: self.n_connections % 4])
 
 
 def test_a_source_gets_through_a_crowd(hosts: Hosts, authority: Authority) -> None:
@@ -538,8 +579,37 @@ def test_options_that_contradict_each_other(hosts: Hosts, authority: Authority, 
     server = authority.server()
     for options, incoming, expected in (
         (["--tls-authz", "DNS:x"], "tcp:127.0.0.1:0", "add --tls-creds DIR"),
-        (["--tls-creds", server], None, "add --incoming URI"),
+        (["--tls-authz", "DNS:x", "--tls-creds", server], None, "and --incoming URI"),
         (["--tls-creds", server, "--insecure"], "tcp:127.0.0.1:0", "leave one of them out"),
     ):
         done = hosts.make("refused", {"vda": place / "b.img"}, incoming=incoming, options=options).serve()
         assert (done.exit_code, expected in done.stderr) == (2, True), done.stderr
+
+
+# After a crash
+
+
+def test_both_sides_restart_and_settle_it_over_tls(hosts: Hosts, authority: Authority) -> None:
+    """A restarted source that is in doubt asks a restarted destination with the credentials that `serve` was given."""
+    client, server = authority.client(), authority.server()
+    image, copy = write_random(hosts.directory / "a.img", 4 * MIB), hosts.directory / "b.img"
+    listening = socket.create_server((HOST, 0))
+    uri = f"tcp:{HOST}:{listening.getsockname()[1]}"
+    listening.close()
+    taking = {"incoming": uri, "options": ["--tls-creds", server, *LISTED]}
+    here = hosts.start("source", {"vda": image})
+    there = hosts.start("destination", {"vda": copy}, failpoint="after-commit-received:kill", **taking)
+    assert here.migrate(uri, "--tls-creds", client).exit_code == 7
+    there.wait_killed()
+    here.stop()
+    there = hosts.start("again", {"vda": copy}, **taking)
+    # Without credentials it may ask and is not heard, and nobody becomes the owner.
+    plain = hosts.start("plain", {"vda": image})
+    wait_until(lambda: "TLS is required there" in plain.log(), "the refusal")
+    assert plain.disk()["state"] == "handed-off"
+    plain.stop()
+    asking = hosts.start("asking", {"vda": image}, options=["--tls-creds", client])
+    wait_until(lambda: asking.disk()["state"] == "released", "the answer")
+    pwrite(there.file(), b"taken over")
+    with pytest.raises(OSError, match="Read-only"):
+        pwrite(asking.file(), b"x")

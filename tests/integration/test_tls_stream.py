@@ -18,7 +18,7 @@ import trio
 from fusemig import listener as listener_module
 from fusemig import tls
 from fusemig.credentials import Endpoint, load_credentials
-from fusemig.errors import ConnectionLostError
+from fusemig.errors import AuthenticationError, ConnectionLostError
 from fusemig.listener import MAX_PENDING_PER_ADDRESS, listening
 from fusemig.migration import arrival, destination, link
 from fusemig.migration.arrival import IncomingWire, greet
@@ -177,34 +177,77 @@ async def test_a_refused_send_took_nothing(authority: Authority) -> None:
 
 async def test_what_was_sent_before_the_end_arrives(authority: Authority) -> None:
     """Closing loses nothing that was taken, and the other end sees the end after it."""
-    data = random.Random(4).randbytes(700_000)
     async with secured(authority) as (ours, theirs):
-        await send_all(ours, data)
+        sent = await fill(ours)
         await ours.aclose()
-        assert await receive_all(theirs, len(data) + 1) == data
+        assert await receive_all(theirs, len(sent) + 1) == sent
         with pytest.raises(ConnectionLostError):
             for _ in range(100):
                 with trio.move_on_after(0.01):
-                    await send_all(theirs, data)
+                    await send_all(theirs, sent)
 
 
 async def test_no_thread_is_left(authority: Authority) -> None:
     """Not when both ends close, nor when one closes with unread bytes and the other takes nothing."""
     before = set(threading.enumerate())
     async with secured(authority) as (ours, theirs):
-        while True:
-            try:
-                ours.send_nowait([bytes(1 << 16)])
-            except trio.WouldBlock:
-                await trio.sleep(0.05)
-                try:
-                    ours.send_nowait([b"x"])
-                except trio.WouldBlock:
-                    break
+        await fill(ours)
         await theirs.aclose()
+    await wait_no_thread_since(before)
+
+
+async def test_a_peer_that_takes_nothing_holds_no_thread(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be sent after the end is given up in time, though the peer stays there."""
+    monkeypatch.setattr(tls, "_CLOSE_DEADLINE_S", 0.1)
+    async with secured(authority) as (ours, theirs):
+        theirs_too = {one for one in threading.enumerate() if one is theirs._relay}
+        before = {one for one in threading.enumerate() if one is not ours._relay} | theirs_too
+        await fill(ours)
+        await ours.aclose()
+        await wait_no_thread_since(before)
+
+
+async def wait_no_thread_since(before: set[threading.Thread]) -> None:
+    """Wait until no relay runs that is not in ``before``."""
     with trio.fail_after(20):
         while any(one.name.startswith("tls ") for one in set(threading.enumerate()) - before):
             await trio.sleep(0.01)
+
+
+async def fill(stream: ByteStream) -> bytes:
+    """Send until nothing more is taken, for a moment; return what was."""
+    source = random.Random(4)
+    sent = bytearray()
+    n_refused = 0
+    while n_refused < 5:
+        piece = source.randbytes(1 << 16)
+        try:
+            sent += piece[: stream.send_nowait([piece])]
+            n_refused = 0
+        except trio.WouldBlock:
+            n_refused += 1
+            await trio.sleep(0.02)
+    return bytes(sent)
+
+
+async def test_who_is_not_accepted_hears_why(authority: Authority, tmp_path: Path) -> None:
+    """The source's handshake ends first: it learns what the destination thinks of it when it goes on."""
+    client = load_credentials(authority.client(is_expired=True), Endpoint.CLIENT).context
+    server = load_credentials(authority.server(), Endpoint.SERVER).context
+    near, far = await plain_pair()
+
+    async def serve() -> None:
+        with pytest.raises(AuthenticationError, match="did not prove who it is: certificate has expired"):
+            await tls.secure_server(far, server)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        ours = await tls.secure_client(near, client, HOST)
+        with pytest.raises(AuthenticationError, match="did not accept our certificate"):
+            while True:
+                await send_all(ours, bytes(1000))
+                await trio.sleep(0.01)
+        await ours.aclose()
 
 
 async def test_an_idle_relay_sleeps(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +288,8 @@ async def test_tampering_is_noticed(authority: Authority) -> None:
             except trio.WouldBlock:
                 await source.wait_readable()
                 continue
+            except ConnectionLostError:
+                return
             data = bytearray(buffer[:n])
             if spoil.is_set() and n:
                 data[n // 2] ^= 1
