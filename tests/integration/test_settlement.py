@@ -224,7 +224,7 @@ async def test_a_take_over_that_fails_half_way(doubt: Doubt, autojump_clock: tri
 
 # What a destination does not take from a source
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Ownership], native.Message, str]] = {
     "a COMMIT to what is not prepared": ({"a": O.INCOMING, "b": O.INCOMING}, native.Commit(), "out of order"),
     "an ABORT of what was taken": ({"a": O.OWNER, "b": O.PREPARED}, native.Abort("no"), "was taken over already"),
     "FINAL": ({"a": O.PREPARED, "b": O.PREPARED}, native.FinalProofs([]), "sent FinalProofs after ANSWER"),
@@ -342,13 +342,18 @@ def test_a_source_that_blocked_makes_sure_before_it_says_commit(tmp_path: Path) 
     seen: list[list[Ownership | None]] = []
 
     async def main(world: World) -> None:
+        def look(data: bytes) -> bytes:
+            if data[2:3] == COMMIT:
+                seen.append(states(world))
+            return data
+
         await uncertain(lose_abort)(world)  # type: ignore[misc]
         assert world.source.durable_state("a") is O.OWNER
         for is_mended in (False, True):
             if is_mended:
                 world.source.mend()
             here, there = memory_connection()
-            here.on_send = lambda data: (seen.append(states(world)), data)[1] if data[2:3] == COMMIT else data
+            here.on_send = look
             disks = [DoubtfulDisk(name, file) for name, file in world.source.epochs.items()]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(DestinationMigration(there, world.destination, inline).run)
