@@ -368,20 +368,17 @@ class Daemon:
                 served.is_waiting = self.is_destination and served.ownership is Ownership.RELEASED
             self.doubts.look()
 
-    def _on_settled(self, served: ServedDisk) -> None:
-        """Have the rest of the daemon follow a disk of which it is known again who owns it."""
-        served.look_again(is_destination=self.is_destination)
-        if self.doubts.in_doubt():
-            return
-        if served.ownership is Ownership.OWNER and not self.pause.is_on:
+    def _on_settled(self, settled: Sequence[ServedDisk]) -> None:
+        """Have the rest of the daemon follow disks of which it is known again who owns them."""
+        for served in settled:
+            served.look_again(is_destination=self.is_destination)
+        if any(served.disk is not None and served.disk.gate is Gate.OPEN for served in settled):
             self._is_stopped_for_guests = False
             self.events.emit("RESUME")
         migration = self.outgoing
-        record = served.epoch_file.record
-        if migration is None or record is None or record.session != migration.session:
+        if migration is None or migration.phase is not MigrationPhase.IN_DOUBT or self.doubts.in_doubt():
             return
-        if migration.phase is MigrationPhase.IN_DOUBT:
-            migration.settle(is_handed_off=record.state is Ownership.RELEASED)
+        migration.settle(is_handed_off=not any(served.is_writable for served in settled))
 
     @property
     def is_migrating(self) -> bool:

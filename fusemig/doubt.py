@@ -23,6 +23,7 @@ from fusemig.migration.settlement import DoubtfulDisk, Settlement, is_askable
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from fusemig.epoch import EpochRecord
     from fusemig.served import ServedDisk
     from fusemig.transport import ByteStream
 
@@ -40,14 +41,14 @@ class Doubts:
         self,
         disks: Mapping[str, ServedDisk],
         dial: Callable[[str], Awaitable[ByteStream]],
-        on_settled: Callable[[ServedDisk], None],
+        on_settled: Callable[[Sequence[ServedDisk]], None],
     ) -> None:
         """Look after ``disks``.
 
         Args:
             disks: all disks of the daemon.
             dial: connects to a URI, in time.
-            on_settled: called at once when a disk's record has changed and its gate was set.
+            on_settled: called at once when records have changed, after their disks' gates were set.
         """
         self._disks = disks
         self._dial = dial
@@ -112,8 +113,7 @@ class Doubts:
             finally:
                 for served in chosen:
                     served.busy = ""
-                    if served.ownership is not Ownership.HANDED_OFF:
-                        self._apply(served)
+                self._apply([served for served in chosen if served.ownership is not Ownership.HANDED_OFF])
 
     async def _exchange(self, session: str, chosen: Sequence[ServedDisk]) -> None:
         record = chosen[0].epoch_file.record
@@ -158,27 +158,40 @@ class Doubts:
                     records.append(resolved(served.epoch_file.record, owner))
                 except StateError as exc:
                     raise StateError(f"disk '{served.name}': {exc}") from exc
-            for served, record in zip(chosen, records, strict=True):
-                before = served.ownership
-                log.warning(
-                    "resolved by hand",
-                    disk=served.name,
-                    owner=owner.value,
-                    before=None if before is None else before.value,
-                    after=record.state.value,
-                    epoch=record.epoch,
-                    destination=record.peer,
-                    session=record.session,
-                )
-                await trio.to_thread.run_sync(served.epoch_file.write, record)
-                self._apply(served)
+            done = []
+            for served in chosen:
+                served.busy = "it is being resolved"
+            try:
+                for served, record in zip(chosen, records, strict=True):
+                    await self._write(served, record, owner)
+                    done.append(served)
+            finally:
+                for served in chosen:
+                    served.busy = ""
+                self._apply(done)
 
-    def _apply(self, served: ServedDisk) -> None:
-        """Have the gate say what the record does."""
-        served.doubt = ""
-        if served.ownership is Ownership.OWNER and served.disk is not None and not served.is_read_only:
-            served.disk.set_gate(Gate.OPEN)
-        self._on_settled(served)
+    async def _write(self, served: ServedDisk, record: EpochRecord, owner: Side) -> None:
+        before = served.ownership
+        log.warning(
+            "resolved by hand",
+            disk=served.name,
+            owner=owner.value,
+            before=None if before is None else before.value,
+            after=record.state.value,
+            epoch=record.epoch,
+            destination=record.peer,
+            session=record.session,
+        )
+        await trio.to_thread.run_sync(served.epoch_file.write, record)
+
+    def _apply(self, settled: Sequence[ServedDisk]) -> None:
+        """Have the gates say what the records do."""
+        for served in settled:
+            served.doubt = ""
+            if served.ownership is Ownership.OWNER and served.disk is not None and not served.is_read_only:
+                served.disk.set_gate(Gate.OPEN)
+        if settled:
+            self._on_settled(settled)
 
 
 UNFENCED: Final = (

@@ -97,6 +97,8 @@ class Witness:
             raise PeerRefusedError(
                 f"wire version {ask.version} offered, {native.VERSION} spoken here; upgrade one side"
             )
+        if not ask.session or not ask.disks:
+            raise PeerRefusedError("the question names no migration, or no disk")
         return self._host.recall(ask.session, [disk.image_id for disk in ask.disks], self._link.peer)
 
     async def _converse(self, ask: native.Ask, recalled: Sequence[RecalledDisk]) -> None:

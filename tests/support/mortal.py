@@ -20,6 +20,7 @@ from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.settlement import DoubtfulDisk, Settlement
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
+from fusemig.phase import MigrationPhase
 from fusemig.units import CHUNK_SIZE
 from support.crash import CrashDisk, Fate, KilledError
 from support.pair import Side, inline, nothing
@@ -175,13 +176,20 @@ class Hosts:
             return here
 
         lent = [SourceDisk(disk, self.source.epochs[name], nothing) for name, disk in self.source.disks.items()]
-        outgoing = SourceMigration(lent, connect, self.parameters, inline)
+
+        def on_phase(phase: MigrationPhase) -> None:
+            if phase is MigrationPhase.FROZEN:  # the gates are open for a moment still
+                for _ in range(4):
+                    self.write()
+
+        outgoing = SourceMigration(lent, connect, self.parameters, inline, on_phase)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._until_dead, self._receive, there)
             nursery.start_soon(self._until_dead, outgoing.run)
-            for _ in range(20):
-                self.write()
-                await trio.sleep(0.001)
+            for step in range(200):  # of the loop, not of the clock: a connection in memory takes no time
+                if step % 25 == 0:
+                    self.write()
+                await trio.lowlevel.checkpoint()
         return outgoing
 
     async def _receive(self, stream: MortalStream) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,8 +18,7 @@ from fusemig.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.errors import ConfigError, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 SLOT = 4096
 DEEP = b'{"counter":1,"check":"","record":' + b"[" * 4000
@@ -252,3 +253,80 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Too many levels of symbolic links"):
         EpochFile(link)
     assert target.read_bytes() == b""
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list of what is synced from here on: names of files, and of directories with a slash."""
+    names: list[str] = []
+
+    def note(sync: Callable[[int], None]) -> Callable[[int], None]:
+        def call(fd: int) -> None:
+            found = Path(f"/proc/self/fd/{fd}").readlink()
+            names.append(found.name + ("/" if found.is_dir() else ""))
+            sync(fd)
+
+        return call
+
+    monkeypatch.setattr(os, "fdatasync", note(os.fdatasync))
+    monkeypatch.setattr(os, "fsync", note(os.fsync))
+    return names
+
+
+def test_a_new_file_is_durable_with_its_name(path: Path, synced: list[str]) -> None:
+    """The directory once, the file each time."""
+    file = EpochFile(path)
+    assert synced == []
+    file.write(record(Ownership.OWNER))
+    assert synced == ["image.fusemig", f"{path.parent.name}/"]
+    file.write(record(Ownership.HANDED_OFF))
+    assert synced[2:] == ["image.fusemig"]
+
+
+def test_what_is_read_is_durable_before_it_counts(path: Path, synced: list[str]) -> None:
+    """A daemon that was killed before its sync may have left it in the page cache only."""
+    EpochFile(path).write(record(Ownership.HANDED_OFF))
+    synced.clear()
+    assert EpochFile(path).record == record(Ownership.HANDED_OFF)
+    assert synced == ["image.fusemig", f"{path.parent.name}/"]
+
+
+def test_what_cannot_be_made_durable_does_not_count(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: refused, with the reason."""
+    EpochFile(path).write(record(Ownership.HANDED_OFF))
+
+    def fail(_fd: int) -> None:
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(ConfigError, match=r"cannot make the epoch file .* durable: Input/output error"):
+        EpochFile(path)
+
+
+def test_after_a_failed_write_nothing_is_certain(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the next one succeeds; that goes to the same slot, so what may have been stored is gone."""
+    file = EpochFile(path)
+    file.write(record(Ownership.OWNER))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", lambda _fd: (_ for _ in ()).throw(OSError(5, "on purpose")))
+        with pytest.raises(StateError, match="on purpose"):
+            file.write(record(Ownership.HANDED_OFF))
+    assert not file.is_certain
+    assert file.record == record(Ownership.OWNER)
+    assert read(path) == record(Ownership.HANDED_OFF), "stored all the same"
+    file.write(record(Ownership.OWNER))
+    assert file.is_certain
+    assert read(path) == record(Ownership.OWNER)
+
+
+def test_what_may_be_durable_is_gone_by(path: Path) -> None:
+    """`assume` writes nothing; the next write still replaces what the failed one left."""
+    file = EpochFile(path)
+    file.write(record(Ownership.OWNER))
+    file.assume(record(Ownership.HANDED_OFF))
+    assert file.record == record(Ownership.HANDED_OFF)
+    assert not file.is_certain
+    assert read(path) == record(Ownership.OWNER)
+    file.write(record(Ownership.HANDED_OFF))
+    assert file.is_certain
+    assert read(path) == record(Ownership.HANDED_OFF)
