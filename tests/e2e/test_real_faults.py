@@ -79,6 +79,11 @@ def judge(source: Host, destination: Host, guest: RecordWriter) -> str:
     return owner.name
 
 
+def wait_for_end(source: Host) -> None:
+    """Wait until a migration that may have been cut off is over."""
+    wait_until(lambda: source.phase() in ("none", "completed", "failed", "in-doubt"), "the end of the migration")
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_killed_at_a_random_moment(hosts: Hosts, place: Path, cable: Link, side: str, nightly: bool) -> None:
@@ -99,7 +104,7 @@ def test_killed_at_a_random_moment(hosts: Hosts, place: Path, cable: Link, side:
             command.finish()
         guest.stop()
         victim.start()
-        wait_until(lambda source=source: source.phase() in ("none", "completed", "failed", "in-doubt"), "the end")
+        wait_for_end(source)
         ends.append(judge(source, destination, guest))
         assert source.stop() == 0
         assert destination.stop() == 0
