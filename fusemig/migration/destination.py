@@ -72,6 +72,13 @@ class DestinationMigration(IncomingMigration):
         self._handoff = DestinationHandoff()
         self._progress = native.Progress(0, 0, 0)
 
+    async def run(self) -> None:
+        """Receive as `IncomingMigration.run` does, and hold no buffers afterwards."""
+        try:
+            await super().run()
+        finally:
+            self._pool.clear()
+
     async def _meet(self) -> list[IncomingDisk]:
         return await self._claim(await self._hello())
 
