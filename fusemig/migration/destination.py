@@ -101,6 +101,13 @@ class DestinationMigration(IncomingMigration):
     def _on_taken(self) -> None:
         self._enter(MigrationPhase.COMPLETED)
 
+    async def run(self) -> None:
+        """Receive as `IncomingMigration.run` does, and hold no buffers afterwards."""
+        try:
+            await super().run()
+        finally:
+            self._pool.clear()
+
     async def _meet(self) -> list[IncomingDisk]:
         if isinstance(self._first, native.Hello):
             return await self._claim(self._first)

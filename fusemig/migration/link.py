@@ -132,6 +132,10 @@ class BufferPool:
         """Return a buffer that nothing refers to any more."""
         self._free.append(buffer)
 
+    def clear(self) -> None:
+        """Forget the buffers: the migration is over, and what is known of it is kept for long."""
+        self._free.clear()
+
 
 class NativeLink:
     """Frames over a stream."""

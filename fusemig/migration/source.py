@@ -104,6 +104,7 @@ class SourceMigration(OutgoingMigration):
                     await self._handoff.say_abort(link, self._reason(exc))
                 raise
         finally:
+            self._pool.clear()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await stream.aclose()
 

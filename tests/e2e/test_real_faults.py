@@ -12,7 +12,6 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -58,11 +57,6 @@ def start_pair(hosts: Hosts, place: Path, cable: Link) -> tuple[Host, Host]:
     return source, destination
 
 
-def has_settled(host: Host) -> bool:
-    """Tell whether nothing is under way at a host."""
-    return host.phase() in ("none", "completed", "failed", "in-doubt")
-
-
 def judge(source: Host, destination: Host, guest: RecordWriter) -> str:
     """See that one side is or can become writable and holds every record; return which."""
     here, there = source.disk(), destination.disk()
@@ -85,6 +79,11 @@ def judge(source: Host, destination: Host, guest: RecordWriter) -> str:
     return owner.name
 
 
+def wait_for_end(source: Host) -> None:
+    """Wait until a migration that may have been cut off is over."""
+    wait_until(lambda: source.phase() in ("none", "completed", "failed", "in-doubt"), "the end of the migration")
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_killed_at_a_random_moment(hosts: Hosts, place: Path, cable: Link, side: str, nightly: bool) -> None:
@@ -105,7 +104,7 @@ def test_killed_at_a_random_moment(hosts: Hosts, place: Path, cable: Link, side:
             command.finish()
         guest.stop()
         victim.start()
-        wait_until(partial(has_settled, source), "the end")
+        wait_for_end(source)
         ends.append(judge(source, destination, guest))
         assert source.stop() == 0
         assert destination.stop() == 0

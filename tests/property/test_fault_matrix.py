@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from support.matrix import MATRIX, Cell, Moment, Outcome, simulated_cells
+from support.matrix import MATRIX, Cell, Fault, Moment, Outcome, markdown, simulated_cells
 from support.promises import check_promises, go_on
 from support.simulation import N_GUEST_WRITES, simulate
 from support.strikes import SAYS, STRIKES, arm
@@ -121,3 +121,8 @@ def test_every_cell_has_its_evidence() -> None:
             assert f"def {name}(" in (tests / file).read_text(), f"{fault.value}: no test {cell.shown_by}"
         elif cell.outcomes:
             assert fault in STRIKES, f"{fault.value} at {moment.value} is shown by nothing"
+
+
+def test_the_documentation_shows_the_table() -> None:
+    """docs/reliability.md has the table as it is: copy it from `support.matrix.markdown`."""
+    assert markdown() in (Path(__file__).parent.parent.parent / "docs/reliability.md").read_text()

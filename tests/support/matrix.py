@@ -126,7 +126,7 @@ MATRIX: Final[dict[Fault, dict[Moment, Cell]]] = {
     Fault.DESTINATION_STATE: _row(_R, NEVER, NEVER, _R, NEVER, _cell("BT", not_yet=_OWNER), NEVER),
     Fault.FLIPPED: _row(_R, _CLEAN, _CLEAN, _CLEAN, _BOUND, _DOUBT, _T),
     Fault.MANGLED: _row(_cell("RC"), _cell("RC"), _cell("RC"), _cell("RBC"), _cell("RBTC", not_yet=_OWNER), _DOUBT, _T),
-    Fault.STRANGER: _row(_C, _C, _C, _C, _C, _C, _T),
+    Fault.STRANGER: _row(*[_cell("C", not_yet="certificates are not asked for")] * 6, _T),
     Fault.RIVAL: _row(_C, _C, _C, _C, _C, _C, _T),
     Fault.MISMATCH: _row(_R, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER),
     Fault.CANCELLED: _row(_R, _R, _R, _R, _cell("RC"), _C, _T),

@@ -293,3 +293,20 @@ def test_closing_twice(path: Path) -> None:
     with pytest.raises(DiskError) as caught:
         disk.pread(1, 0)
     assert caught.value.errno == errno.EBADF
+
+
+def test_an_image_that_was_cut_has_no_holes_and_no_sync(tmp_path: Path) -> None:
+    """What is behind the new end was lost: nobody may take it for zeros, or for durable."""
+    path = tmp_path / "image"
+    path.write_bytes(b"x" * 8192)
+    with RawDisk("vda", path) as disk:
+        assert [extent.is_data for extent in disk.extents(0, 8192)] == [True]
+        os.truncate(path, 4096)
+        for call in (lambda: list(disk.extents(0, 8192)), disk.flush, lambda: disk.pread(512, 4096)):
+            with pytest.raises(DiskError) as caught:
+                call()
+            assert caught.value.errno == errno.EIO
+        with pytest.raises(DiskError, match=r"'vda' .*: the image was cut from 8192 to 4096 bytes, restore it"):
+            disk.flush()
+        os.truncate(path, 8192)
+        disk.flush()
