@@ -209,6 +209,10 @@ class ChunkTracker:
             return 0
         return self._masks.get(chunk, self._whole_mask(chunk))
 
+    def is_whole(self, chunk: int) -> bool:
+        """Tell whether a chunk is dirty as a whole."""
+        return self._dirty[chunk] and chunk not in self._masks
+
     def _is_last_block_dirty(self) -> bool:
         if not self._last_block_missing:
             return False

@@ -9,7 +9,7 @@ One lock guards the gate's state, the admission count and every map, so a write 
 it is marked again in the step that ends it, also if the store failed, unless nothing was taken for sending in between
 (rule 1 of `fusemig.tracker`). The lock is held for microseconds and never during I/O. Reads never take it.
 
-Persistent maps. Before a write is admitted its chunks are *noted* in every persistent map, without the lock because that
+Persistent maps. Before a write is admitted its chunks are *noted* in every persistent map, without the lock as that
 writes to a file; ``_noted_bits`` are the chunks that all maps have, so it costs one look in the usual case. `begin_map`
 empties a map under a running guest: the notes of writes that began before it would be lost, so it waits for their end.
 

@@ -1,6 +1,6 @@
 """The persistent dirty maps against the images that they tell of, killed and cut from power at any call to a store.
 
-The one rule: a map that is believed tells the truth, that is, where its bit is clear a chunk is what it was at the base.
+The one rule: a map that is believed tells the truth: where its bit is clear a chunk is what it was at the base.
 """
 
 from __future__ import annotations
