@@ -94,6 +94,11 @@ class DiskDigest:
         """Tell whether any of the chunks ``first`` to ``stop - 1`` may have a value other than 0."""
         return any(group in self._values for group in range(first // _GROUP, (stop - 1) // _GROUP + 1))
 
+    def pages(self, n: int) -> list[int]:
+        """Return, in ascending order, the first chunks of those runs of ``n`` chunks that may have values."""
+        assert n % _GROUP == 0
+        return sorted({group * _GROUP // n * n for group in self._values})
+
     def values(self, first: int, stop: int) -> list[int]:
         """Return the values of the chunks ``first`` to ``stop - 1``; 0 also for those that did not come as wholes."""
         if not self.has_values(first, stop):

@@ -1,7 +1,7 @@
 """DirtyFile: both dirty maps of a disk in their file, and the disk that notes its writes there.
 
-The file is ``PATH.fusemig-dirty``, beside the image or in ``--state-dir``. It is made when the first map is begun; a disk
-that never moved has none. Nothing here may keep a disk from being served: what fails costs a map, and is logged.
+The file is ``PATH.fusemig-dirty``, beside the image or in ``--state-dir``. It is made when the first map is begun; a
+disk that never moved has none. Nothing here may keep a disk from being served: what fails costs a map, and is logged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from fusemig.disk.dirty_map import DirtyMap, MapBase, Since, dirty_file_size
+from fusemig.disk.dirty_map import DirtyMap, Since, dirty_file_size
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError, StateError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from fusemig.bitmap import ChunkBitmap
     from fusemig.disk.base import Disk
+    from fusemig.disk.dirty_map import MapBase
     from fusemig.disk.tracked import TrackedDisk
 
 log = structlog.get_logger(__name__)
@@ -75,8 +76,8 @@ class DirtyFile:
         return None if one is None else one.base
 
     def written(self, since: Since) -> ChunkBitmap:
-        """Return the chunks that may have been written since the base of a map that has one."""
-        return self._maps[since].snapshot()
+        """Return the chunks that may have been written since the base of a map that has one; it goes on to change."""
+        return self._maps[since].written
 
     def begin(self, since: Since, base: MapBase) -> bool:
         """Begin a map anew, with ``base`` as of now; may sleep. Return whether it counts.

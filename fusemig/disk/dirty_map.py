@@ -121,7 +121,7 @@ class DirtyMap:
         else:
             self._bits = bytearray(_region_size(disk_size))
             self.written = ChunkBitmap(n_chunks(disk_size), self._bits)
-            """The chunks that guests wrote; or, if there is no base, may have."""
+            """The chunks that guests wrote or are about to write; the map goes on to change."""
             if header is not None:
                 self.drop()
                 store.flush()
@@ -200,8 +200,3 @@ class DirtyMap:
                 self._store.flush()
                 self._write_header(self.base, stamp)
                 self._store.flush()
-
-    def snapshot(self) -> ChunkBitmap:
-        """Return the map as it is now, for a reader that takes its time."""
-        with self._lock:
-            return ChunkBitmap(self.written.n_bits, bytearray(self._bits))

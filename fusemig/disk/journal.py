@@ -5,8 +5,8 @@
     4 KiB     mark: the last frame that the entries cover         by `write`, after the entries are durable
     8 KiB     entries: 62 chunks' values and a check a sector     by `write`, after the image was synced
 
-It lies beside the image as ``PATH.fusemig-journal``. A value is that of `fusemig.digest`, 0 where the chunk is not known
-to be there; a chunk of zeros has no entry, because to say so again costs less. Rules:
+It lies beside the image as ``PATH.fusemig-journal``. A value is that of `fusemig.digest`, 0 where the chunk is not
+known to be there; a chunk of zeros has no entry, because to say so again costs less. Rules:
 
 1. An entry is written only after a sync of the image that began when the entry's frames had been written.
 2. An entry is of one session: its check is seeded with that, so that no entry of another one is ever believed; and it

@@ -465,6 +465,29 @@ class Tracking:
         with self._lock:
             self._tracker.restore_all()
 
+    def settle(self, chunk: int, unless: ChunkBitmap) -> bool:
+        """Have a chunk count as sent unless guests wrote it, as a persistent map tells; return whether it does.
+
+        In one step with the admission of writes, which are noted in the map before that: a write that the map does not
+        tell of yet is marked after this.
+        """
+        with self._lock:
+            if unless[chunk] or self._tracker.is_in_flight(chunk):
+                return False
+            if self._tracker.take(chunk):
+                self._tracker.acknowledge(chunk)
+            return True
+
+    def next_dirty(self, start: int) -> int | None:
+        """Return the first dirty chunk at or after ``start``; None where there is none."""
+        with self._lock:
+            return self._tracker.next_dirty(start)
+
+    def next_clean(self, start: int) -> int:
+        """Return the first chunk at or after ``start`` that is not dirty; beyond the disk where there is none."""
+        with self._lock:
+            return self._tracker.next_clean(start)
+
     def stop(self) -> None:
         """Detach from the disk; idempotent."""
         self.disk.stop_tracking(self._tracker)

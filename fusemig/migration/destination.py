@@ -5,8 +5,9 @@
 
 One task does everything, so what follows a frame on the wire finds it in the image. Until TAKEN the gates stay
 read-only and the epoch files say `incoming`; a migration that fails leaves them so, and the images wait for the next
-one. From the moment `prepared` is durable only the source's word ends the wait: its ABORT, its COMMIT, or its next
-HELLO, which a source that said COMMIT cannot send.
+one. What was received is journaled every few seconds and at the end, so that a source can go on with it: see
+`fusemig.migration.receipt`. From the moment `prepared` is durable only the source's word ends the wait: its ABORT,
+its COMMIT, or its next HELLO, which a source that said COMMIT cannot send.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, ClassVar
 import trio
 
 from fusemig.epoch import Ownership
-from fusemig.errors import FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import FusemigError, MigrationError, PeerBusyError, PeerRefusedError, RemoteProtocolError
 from fusemig.handoff import DestinationEvent, DestinationHandoff, DestinationState
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink, Need
+from fusemig.migration.receipt import Receipt
 from fusemig.migration.receiver import FrameReceiver
 from fusemig.migration.writer import FrameWriter
 from fusemig.phase import MigrationPhase
@@ -67,6 +69,7 @@ class DestinationMigration(IncomingMigration):
         self._refusal = refusal
         self._handoff = DestinationHandoff()
         self._progress = native.Progress(0, 0, 0)
+        self._receipt: Receipt | None = None
 
     async def _meet(self) -> list[IncomingDisk]:
         return await self._claim(await self._hello())
@@ -93,26 +96,46 @@ class DestinationMigration(IncomingMigration):
                 raise PeerRefusedError("no disk offered")
             disks = await self._host.claim(hello.disks, hello.session, self.peer)
         except FusemigError as exc:
-            await self._link.send_message(native.Refuse(str(exc)))
+            await self._link.send_message(native.Refuse(str(exc), isinstance(exc, PeerBusyError)))
             await self._link.linger(LINGER_S)
             raise
         self.session = hello.session
+        self._receipt = Receipt(disks, hello, self._offload)
         return disks
 
+    async def _run_claimed(self) -> None:
+        assert self._receipt is not None
+        try:
+            await super()._run_claimed()
+        finally:
+            self._receipt.close()
+
     async def _receive(self) -> None:
-        await self._link.send_message(native.Welcome(native.VERSION))
+        assert self._receipt is not None
+        try:
+            await self._receive_all(self._receipt)
+        finally:
+            await self._receipt.stop()
+
+    async def _receive_all(self, receipt: Receipt) -> None:
+        await receipt.open()
+        features = [native.RESUME] if receipt.is_kept else []
+        await self._link.send_message(native.Welcome(native.VERSION, features, receipt.resumption, receipt.covered))
+        await receipt.tell(self._link)
         self._enter(MigrationPhase.BULK)
         receiver = FrameReceiver(self._link, FrameWriter(self.disks, self._pool))
         applied = 0
         while True:
             event = await self._offload(receiver.run_slice)
             if receiver.applied > applied:
-                applied = receiver.applied
+                applied = receipt.applied = receiver.applied
                 if self._handoff.state is not DestinationState.INCOMING:
                     raise RemoteProtocolError(f"{self.peer} sent data after FINAL")
             if applied > receiver.acknowledged:
                 receiver.acknowledged = applied
                 await self._link.send([native.encode_ack(applied)])
+            if self._handoff.state is DestinationState.INCOMING:
+                await receipt.go_on(self._link)
             if event is Need.STREAM:
                 await self._link.wait_readable()
             elif isinstance(event, native.Progress):
@@ -170,6 +193,8 @@ class DestinationMigration(IncomingMigration):
         with trio.CancelScope(shield=True):
             await self._write_records(Ownership.OWNER)
             self._handoff.on(DestinationEvent.OWNER_DURABLE)
+            for disk in self.disks:
+                await self._offload(disk.on_taken, self.session)
             self._open_gates()
             with trio.move_on_after(1):
                 try:
@@ -185,6 +210,12 @@ class DestinationMigration(IncomingMigration):
         self._handoff.on(DestinationEvent.FAILURE)
 
     async def _say_failed(self, reason: FusemigError) -> None:
+        await self._say_aborted(reason)
+        if self._receipt is not None:
+            with trio.CancelScope(shield=True):
+                await self._receipt.finish()
+
+    async def _say_aborted(self, reason: FusemigError) -> None:
         if self._handoff.state is DestinationState.PREPARED:
             return  # the source decides; it will hear of us when it asks
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER_S):

@@ -277,7 +277,8 @@ class OutgoingMigration(ABC):
 
     async def _converge(self) -> None:
         """Make passes until a switchover is worth it and allowed."""
-        self._enter(MigrationPhase.BULK)
+        if self._machine.phase is MigrationPhase.SETUP:  # else the connection was lost, and is back
+            self._enter(MigrationPhase.BULK)
         is_synced = False
         while True:
             await self._run_pass(is_limited=True)
