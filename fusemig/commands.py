@@ -115,7 +115,6 @@ class _Commands:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
         for name, is_asked in (
             ("inc", arguments.inc),
-            ("resume", arguments.resume),
             (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is not schema.Mode.PRECOPY),
             ("x-fusemig-compress", arguments.x_fusemig_compress is not UNSET),
         ):
@@ -129,11 +128,21 @@ class _Commands:
         is_qemu = arguments.x_fusemig_wire is schema.WireName.QEMU
         if machine is not None and not is_qemu:
             raise CommandError("'x-fusemig-machine' goes with 'x-fusemig-wire' qemu: leave it out, or add that")
+        reconnect = arguments.x_fusemig_reconnect
+        if is_qemu and (arguments.resume or reconnect is not UNSET):
+            raise CommandError("'resume' and 'x-fusemig-reconnect' do not go with QEMU's wire: leave them out")
         try:
             parse_uri(arguments.uri)
         except ConfigError as exc:
             raise ConfigError(f"Parameter 'uri' expects a valid migration protocol: {exc}") from exc
-        self._daemon.migrate(arguments.uri, disks, is_qemu=is_qemu, machine=machine or DEFAULT_MACHINE)
+        self._daemon.migrate(
+            arguments.uri,
+            disks,
+            is_qemu=is_qemu,
+            machine=machine or DEFAULT_MACHINE,
+            is_resumed=arguments.resume,
+            reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
+        )
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
@@ -384,6 +393,9 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             bytes_dirtied=stats.dirtied_bytes,
             wire_bytes=stats.wire_bytes,
             frozen_ms=stats.frozen_s * 1000,
+            reconnects=stats.n_reconnects,
+            kept_bytes=stats.kept_bytes,
+            waiting=stats.waiting or UNSET,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
         ),
     )

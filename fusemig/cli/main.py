@@ -108,7 +108,15 @@ def serve(log_format: str, **options: Any) -> None:
 @click.option("--machine", metavar="TYPE", help="Machine type of the QEMU at URI, such as pc-q35-7.2.")
 @click.option("--compress", metavar="zstd[:LEVEL]")
 @click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
-@click.option("--resume", is_flag=True, help="Go on with a migration that failed.")
+@click.option("--resume", is_flag=True, help="Go on with a migration that was interrupted; sends what is missing.")
+@click.option(
+    "--reconnect",
+    type=_Time(),
+    default="30s",
+    show_default=True,
+    metavar="TIME",
+    help="Try so long without progress to get a lost connection back; 0 gives up at once.",
+)
 @click.option("--progress", type=click.Choice(["auto", "plain", "json", "none"]), default="auto")
 @click.option("--detach", is_flag=True, help="Start it and return.")
 def migrate(socket: Path, uri: str, **options: Any) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fusemig.control_client import ControlClient
 
 POLL_INTERVAL_S: Final = 0.1
+DEFAULT_RECONNECT_S: Final = 30.0
 _UNPROVEN: Final = (
     "fusemig: warning: QEMU's wire has no acknowledgement: everything was sent, and nobody has said that it arrived.\n"
     "fusemig: the disks stay read-only here; before their guests run elsewhere, see that the destination completed"
@@ -43,6 +44,7 @@ class MigrateRequest:
     compress: str | None = None
     incremental: bool = False
     resume: bool = False
+    reconnect: float = DEFAULT_RECONNECT_S
     progress: str = "auto"
     detach: bool = False
 
@@ -63,6 +65,8 @@ class MigrateRequest:
             arguments["inc"] = True
         if self.resume:
             arguments["resume"] = True
+        if self.reconnect and self.wire == "native":
+            arguments["x-fusemig-reconnect"] = round(self.reconnect * 1000)
         return arguments
 
     def parameters(self) -> dict[str, Any]:

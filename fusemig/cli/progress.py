@@ -123,6 +123,8 @@ def summary(info: dict[str, Any]) -> str:
     """Describe a running migration in one line."""
     own = info.get("x-fusemig", {})
     parts = [own.get("phase", info.get("status", "starting"))]
+    if own.get("waiting"):
+        parts.append(f"no connection ({own['waiting']}), trying again")
     if own.get("pass"):
         parts.append(f"pass {own['pass']}")
     if "disk" in info:

@@ -6,7 +6,6 @@ disk that never moved has none. Nothing here may keep a disk from being served: 
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -128,9 +127,8 @@ def open_dirty_file(disk: TrackedDisk, path: Path, boot: str, stat: Callable[[],
 
     def make() -> RawDisk:
         new = path.with_name(f"{path.name}.new")
-        with suppress(FileNotFoundError):
-            new.unlink()
         try:
+            new.unlink(missing_ok=True)
             create_image(new, size)
             store = RawDisk(disk.name, new)
             new.rename(path)

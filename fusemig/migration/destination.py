@@ -126,9 +126,12 @@ class DestinationMigration(IncomingMigration):
         receiver = FrameReceiver(self._link, FrameWriter(self.disks, self._pool))
         applied = 0
         while True:
-            event = await self._offload(receiver.run_slice)
+            try:
+                event = await self._offload(receiver.run_slice)
+            finally:
+                receipt.applied = receiver.applied  # also of a slice that the end of the connection cut short
             if receiver.applied > applied:
-                applied = receipt.applied = receiver.applied
+                applied = receiver.applied
                 if self._handoff.state is not DestinationState.INCOMING:
                     raise RemoteProtocolError(f"{self.peer} sent data after FINAL")
             if applied > receiver.acknowledged:

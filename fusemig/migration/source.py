@@ -300,8 +300,13 @@ class SourceMigration(OutgoingMigration):
     def _may_reconnect(self, failure: FusemigError) -> bool:
         if not isinstance(failure, TransportError | PeerBusyError) or self._is_cancel_requested:
             return False
-        phase, limit_s = self._machine.phase, self._parameters.reconnect_limit_s
-        return phase in _RECONNECTING and self._can_resume and limit_s > 0
+        if self._parameters.reconnect_limit_s <= 0:
+            return False
+        phase = self._machine.phase
+        if phase is MigrationPhase.SETUP:
+            # The destination may not have noticed yet that the connection which is gone on with is gone.
+            return self._resume is not None and isinstance(failure, PeerBusyError)
+        return phase in _RECONNECTING and self._can_resume
 
     async def _put_off(self, failure: FusemigError) -> None:
         """Wait before the next try.
