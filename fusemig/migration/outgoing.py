@@ -246,6 +246,10 @@ class OutgoingMigration(ABC):
         for lent in self._lent:
             if lent.disk.gate is Gate.CLOSED:
                 lent.disk.set_gate(Gate.OPEN)
+        self._give_up_in_flight()
+
+    def _give_up_in_flight(self) -> None:
+        """Nobody will say any more whether it arrived."""
         for disk in self._disks:
             disk.tracking.restore_all()
 

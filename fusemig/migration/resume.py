@@ -49,17 +49,32 @@ class ResumePoint:
     """With their trackers and digests, if the source has lived on; else empty."""
     doubtful: list[tuple[int, SentFrame]] = field(default_factory=list)
     """Frames that the destination may have lost, each with the attempt that sent it."""
+    in_flight: list[tuple[int, SentFrame]] = field(default_factory=list)
+    """Those of them that were not even acknowledged; their chunks are in flight in the tracker."""
     is_doubt_counted: bool = True
     """Whether ``doubtful`` holds them all."""
+
+    def land(self, covered: Sequence[native.Covered]) -> None:
+        """Decide on what is in flight: it arrived if the journal of its disk covers it, else it is dirty again."""
+        frames, self.in_flight = self.in_flight, []
+        for attempt, frame in frames:
+            if _is_covered(attempt, frame, covered[frame.disk.index]):
+                frame.disk.tracking.acknowledge(frame.chunks)
+        for disk in self.disks:
+            disk.tracking.restore_all()  # also what was taken and got into no frame
 
     def doubtful_chunks(self, disk: OutgoingDisk, covered: native.Covered) -> Collection[int]:
         """Return the chunks of a disk of which frames were sent that the destination's journal may not cover."""
         return {
             chunk
             for attempt, frame in self.doubtful
-            if frame.disk is disk and not (attempt == covered.attempt and frame.sequence <= covered.sequence)
+            if frame.disk is disk and not _is_covered(attempt, frame, covered)
             for chunk in frame.chunks
         }
+
+
+def _is_covered(attempt: int, frame: SentFrame, covered: native.Covered) -> bool:
+    return attempt == covered.attempt and frame.sequence <= covered.sequence
 
 
 class Reconciliation(ABC):

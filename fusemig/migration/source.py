@@ -245,6 +245,11 @@ class SourceMigration(OutgoingMigration):
                 await self._offload(lent.dirty_file.begin, Since.SESSION, base)
 
     async def _reconcile(self, link: NativeLink, welcome: native.Welcome, *, has_lived: bool) -> None:
+        if has_lived:
+            assert self._resume is not None
+            if len(welcome.covered) != len(self._disks):
+                raise RemoteProtocolError(f"{self._peer} covers {len(welcome.covered)} disks of {len(self._disks)}")
+            self._resume.land(welcome.covered)
         walks = [self._walk(at, welcome, has_lived=has_lived) for at in range(len(self._disks))]
         current = 0
         while True:
@@ -273,8 +278,6 @@ class SourceMigration(OutgoingMigration):
         if not has_lived:
             assert dirty_file is not None
             return MappedReconciliation(disk, dirty_file.written(Since.SESSION))
-        if len(welcome.covered) != len(self._disks):
-            raise RemoteProtocolError(f"{self._peer} covers {len(welcome.covered)} disks of {len(self._disks)}")
         doubtful = resume.doubtful_chunks(disk, welcome.covered[at]) if resume.is_doubt_counted else None
         return LivingReconciliation(disk, doubtful)
 
@@ -293,9 +296,14 @@ class SourceMigration(OutgoingMigration):
         assert self._resume is not None
         sender = self._sender
         self._resume.is_doubt_counted = sender.is_journaled
-        self._resume.doubtful = [(self._attempt, frame) for frame in (*sender.undurable, *sender.unacknowledged)]
-        for disk in self._disks:
-            disk.tracking.restore_all()
+        self._resume.in_flight = [(self._attempt, frame) for frame in sender.unacknowledged]
+        self._resume.doubtful = [*((self._attempt, frame) for frame in sender.undurable), *self._resume.in_flight]
+        self._is_reconciled = False
+
+    def _give_up_in_flight(self) -> None:
+        """Keep it, where it is known which frames it went in: the next connection tells."""
+        if self._resume is None or not self._resume.disks:
+            super()._give_up_in_flight()
 
     def _may_reconnect(self, failure: FusemigError) -> bool:
         if not isinstance(failure, TransportError | PeerBusyError) or self._is_cancel_requested:

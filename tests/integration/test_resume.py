@@ -262,7 +262,7 @@ async def test_a_lost_connection_is_made_again(
     assert pair.outgoing.phase is Phase.COMPLETED
     assert pair.is_equal()
     statistics = pair.outgoing.statistics()
-    assert statistics.n_reconnects == pair.n_connections - 1 == 4
+    assert statistics.n_reconnects == pair.n_connections - 1 >= 3
     assert not statistics.waiting
     # A chunk is lost with each cut, and what guests wrote into chunks that had not arrived is sent with them.
     assert pair.sent_bytes < TOTAL + written + 5 * 2 * CHUNK_SIZE
