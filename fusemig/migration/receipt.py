@@ -10,13 +10,16 @@ stays one.
 
 from __future__ import annotations
 
+import struct
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
 
 from fusemig.disk.journal import JournalOwner, Mark
-from fusemig.errors import ConfigError, DiskError, FusemigError
+from fusemig.errors import ConfigError, DiskError, FusemigError, RemoteProtocolError
+from fusemig.migration.link import IDLE_DEADLINE_S
 from fusemig.migration.resume import content_pages, group_resumption, journal_pages
 from fusemig.wire import native
 
@@ -110,19 +113,38 @@ class Receipt:
         Raises:
             DiskError: an image, or a journal, cannot be read.
             ConnectionLostError: the source is gone.
+            RemoteProtocolError: it answers what it was not asked.
         """
         if self.resumption is native.Resumption.NOTHING:
             return
+        asked: deque[native.Have] = deque()
         for index, disk in enumerate(self._disks):
             if self.resumption is native.Resumption.JOURNAL:
                 assert disk.journal is not None
                 await self._offload(disk.journal.load, disk.digest)
                 pages = journal_pages(index, disk.digest)
             else:
-                pages = content_pages(index, disk.disk.image, disk.note_found)
+                pages = content_pages(index, disk.disk.image)
             while (have := await self._offload(next, pages, None)) is not None:
                 await link.send_message(have)
+                if self.resumption is native.Resumption.COMPARE:
+                    asked.append(have)
+                    # The next one is read while the source compares this one; more would fill the stream both ways.
+                    if len(asked) > 1:
+                        await self._hear_kept(link, asked.popleft())
+        while asked:
+            await self._hear_kept(link, asked.popleft())
         await link.send_message(native.Have(-1))
+
+    async def _hear_kept(self, link: NativeLink, asked: native.Have) -> None:
+        kept = await link.expect(native.Kept, IDLE_DEADLINE_S)
+        n = len(asked.values) // 16
+        if (kept.disk, kept.first, len(kept.values)) != (asked.disk, asked.first, 8 * n):
+            raise RemoteProtocolError(f"{link.peer} compared chunks that it was not asked for")
+        disk = self._disks[asked.disk]
+        for chunk, value in enumerate(struct.unpack(f"<{n}Q", kept.values), asked.first):
+            if value:
+                disk.note_found(chunk, value)
 
     async def go_on(self, link: NativeLink) -> None:
         """Have the journals written if it is time, and tell the source of the last time; between slices.

@@ -6,6 +6,9 @@
     a dirty map since the session began     values of its journal             it has one, and no guest wrote it since
     nothing                                 hashes of its contents            the contents hash to the same 128 bits
 
+What is found equal in the last case is said to the destination (KEPT), which journals it from then on: no entry of a
+journal is of bytes that this session's source has not vouched for.
+
 Everything else is sent as a whole, which gives it a fresh value at both ends; what is known to be zeros is said again,
 because that costs nothing. After this the tracker is right and so are both digests, and passes go on as ever.
 
@@ -28,7 +31,7 @@ from fusemig.units import CHUNK_SIZE, chunk_length, n_chunks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from fusemig.bitmap import ChunkBitmap
     from fusemig.digest import DiskDigest
@@ -200,7 +203,14 @@ class MappedReconciliation(Reconciliation):
 class ContentReconciliation(Reconciliation):
     """Of a source that knows nothing but its image: what is dirty is read, and compared by hash."""
 
+    def __init__(self, disk: OutgoingDisk) -> None:
+        """Begin with its first chunk."""
+        super().__init__(disk)
+        self.kept = array("Q")
+        """The values of the last message's chunks; 0 for those that are not equal."""
+
     def _compare(self, first: int, values: bytes) -> None:
+        self.kept = array("Q", bytes(8 * (len(values) // 16)))
         disk, buffer = self._disk, memoryview(bytearray(CHUNK_SIZE))
         chunk, stop = first, first + len(values) // 16
         while chunk < stop:
@@ -220,7 +230,8 @@ class ContentReconciliation(Reconciliation):
                 disk.tracking.restore(chunk)
                 raise MigrationError(f"{exc}; the disk stays here: mend its image, then migrate again") from exc
             if theirs != _NO_HASH and xxh3_128_digest(view) == theirs:
-                disk.digest.restore(chunk, xxh3_64_intdigest(view) or 1)
+                self.kept[chunk - first] = value = xxh3_64_intdigest(view) or 1
+                disk.digest.restore(chunk, value)
                 disk.tracking.acknowledge([chunk])
                 self.n_kept += 1
             else:
@@ -250,13 +261,8 @@ def journal_pages(index: int, digest: DiskDigest) -> Iterator[native.Have]:
             yield native.Have(index, first, struct.pack(f"<{len(values)}Q", *values))
 
 
-def content_pages(index: int, image: Disk, on_chunk: Callable[[int, int], None]) -> Iterator[native.Have]:
-    """Read an image and yield the hashes of its chunks that hold data.
-
-    Args:
-        index: the disk's number in the offer.
-        image: is read.
-        on_chunk: called with each chunk that is told of and its value for the digest.
+def content_pages(index: int, image: Disk) -> Iterator[native.Have]:
+    """Read the image of disk number ``index`` and yield the hashes of its chunks that hold data.
 
     Raises:
         DiskError: it cannot be read.
@@ -269,7 +275,6 @@ def content_pages(index: int, image: Disk, on_chunk: Callable[[int, int], None])
                 view = buffer[: chunk_length(chunk, image.size)]
                 image.pread_into(view, chunk * CHUNK_SIZE)
                 hashes.append(xxh3_128_digest(view))
-                on_chunk(chunk, xxh3_64_intdigest(view) or 1)
             yield native.Have(index, start, b"".join(hashes))
 
 

@@ -12,6 +12,7 @@ grow, until there was no progress for as long as the parameters allow; guests no
 
 from __future__ import annotations
 
+import struct
 import uuid
 from dataclasses import replace
 from functools import partial
@@ -263,7 +264,12 @@ class SourceMigration(OutgoingMigration):
             if not current <= event.disk < len(walks):
                 raise RemoteProtocolError(f"{link.peer} has chunks of disk {event.disk}; there are {len(walks)}")
             current = event.disk
-            await self._offload(walks[current].on_have, event, welcome.resumption)
+            walk = walks[current]
+            await self._offload(walk.on_have, event, welcome.resumption)
+            if isinstance(walk, ContentReconciliation):
+                await link.send_message(
+                    native.Kept(current, event.first, struct.pack(f"<{len(walk.kept)}Q", *walk.kept))
+                )
         for walk in walks:
             await self._offload(walk.end)
         kept = sum(walk.n_kept for walk in walks)

@@ -76,6 +76,7 @@ class FrameType(IntEnum):
     ABORT = 15  # either: this migration is over, and why
     HAVE = 24  # destination: what it holds of some chunks
     JOURNALED = 25  # destination: every frame up to `sequence` is durable and journaled
+    KEPT = 26  # source: which of the chunks of a HAVE are equal here
 
 
 RESUME: Final = "resume"
@@ -212,6 +213,15 @@ class Abort(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Kept(msgspec.Struct, frozen=True):
+    """The answer to each HAVE that carries hashes: the destination keeps what is equal, and knows its values now."""
+
+    disk: int
+    first: int
+    values: bytes
+    """64-bit values of the digest, little-endian; 0: it is not equal."""
+
+
 class Journaled(msgspec.Struct, frozen=True):
     """Every frame up to ``sequence`` is durable, and will be known to be after a crash of the destination."""
 
@@ -239,6 +249,7 @@ Message = (
     | Abort
     | Have
     | Journaled
+    | Kept
 )
 
 _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
@@ -256,6 +267,7 @@ _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
     FrameType.ABORT: Abort,
     FrameType.HAVE: Have,
     FrameType.JOURNALED: Journaled,
+    FrameType.KEPT: Kept,
 }
 _TYPE_OF: Final = {message: frame_type for frame_type, message in _MESSAGE_TYPES.items()}
 _DECODERS: Final = {frame_type: msgspec.json.Decoder(message) for frame_type, message in _MESSAGE_TYPES.items()}
@@ -271,6 +283,7 @@ FROM_SOURCE: Final = frozenset(
         FrameType.COMMIT,
         FrameType.RELEASED,
         FrameType.ABORT,
+        FrameType.KEPT,
     }
 )
 FROM_DESTINATION: Final = frozenset(FrameType) - FROM_SOURCE | {FrameType.ABORT}
