@@ -129,7 +129,6 @@ class _Commands:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
         for name, is_asked in (
             ("inc", arguments.inc),
-            ("resume", arguments.resume),
             (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is not schema.Mode.PRECOPY),
             ("x-fusemig-compress", arguments.x_fusemig_compress is not UNSET),
         ):
@@ -146,6 +145,9 @@ class _Commands:
         guest = guest_options(arguments, are_commands_allowed=self._daemon.options.allow_guest_commands)
         if guest is not None and is_qemu:
             raise CommandError("a guest moves with its disks over the native wire only: leave 'x-fusemig-wire' out")
+        reconnect = arguments.x_fusemig_reconnect
+        if is_qemu and (arguments.resume or reconnect is not UNSET):
+            raise CommandError("'resume' and 'x-fusemig-reconnect' do not go with QEMU's wire: leave them out")
         try:
             parse_uri(arguments.uri)
         except ConfigError as exc:
@@ -162,6 +164,8 @@ class _Commands:
             tls=tls,
             tls_hostname=arguments.x_fusemig_tls_hostname,
             is_insecure=arguments.x_fusemig_insecure,
+            is_resumed=arguments.resume,
+            reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
         )
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
@@ -435,6 +439,9 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             bytes_dirtied=stats.dirtied_bytes,
             wire_bytes=stats.wire_bytes,
             frozen_ms=stats.frozen_s * 1000,
+            reconnects=stats.n_reconnects,
+            kept_bytes=stats.kept_bytes,
+            waiting=stats.waiting or UNSET,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
             guest=guest_info(migration.guest.account(), migration.started_at),
         ),

@@ -14,6 +14,7 @@ or read-only, so no write is parked when the file system is unmounted, and the i
 from __future__ import annotations
 
 import signal
+import uuid
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,7 @@ from fusemig.migration.arrival import IncomingWire, greet
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
+from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.witness import RecalledDisk
@@ -277,11 +279,22 @@ class Daemon:
         tls: Credentials | None = None,
         tls_hostname: str = "",
         is_insecure: bool = False,
+        is_resumed: bool = False,
+        reconnect_limit_s: float = 0.0,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
-        ``is_qemu`` chooses QEMU's wire, to a QEMU of type ``machine``. ``guest`` moves with the disks.
-        `Security.outgoing` says what the last three do.
+        Args:
+            uri_text: of the destination.
+            names: of the disks.
+            is_qemu: chooses QEMU's wire.
+            machine: the type of the QEMU there.
+            guest: moves with the disks.
+            tls: credentials for this migration alone (`Security.outgoing`).
+            tls_hostname: what the destination's certificate must say.
+            is_insecure: plain text may cross the network.
+            is_resumed: go on with the migration of these disks that was interrupted last.
+            reconnect_limit_s: as `MigrationParameters` has it.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -296,19 +309,23 @@ class Daemon:
             raise StateError("There's a migration process in progress")
         secure = self.security.outgoing(uri, tls, tls_hostname, is_insecure=is_insecure)
         chosen = self._choose(names)
-        if self.outgoing is not None:
+        resume = self._resume_point(chosen) if is_resumed else None
+        if self.outgoing is not None and (resume is None or not resume.disks):
             self.outgoing.forget()
         lent = []
         for served in chosen:
             assert served.disk is not None
-            lent.append(SourceDisk(served.disk, served.epoch_file, partial(self.pause.push_out, served)))
+            lent.append(
+                SourceDisk(served.disk, served.epoch_file, partial(self.pause.push_out, served), served.dirty_file)
+            )
 
         self._secured[uri] = secure
         self.parameters.pause_before_switchover = (
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
         )
+        self.parameters.reconnect_limit_s = reconnect_limit_s
         self._last_status = ""
-        new = partial(QemuSource, machine=machine) if is_qemu else SourceMigration
+        new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume)
         self.shown = self.outgoing = new(
             lent,
             partial(self._dial, uri_text),
@@ -330,6 +347,18 @@ class Daemon:
         uri = parse_uri(uri_text)
         secure = self._secured.get(uri) or self.security.outgoing(uri)
         return await secure(await connect(uri, CONNECT_DEADLINE_S))
+
+    def _resume_point(self, chosen: Sequence[ServedDisk]) -> ResumePoint:
+        """Return where a migration of these disks was interrupted: as the last one knows, or the maps, or unknown."""
+        last = self.outgoing
+        point = last.resume_point() if isinstance(last, SourceMigration) else None
+        if point is not None and [disk.disk for disk in point.disks] == [served.disk for served in chosen]:
+            return point
+        sessions = {served.interrupted_session for served in chosen}
+        session = sessions.pop()
+        if session is None or sessions:
+            session = uuid.uuid4().hex  # one that no journal is of: contents are compared
+        return ResumePoint(session)
 
     def _choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
         if names is None:
@@ -513,7 +542,7 @@ class Daemon:
         disk = await trio.to_thread.run_sync(served.receive, offer, session, peer)
         if not had_size:
             await self.mount.invalidate(served.export, attributes_only=True)
-        return IncomingDisk(disk, served.epoch_file, partial(self._push_out, served))
+        return IncomingDisk(disk, served.epoch_file, partial(self._push_out, served), served.open_journal, served.taken)
 
     async def _push_out(self, served: ServedDisk) -> None:
         if self.mount is not None:  # what is not mounted is not cached either

@@ -80,6 +80,34 @@ class DiskDigest:
             self._clear(first, stop)
             self._chain_parts(min(stop * CHUNK_SIZE, end), end)
 
+    def restore(self, chunk: int, value: int) -> None:
+        """Take over what is known of a chunk from before: all of it came, and ``value`` is its value."""
+        self._store(chunk, value)
+        self._came.mark_chunks(chunk, chunk + 1)
+
+    def value_of(self, chunk: int) -> int:
+        """Return a chunk's value."""
+        group = self._values.get(chunk // _GROUP)
+        return 0 if group is None else group[chunk % _GROUP]
+
+    def has_values(self, first: int, stop: int) -> bool:
+        """Tell whether any of the chunks ``first`` to ``stop - 1`` may have a value other than 0."""
+        return any(group in self._values for group in range(first // _GROUP, (stop - 1) // _GROUP + 1))
+
+    def pages(self, n: int) -> list[int]:
+        """Return, in ascending order, the first chunks of those runs of ``n`` chunks that may have values."""
+        assert n % _GROUP == 0
+        return sorted({group * _GROUP // n * n for group in self._values})
+
+    def values(self, first: int, stop: int) -> list[int]:
+        """Return the values of the chunks ``first`` to ``stop - 1``; 0 also for those that did not come as wholes."""
+        if not self.has_values(first, stop):
+            return [0] * (stop - first)
+        return [
+            value if value and self._came.is_whole(chunk) else 0
+            for chunk, value in ((chunk, self.value_of(chunk)) for chunk in range(first, stop))
+        ]
+
     def missing(self) -> Iterator[tuple[int, int]]:
         """Yield offset and length in bytes of the blocks that never came as wholes; neighbours may touch."""
         return self._came.clean_extents()
@@ -109,17 +137,13 @@ class DiskDigest:
         while length:
             chunk = offset // CHUNK_SIZE
             part = min(length, (chunk + 1) * CHUNK_SIZE - offset)
-            step = _STEP.pack(self._value_of(chunk), offset, part, payload_hash)
+            step = _STEP.pack(self.value_of(chunk), offset, part, payload_hash)
             self._store(chunk, xxh3_64_intdigest(step) or 1)
             offset += part
             length -= part
 
-    def _value_of(self, chunk: int) -> int:
-        group = self._values.get(chunk // _GROUP)
-        return 0 if group is None else group[chunk % _GROUP]
-
     def _store(self, chunk: int, value: int) -> None:
-        old = self._value_of(chunk)
+        old = self.value_of(chunk)
         if old:
             self.value ^= xxh3_64_intdigest(_SLOT.pack(chunk, old))
         if value:

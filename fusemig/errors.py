@@ -15,6 +15,7 @@
     │   └── GateClosedError         this write must be parked, nothing has happened to it
     └── MigrationError
         ├── PeerRefusedError        the destination said no, with its reason
+        │   └── PeerBusyError       ... and may say yes in a moment
         ├── VerificationError       the two sides hold different bytes
         ├── CancelledByUserError
         └── InDoubtError            COMMIT was sent and its outcome is unknown
@@ -117,6 +118,10 @@ class PeerRefusedError(MigrationError):
     """The destination refused, and this is its reason."""
 
     kind = "refused"
+
+
+class PeerBusyError(PeerRefusedError):
+    """The destination refused because something else has the disk at the moment; the same may be tried again."""
 
 
 class VerificationError(MigrationError):

@@ -22,15 +22,21 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from fusemig.disk.allocation import boot_id
+from fusemig.disk.dirty_file import open_dirty_file
+from fusemig.disk.dirty_map import MapBase, Since
+from fusemig.disk.journal import open_journal
 from fusemig.disk.overlay_file import OverlayFile
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.epoch import EpochFile, EpochRecord, Ownership
-from fusemig.errors import ConfigError, PeerRefusedError
+from fusemig.errors import ConfigError, DiskError, PeerBusyError, PeerRefusedError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from fusemig.disk.dirty_file import DirtyFile
+    from fusemig.disk.journal import ReceiptJournal
     from fusemig.fuse.export import Export, Exports
     from fusemig.wire.native import DiskOffer
 
@@ -82,12 +88,16 @@ class ServedDisk:
         """What has become of asking who owns the disk, if it is in doubt; for people."""
         state_dir = _state_directory(spec, state_dir)
         self.epoch_file = EpochFile(epoch_path(spec, state_dir))
+        self._dirty_path = state_dir / f"{spec.path.name}.fusemig-dirty"
+        self._journal_path = state_dir / f"{spec.path.name}.fusemig-journal"
         self._map_path = state_dir / f"{spec.path.name}.fusemig-map"
         self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in _RECEIVABLE
         """Whether a source may fill this disk."""
         self._is_held = False
         self.image: RawDisk | OverlayFile | None = None
         self.disk: TrackedDisk | None = None
+        self.dirty_file: DirtyFile | None = None
+        """What guests wrote since a migration began; None for a disk that cannot be written."""
         if not self.is_waiting or self.base is not None or _exists(spec.path):
             self._open(self._starting_gate())
         try:
@@ -138,6 +148,15 @@ class ServedDisk:
         self.image = self._open_image()
         self.disk = TrackedDisk(self.image, gate=gate)
         self.disk.set_held(self._is_held)
+        if self.is_read_only:
+            return
+        try:
+            self.dirty_file = open_dirty_file(self.disk, self._dirty_path, boot_id(), self.image.stat)
+        except (StateError, DiskError):
+            self.disk.close()
+            raise
+        except ConfigError as exc:
+            log.warning("no map of written chunks is kept", disk=self.name, reason=str(exc))
 
     def set_held(self, is_held: bool) -> None:
         """Hold the disk (`TrackedDisk`), also one whose image is still to come."""
@@ -162,7 +181,7 @@ class ServedDisk:
         """Raise `PeerRefusedError` unless this disk can be received as offered; changes nothing."""
         record = self.epoch_file.record
         if self.busy:
-            raise PeerRefusedError(f"disk '{self.name}' is busy: {self.busy}")
+            raise PeerBusyError(f"disk '{self.name}' is busy: {self.busy}")
         if self.ownership is Ownership.HANDED_OFF:
             raise PeerRefusedError(f"disk '{self.name}' is in doubt there: resolve that first (`fusemig resolve`)")
         if self.ownership is Ownership.PREPARED and record is not None and record.image_id != offer.image_id:
@@ -173,6 +192,11 @@ class ServedDisk:
         if not self.is_waiting:
             raise PeerRefusedError(
                 f"disk '{self.name}' is owned there and would be overwritten; serve another image with --incoming"
+            )
+        if offer.is_resumed and (reason := self._why_not_resumed(offer)):
+            raise PeerRefusedError(
+                f"there is nothing of disk '{self.name}' to go on with there: {reason}; migrate without --resume, which"
+                " sends everything"
             )
         if record is not None and record.image_id == offer.image_id and record.epoch > offer.epoch + 1:
             raise PeerRefusedError(
@@ -190,6 +214,43 @@ class ServedDisk:
         self.is_waiting = (
             is_destination and not self.is_read_only and not self.is_writable and self.ownership in _RECEIVABLE
         )
+
+    def _why_not_resumed(self, offer: DiskOffer) -> str:
+        record = self.epoch_file.record
+        if record is None or self.disk is None:
+            return "no migration of it has begun"
+        if record.state not in (Ownership.INCOMING, Ownership.PREPARED):
+            return f"its image is no incomplete one, its epoch file says {record.state.value}"
+        if record.image_id != offer.image_id:
+            return "its image is another disk's"
+        if record.epoch != offer.epoch + 1:
+            return f"its image is of a migration in epoch {record.epoch - 1}, and this one is in epoch {offer.epoch}"
+        return ""
+
+    def open_journal(self) -> ReceiptJournal:
+        """Open the journal of what is received (`IncomingDisk.open_journal`)."""
+        assert self.disk is not None
+        return open_journal(self.name, self._journal_path, self.disk.size)
+
+    def taken(self, session: str) -> None:
+        """Take note that the disk is ours, before guests may write it: from here on it differs from the one given."""
+        record = self.epoch_file.record
+        if self.dirty_file is not None and record is not None:
+            base = MapBase(image_id=record.image_id, epoch=record.epoch, session=session)
+            self.dirty_file.begin(Since.OWNED, base)
+        try:
+            self._journal_path.unlink(missing_ok=True)
+        except OSError as exc:
+            log.warning("a journal is left behind", path=str(self._journal_path), reason=exc.strerror)
+
+    @property
+    def interrupted_session(self) -> str | None:
+        """The migration since whose beginning it is known what guests wrote; None where it is not."""
+        record = self.epoch_file.record
+        base = None if self.dirty_file is None else self.dirty_file.base(Since.SESSION)
+        if record is None or base is None or (base.image_id, base.epoch) != (record.image_id, record.epoch):
+            return None
+        return base.session
 
     def open_created(self) -> int:
         """Return the size of the image, opening one that was created since the daemon started. May sleep.
@@ -231,8 +292,19 @@ class ServedDisk:
 
     def close(self) -> None:
         """Close the image; idempotent."""
+        if self.dirty_file is not None:
+            self.dirty_file.close(is_synced=self._is_synced())
+            self.dirty_file = None
         if self.disk is not None:
             self.disk.close()
+
+    def _is_synced(self) -> bool:
+        try:
+            assert self.image is not None
+            self.image.flush()
+        except DiskError:
+            return False
+        return True
 
 
 _RECEIVABLE = frozenset({None, Ownership.INCOMING, Ownership.PREPARED, Ownership.RELEASED})

@@ -124,6 +124,11 @@ class ChunkTracker:
         """Return the first dirty chunk at or after ``start``, in flight or not; None where there is none."""
         return self._dirty.next_set(start)
 
+    def next_clean(self, start: int) -> int:
+        """Return the first chunk at or after ``start`` that is not dirty; one beyond the last where there is none."""
+        found = self._dirty.next_clear(start)
+        return self._last_chunk + 1 if found is None else found
+
     def is_in_flight(self, chunk: int) -> bool:
         """Tell whether bytes of the chunk are on their way."""
         return chunk in self._in_flight
@@ -208,6 +213,10 @@ class ChunkTracker:
         if not self._dirty[chunk]:
             return 0
         return self._masks.get(chunk, self._whole_mask(chunk))
+
+    def is_whole(self, chunk: int) -> bool:
+        """Tell whether a chunk is dirty as a whole."""
+        return self._dirty[chunk] and chunk not in self._masks
 
     def _is_last_block_dirty(self) -> bool:
         if not self._last_block_missing:

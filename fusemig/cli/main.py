@@ -122,7 +122,15 @@ def serve(log_format: str, **options: Any) -> None:
 @click.option("--machine", metavar="TYPE", help="Machine type of the QEMU at URI, such as pc-q35-7.2.")
 @click.option("--compress", metavar="zstd[:LEVEL]")
 @click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
-@click.option("--resume", is_flag=True, help="Go on with a migration that failed.")
+@click.option("--resume", is_flag=True, help="Go on with a migration that was interrupted; sends what is missing.")
+@click.option(
+    "--reconnect",
+    type=_Time(),
+    default="30s",
+    show_default=True,
+    metavar="TIME",
+    help="Try so long without progress to get a lost connection back; 0 gives up at once.",
+)
 @click.option("--guest", metavar="qmp:PATH", help="Move the guest of this QEMU with its disks; its QMP socket.")
 @click.option("--guest-destination", metavar="qmp:PATH", help="QMP socket of the QEMU that waits with -incoming.")
 @click.option("--guest-uri", metavar="URI", help="Where that QEMU listens, if it does not say so itself.")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fusemig.control_client import ControlClient
 
 POLL_INTERVAL_S: Final = 0.1
+DEFAULT_RECONNECT_S: Final = 30.0
 _UNPROVEN: Final = (
     "fusemig: warning: QEMU's wire has no acknowledgement: everything was sent, and nobody has said that it arrived.\n"
     "fusemig: the disks stay read-only here; before their guests run elsewhere, see that the destination completed"
@@ -44,6 +45,7 @@ class MigrateRequest:
     compress: str | None = None
     incremental: bool = False
     resume: bool = False
+    reconnect: float = DEFAULT_RECONNECT_S
     guest: str | None = None
     guest_destination: str | None = None
     guest_uri: str | None = None
@@ -73,6 +75,8 @@ class MigrateRequest:
             arguments["inc"] = True
         if self.resume:
             arguments["resume"] = True
+        if self.reconnect and self.wire == "native":
+            arguments["x-fusemig-reconnect"] = round(self.reconnect * 1000)
         if self.tls_creds is not None:
             arguments["x-fusemig-tls-creds"] = str(self.tls_creds.absolute())
         if self.tls_hostname is not None:

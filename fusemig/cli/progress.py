@@ -125,6 +125,8 @@ def summary(info: dict[str, Any]) -> str:
     parts = [own.get("phase", info.get("status", "starting"))]
     if "guest" in own:
         parts.append(f"guest {own['guest']['state']}")
+    if own.get("waiting"):
+        parts.append(f"no connection ({own['waiting']}), trying again")
     if own.get("pass"):
         parts.append(f"pass {own['pass']}")
     if "disk" in info:

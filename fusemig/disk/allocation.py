@@ -28,12 +28,12 @@ from __future__ import annotations
 import mmap
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import msgspec
-from xxhash import xxh3_64_hexdigest
 
 from fusemig.bitmap import ChunkBitmap
+from fusemig.disk.page import PAGE_SIZE, decode_page, encode_page
 from fusemig.errors import ConfigError, DiskError
 from fusemig.units import BLOCK_SIZE, mask_runs, n_blocks
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from fusemig.disk.base import Disk
 
-_PAGE: Final = 4096
+_PAGE: Final = PAGE_SIZE
 _BITS_PER_PAGE: Final = 8 * _PAGE
 _WINDOW: Final = 4096
 """Blocks that a search looks at at once; divides `_BITS_PER_PAGE`."""
@@ -76,14 +76,6 @@ class _Session(msgspec.Struct, frozen=True, kw_only=True):
     stamp: str = ""
 
 
-class _Page(msgspec.Struct, frozen=True):
-    check: str
-    record: msgspec.Raw
-
-
-_Record = TypeVar("_Record", _Header, _Session)
-
-
 def boot_id() -> str:
     """Return what names the host's present boot.
 
@@ -108,7 +100,7 @@ def _region_size(disk_size: int) -> int:
 def write_header(store: Disk, disk_size: int, base: BaseIdentity) -> None:
     """Make a blank ``store`` of `map_size` bytes the map of an overlay that holds nothing, durably."""
     header = _Header(version=_VERSION, block_size=BLOCK_SIZE, disk_size=disk_size, base=base)
-    store.pwrite(_encode(header), _HEADER_AT)
+    store.pwrite(encode_page(header), _HEADER_AT)
     store.flush()
 
 
@@ -142,7 +134,7 @@ class AllocationMap:
         """Pages of the map with bits that are not durable."""
         # Taken before _lock, and held while the map is written:
         self._persisting = threading.Lock()
-        session = _decode(store.pread(_PAGE, _SESSION_AT), _Session)
+        session = decode_page(store.pread(_PAGE, _SESSION_AT), _Session)
         self.stamp = session.stamp if session is not None else ""
         """What `begin` was told when the overlay was last opened."""
         self._load(_DURABLE_AT, is_durable=True)
@@ -150,7 +142,7 @@ class AllocationMap:
             self._load(_DURABLE_AT + self._region, is_durable=False)
 
     def _read_header(self, disk_size: int) -> BaseIdentity:
-        header = _decode(self._store.pread(_PAGE, _HEADER_AT), _Header) if self._store.size >= _DURABLE_AT else None
+        header = decode_page(self._store.pread(_PAGE, _HEADER_AT), _Header) if self._store.size >= _DURABLE_AT else None
         what = f"the allocation map of disk '{self._store.name}'"
         if header is None:
             raise ConfigError(
@@ -198,7 +190,7 @@ class AllocationMap:
         else:
             self._store.flush()  # a daemon that was killed may have written the durable map and not synced it yet
         self._store.write_zeroes(_DURABLE_AT + self._region, self._region)
-        self._store.pwrite(_encode(_Session(boot=self._boot, stamp=stamp)), _SESSION_AT)
+        self._store.pwrite(encode_page(_Session(boot=self._boot, stamp=stamp)), _SESSION_AT)
         self.stamp = stamp
 
     def mask(self, first: int, stop: int) -> int:
@@ -290,23 +282,3 @@ class AllocationMap:
     def close(self) -> None:
         """Close the store; idempotent."""
         self._store.close()
-
-
-def _encode(record: _Header | _Session) -> bytes:
-    raw = msgspec.json.encode(record)
-    line = msgspec.json.encode(_Page(xxh3_64_hexdigest(raw), msgspec.Raw(raw)))
-    page = line.ljust(_PAGE - 1) + b"\n"
-    if len(page) != _PAGE:
-        raise ConfigError("the path of the base is too long to be kept: use a shorter one")
-    return page
-
-
-def _decode(page: bytes | bytearray, kind: type[_Record]) -> _Record | None:
-    """Return a page's record, or None if it is blank or damaged."""
-    try:
-        parsed = msgspec.json.decode(page, type=_Page)
-        if xxh3_64_hexdigest(bytes(parsed.record)) != parsed.check:
-            return None
-        return msgspec.json.decode(parsed.record, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None

@@ -1,12 +1,17 @@
 """TrackedDisk: the guest's side of a disk, where writes are admitted and marked.
 
     guest (a FUSE lane) ──pwrite──> TrackedDisk ──> image
-                                     │   └─ marks ──> trackers of running migrations, `written` map
+                                     │   ├─ notes ──> `written` map, persistent maps (`fusemig.disk.dirty_map`)
+                                     │   └─ marks ──> trackers of running migrations
                                      └─ write gate: open · closed (park) · read-only (EROFS)
 
 One lock guards the gate's state, the admission count and every map, so a write is marked *in the step that admits it*;
 it is marked again in the step that ends it, also if the store failed, unless nothing was taken for sending in between
 (rule 1 of `fusemig.tracker`). The lock is held for microseconds and never during I/O. Reads never take it.
+
+Persistent maps. Before a write is admitted its chunks are *noted* in every persistent map, without the lock as that
+writes to a file; ``_noted_bits`` are the chunks that all maps have, so it costs one look in the usual case. `begin_map`
+empties a map under a running guest: the notes of writes that began before it would be lost, so it waits for their end.
 
 The write gate. A closed gate refuses a write with `GateClosedError`, and nothing has happened to it: the lane *parks*
 it, that is, keeps the data and asks `park` for a call when the gate has changed. A parked write is data held for a
@@ -24,6 +29,8 @@ import threading
 from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import structlog
+
 from fusemig.bitmap import ChunkBitmap
 from fusemig.disk.base import Disk
 from fusemig.errors import DiskError, GateClosedError
@@ -34,6 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from fusemig.disk.base import Buffer, Extent
+    from fusemig.disk.dirty_map import DirtyMap, MapBase
+
+log = structlog.get_logger(__name__)
 
 _CHUNK_SHIFT: Final = CHUNK_SIZE.bit_length() - 1
 
@@ -90,9 +100,14 @@ class TrackedDisk(Disk):
         self._trackers: tuple[ChunkTracker, ...] = ()
         self._n_taken = 0
         """Counts what makes marks disappear from a tracker, or a tracker appear without them."""
-        # The bits are shared with the map so that the usual case, a chunk written before, costs one look.
-        self._written_bits = bytearray(-(-n_chunks(image.size) // 8))
-        self._written = ChunkBitmap(n_chunks(image.size), self._written_bits)
+        self._written = ChunkBitmap(n_chunks(image.size))
+        self._maps: tuple[DirtyMap, ...] = ()
+        self._noted_bits = bytearray((n_chunks(image.size) >> 3) + 1)
+        """Chunks that `_written` and every one of `_maps` have, as bits; so that the usual case costs one look."""
+        self._begun_at = 0
+        """What `_n_taken` was when `_noted_bits` was last emptied."""
+        self._n_old = 0
+        """Writes that were admitted before that and have not ended."""
         self._bytes_written = 0
         self._n_writes = 0
         self._highest_written = 0
@@ -175,27 +190,33 @@ class TrackedDisk(Disk):
         if offset < 0 or end > self.image.size:
             self.check_range(offset, length)
         first = offset >> _CHUNK_SHIFT
-        with self._lock:
-            if self._gate is not _OPEN:
-                self._refuse(offset, length)
-            self._n_writing += 1
-            if not self._written_bits[first >> 3] >> (first & 7) & 1 or end > first + 1 << _CHUNK_SHIFT:
-                self._note_written(offset, length)
-            if self._trackers:
-                for tracker in self._trackers:
-                    tracker.mark(offset, length)
-            return self._n_taken
+        while True:
+            with self._lock:
+                if self._gate is not _OPEN:
+                    self._refuse(offset, length)
+                if (
+                    self._noted_bits[first >> 3] >> (first & 7) & 1 and end <= first + 1 << _CHUNK_SHIFT
+                ) or self._is_noted(offset, length):
+                    self._n_writing += 1
+                    if self._trackers:
+                        for tracker in self._trackers:
+                            tracker.mark(offset, length)
+                    return self._n_taken
+            self._note(offset, length)
 
     def _end(self, offset: int, length: int, n_taken: int) -> None:
         """Mark a write again and count it out.
 
         The marks of `_admit` are all there if nothing was taken and no tracker was attached since, so in the usual case
-        there is nothing to mark; ``_written`` is never cleared.
+        there is nothing to mark.
         """
         with self._lock:
             if self._n_taken != n_taken:
                 for tracker in self._trackers:
                     tracker.mark(offset, length)
+                if n_taken < self._begun_at:
+                    self._n_old -= 1
+                    self._drained.notify_all()
             self._bytes_written += length
             self._n_writes += 1
             if offset + length > self._highest_written:
@@ -204,9 +225,41 @@ class TrackedDisk(Disk):
             if not self._n_writing and self._gate is not _OPEN:
                 self._drained.notify_all()
 
-    def _note_written(self, offset: int, length: int) -> None:
+    def _is_noted(self, offset: int, length: int) -> bool:
+        noted = self._noted_bits
+        return all(noted[chunk >> 3] >> (chunk & 7) & 1 for chunk in chunks_of(offset, length))
+
+    def _note(self, offset: int, length: int) -> None:
+        """Note a write that has not been admitted in every map; it may be noted and then be refused or parked."""
         touched = chunks_of(offset, length)
-        self._written.set_range(touched.start, touched.stop)
+        with self._lock:
+            begun_at, maps = self._begun_at, self._maps
+        for one in maps:
+            try:
+                one.note(touched.start, touched.stop)
+            except DiskError as exc:
+                self._drop_map(one, exc)
+        with self._lock:
+            if self._begun_at != begun_at:
+                return  # a map was emptied meanwhile: once more
+            self._written.set_range(touched.start, touched.stop)
+            noted = self._noted_bits
+            for chunk in touched:
+                noted[chunk >> 3] |= 1 << (chunk & 7)
+
+    def _drop_map(self, dropped: DirtyMap, reason: DiskError) -> None:
+        """Go on without a map that cannot be written.
+
+        Raises:
+            DiskError: it might be believed after a restart, so nothing that it does not know of may be written.
+        """
+        log.warning("the map of written chunks is lost; after a restart contents are compared", reason=str(reason))
+        try:
+            dropped.drop()
+        except DiskError as exc:
+            raise exc from reason
+        with self._lock:
+            self._maps = tuple(one for one in self._maps if one is not dropped)
 
     def _refuse(self, offset: int, length: int) -> None:
         if self._gate is Gate.CLOSED:
@@ -296,6 +349,39 @@ class TrackedDisk(Disk):
         """How many writes wait for the gate."""
         return len(self._parked)
 
+    # Persistent maps, for the migration and the daemon
+
+    def attach_map(self, one: DirtyMap) -> None:
+        """Note every write from now on in a map that knows all earlier ones; before guests may write."""
+        with self._lock:
+            self._maps = (*self._maps, one)
+            self._forget_notes()
+
+    def begin_map(self, one: DirtyMap, base: MapBase, timeout_s: float) -> bool:
+        """Empty a map and have it tell what is written from now on; may sleep.
+
+        Returns:
+            False: a write that began before has not ended after ``timeout_s`` seconds, and the map has no base.
+
+        Raises:
+            DiskError: the map cannot be written; it has no base.
+        """
+        one.begin()
+        with self._lock:
+            if one not in self._maps:
+                self._maps = (*self._maps, one)
+            self._forget_notes()
+            if not self._drained.wait_for(lambda: self._n_old == 0, timeout_s):
+                return False
+        one.seal(base)
+        return True
+
+    def _forget_notes(self) -> None:
+        self._noted_bits = bytearray(len(self._noted_bits))
+        self._n_taken += 1
+        self._begun_at = self._n_taken
+        self._n_old = self._n_writing
+
     # Tracking, for the migration
 
     def start_tracking(self) -> Tracking:
@@ -383,6 +469,29 @@ class Tracking:
         """Make everything in flight dirty again: the connection is gone."""
         with self._lock:
             self._tracker.restore_all()
+
+    def settle(self, chunk: int, unless: ChunkBitmap) -> bool:
+        """Have a chunk count as sent unless guests wrote it, as a persistent map tells; return whether it does.
+
+        In one step with the admission of writes, which are noted in the map before that: a write that the map does not
+        tell of yet is marked after this.
+        """
+        with self._lock:
+            if unless[chunk] or self._tracker.is_in_flight(chunk):
+                return False
+            if self._tracker.take(chunk):
+                self._tracker.acknowledge(chunk)
+            return True
+
+    def next_dirty(self, start: int) -> int | None:
+        """Return the first dirty chunk at or after ``start``; None where there is none."""
+        with self._lock:
+            return self._tracker.next_dirty(start)
+
+    def next_clean(self, start: int) -> int:
+        """Return the first chunk at or after ``start`` that is not dirty; beyond the disk where there is none."""
+        with self._lock:
+            return self._tracker.next_clean(start)
 
     def stop(self) -> None:
         """Detach from the disk; idempotent."""

@@ -30,6 +30,7 @@ from fusemig.wire import native
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from fusemig.disk.dirty_file import DirtyFile
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochFile
     from fusemig.migration.link import NativeLink, Offload
@@ -48,6 +49,8 @@ class SourceDisk:
     epoch_file: EpochFile
     push_out_pages: Callable[[], Awaitable[None]]
     """Has the kernel write back what guests stored through mmap; must be called while the gate is open."""
+    dirty_file: DirtyFile | None = None
+    """Where it is kept what guests wrote since a migration began."""
 
 
 class HandoffRecords:

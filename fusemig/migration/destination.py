@@ -5,9 +5,10 @@
 
 One task does everything, so what follows a frame on the wire finds it in the image. Until TAKEN the gates stay
 read-only and the epoch files say `incoming`; a migration that fails leaves them so, and the images wait for the next
-one. From the moment `prepared` is durable only the source's word ends the wait: its ABORT, its COMMIT, or its next
-HELLO, which a source that said COMMIT cannot send. A source that begins with ASK instead of HELLO sends no disks; it is
-answered by `fusemig.migration.witness`.
+one. What was received is journaled every few seconds and at the end, so that a source can go on with it: see
+`fusemig.migration.receipt`. From the moment `prepared` is durable only the source's word ends the wait: its ABORT, its
+COMMIT, or its next HELLO, which a source that said COMMIT cannot send. A source that begins with ASK instead of HELLO
+sends no disks; it is answered by `fusemig.migration.witness`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import trio
 
 from fusemig.epoch import Ownership
-from fusemig.errors import FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import FusemigError, MigrationError, PeerBusyError, PeerRefusedError, RemoteProtocolError
 from fusemig.failpoint import reach
 from fusemig.handoff import DestinationEvent, DestinationHandoff, DestinationState
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink, Need
+from fusemig.migration.receipt import Receipt
 from fusemig.migration.receiver import FrameReceiver
 from fusemig.migration.witness import Witness
 from fusemig.migration.writer import FrameWriter
@@ -74,6 +76,7 @@ class DestinationMigration(IncomingMigration):
         self._refusal = refusal
         self._handoff = DestinationHandoff()
         self._progress = native.Progress(0, 0, 0)
+        self._receipt: Receipt | None = None
         self._first: native.Event | None = None
 
     async def run(self) -> None:
@@ -91,7 +94,10 @@ class DestinationMigration(IncomingMigration):
         except FusemigError as exc:
             self.error = exc
             return
-        await super().run()
+        try:
+            await super().run()
+        finally:
+            self._pool.clear()  # the daemon keeps what is over, and need not keep its buffers
 
     async def _first_message(self) -> native.Event:
         with trio.move_on_after(HANDSHAKE_DEADLINE_S):
@@ -101,13 +107,6 @@ class DestinationMigration(IncomingMigration):
     def _on_taken(self) -> None:
         self._enter(MigrationPhase.COMPLETED)
 
-    async def run(self) -> None:
-        """Receive as `IncomingMigration.run` does, and hold no buffers afterwards."""
-        try:
-            await super().run()
-        finally:
-            self._pool.clear()
-
     async def _meet(self) -> list[IncomingDisk]:
         if isinstance(self._first, native.Hello):
             return await self._claim(self._first)
@@ -116,8 +115,8 @@ class DestinationMigration(IncomingMigration):
             raise PeerRefusedError(self._refusal)
         raise RemoteProtocolError(f"{self.peer} began with {type(self._first).__name__}")
 
-    async def _refuse(self, reason: str) -> None:
-        await self._link.send_message(native.Refuse(reason))
+    async def _refuse(self, reason: str, *, is_busy: bool = False) -> None:
+        await self._link.send_message(native.Refuse(reason, is_busy=is_busy))
         await self._link.linger(LINGER_S)
 
     async def _claim(self, hello: native.Hello) -> list[IncomingDisk]:
@@ -134,19 +133,40 @@ class DestinationMigration(IncomingMigration):
                 raise PeerRefusedError("no disk offered")
             disks = await self._host.claim(hello.disks, hello.session, self.peer)
         except FusemigError as exc:
-            await self._refuse(str(exc))
+            await self._refuse(str(exc), is_busy=isinstance(exc, PeerBusyError))
             raise
         self.session = hello.session
+        self._receipt = Receipt(disks, hello, self._offload)
         return disks
 
+    async def _run_claimed(self) -> None:
+        assert self._receipt is not None
+        try:
+            await super()._run_claimed()
+        finally:
+            self._receipt.close()
+
     async def _receive(self) -> None:
-        await self._link.send_message(native.Welcome(native.VERSION))
+        assert self._receipt is not None
+        try:
+            await self._receive_all(self._receipt)
+        finally:
+            await self._receipt.stop()
+
+    async def _receive_all(self, receipt: Receipt) -> None:
+        await receipt.open()
+        features = [native.RESUME] if receipt.is_kept else []
+        await self._link.send_message(native.Welcome(native.VERSION, features, receipt.resumption, receipt.covered))
+        await receipt.tell(self._link)
         self._enter(MigrationPhase.BULK)
         receiver = FrameReceiver(self._link, FrameWriter(self.disks, self._pool))
         applied = 0
         said_at = trio.current_time()
         while True:
-            event = await self._offload(receiver.run_slice)
+            try:
+                event = await self._offload(receiver.run_slice)
+            finally:
+                receipt.applied = receiver.applied  # also of a slice that the end of the connection cut short
             if receiver.applied > applied:
                 applied = receiver.applied
                 if self._handoff.state is not DestinationState.INCOMING:
@@ -154,6 +174,8 @@ class DestinationMigration(IncomingMigration):
             if applied > receiver.acknowledged:
                 receiver.acknowledged = applied
                 await self._link.send([native.encode_ack(applied)])
+            if self._handoff.state is DestinationState.INCOMING:
+                await receipt.go_on(self._link)
             if event is Need.STREAM:
                 await self._link.wait_readable()
                 if trio.current_time() - said_at > PROOF_OF_LIFE_S:
@@ -220,6 +242,8 @@ class DestinationMigration(IncomingMigration):
             await self._write_records(Ownership.OWNER)
             self._handoff.on(DestinationEvent.OWNER_DURABLE)
             reach("after-owner")
+            for disk in self.disks:
+                await self._offload(disk.on_taken, self.session)
             self._open_gates()
             with trio.move_on_after(1):
                 try:
@@ -236,6 +260,12 @@ class DestinationMigration(IncomingMigration):
         self._handoff.on(DestinationEvent.FAILURE)
 
     async def _say_failed(self, reason: FusemigError) -> None:
+        await self._say_aborted(reason)
+        if self._receipt is not None:
+            with trio.CancelScope(shield=True):
+                await self._receipt.finish()
+
+    async def _say_aborted(self, reason: FusemigError) -> None:
         if self._handoff.state is DestinationState.PREPARED:
             return  # the source decides; it will hear of us when it asks
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER_S):

@@ -284,7 +284,7 @@ class NativeLink:
                     await self.stream.wait_readable()
 
     async def expect(self, message_type: type[M], deadline_s: float) -> M:
-        """Return the next message, which must be of this type; acknowledgements may come before it.
+        """Return the next message, which must be of this type; acknowledgements of frames may come before it.
 
         Raises:
             MigrationError: the peer aborted, with its reason.
@@ -297,7 +297,7 @@ class NativeLink:
                 return event
             if isinstance(event, native.Abort):
                 raise MigrationError(f"{self.peer} aborted the migration: {event.reason}")
-            if not isinstance(event, native.Ack):
+            if not isinstance(event, native.Ack | native.Journaled):
                 raise RemoteProtocolError(
                     f"{self.peer} sent {type(event).__name__} where {message_type.__name__} was due"
                 )

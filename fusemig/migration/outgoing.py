@@ -273,6 +273,10 @@ class OutgoingMigration(ABC):
         for lent in self._lent:
             if lent.disk.gate is Gate.CLOSED:
                 lent.disk.set_gate(Gate.OPEN)
+        self._give_up_in_flight()
+
+    def _give_up_in_flight(self) -> None:
+        """Nobody will say any more whether it arrived."""
         for disk in self._disks:
             disk.tracking.restore_all()
 
@@ -309,7 +313,8 @@ class OutgoingMigration(ABC):
 
     async def _converge(self) -> None:
         """Make passes until a switchover is worth it and allowed."""
-        self._enter(MigrationPhase.BULK)
+        if self._machine.phase is MigrationPhase.SETUP:  # else the connection was lost, and is back
+            self._enter(MigrationPhase.BULK)
         is_synced = False
         while True:
             await self._run_pass(is_limited=True)

@@ -30,6 +30,9 @@ PIECE_BYTES: Final = 256 << 10
 WINDOW_BYTES: Final = 64 << 20
 """Disk bytes sent and not acknowledged, at most."""
 
+MAX_UNDURABLE: Final = 1 << 17
+"""Frames that may be acknowledged and not durable before the source stops to keep account of them."""
+
 
 class Politeness:
     """Rests a worker thread between chunks, so that guests go first in the bulk phase (`Courtesy` says how long)."""
@@ -72,6 +75,11 @@ class PassSender:
         """Disk bytes of all registered frames."""
         self.wire_bytes = 0
         """Bytes handed to the stream, headers included."""
+        # Written by acknowledge and journaled only:
+        self.undurable: deque[SentFrame] = deque()
+        """Acknowledged frames that the destination may not have any more after a crash; kept if `is_journaled`."""
+        self.is_journaled = False
+        """Whether the destination says what is durable."""
         # Written by acknowledge only:
         self.acknowledged_bytes = 0
         self.n_transferred = 0
@@ -142,5 +150,19 @@ class PassSender:
             frame.disk.tracking.acknowledge(frame.chunks)
             self.n_transferred = frame.sequence
             n_bytes += frame.n_bytes
+            if self.is_journaled:
+                self.undurable.append(frame)
+                if len(self.undurable) > MAX_UNDURABLE:
+                    self.forget_undurable()
         self.acknowledged_bytes += n_bytes
         return n_bytes
+
+    def journaled(self, sequence: int) -> None:
+        """Take note that every frame up to ``sequence`` is durable."""
+        while self.undurable and self.undurable[0].sequence <= sequence:
+            self.undurable.popleft()
+
+    def forget_undurable(self) -> None:
+        """Give up keeping account: the destination does not come to write its journal."""
+        self.is_journaled = False
+        self.undurable.clear()

@@ -1,32 +1,46 @@
 """SourceMigration: moves disks away over the native wire, while guests write them.
 
-    handshake             HELLO, WELCOME
+    handshake             HELLO, WELCOME; and what the destination has, if it goes on (`fusemig.migration.resume`)
     passes                PassSender in slices on a worker thread ─> wire
                           receiver <─ acknowledgements     ticker: proof of life
     hand-off              OutgoingHandoff: FINAL, PREPARED, COMMIT, TAKEN
 
 The order of things is `fusemig.migration.outgoing`'s. When a migration fails, the tracker still knows what the
-destination does not hold.
+destination does not hold: `resume_point`. A connection that is lost before the freeze is made again, with pauses that
+grow, until there was no progress for as long as the parameters allow; guests notice nothing of it.
 """
 
 from __future__ import annotations
 
+import struct
+import uuid
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
+from fusemig.disk.dirty_map import MapBase, Since
 from fusemig.errors import (
     AuthenticationError,
+    ConnectionLostError,
     FusemigError,
     MigrationError,
+    PeerBusyError,
     PeerRefusedError,
     RemoteProtocolError,
+    TransportError,
 )
 from fusemig.migration.commit import OutgoingHandoff
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.reader import PassReader
+from fusemig.migration.resume import (
+    ContentReconciliation,
+    LivingReconciliation,
+    MappedReconciliation,
+    ResumePoint,
+)
 from fusemig.migration.sender import WINDOW_BYTES, PassSender
 from fusemig.migration.stats import WindowStatistics
 from fusemig.phase import MigrationPhase
@@ -39,10 +53,18 @@ if TYPE_CHECKING:
     from fusemig.epoch import EpochRecord
     from fusemig.migration.commit import SourceDisk
     from fusemig.migration.link import Offload
-    from fusemig.migration.stats import MigrationParameters
+    from fusemig.migration.resume import Reconciliation
+    from fusemig.migration.stats import MigrationParameters, MigrationStatistics
     from fusemig.transport import ByteStream
 
 PROGRESS_INTERVAL_S: Final = 1.0
+FIRST_RETRY_S: Final = 0.25
+"""How long the first try to get a lost connection back is put off; each further one twice as long."""
+MAX_RETRY_S: Final = 10.0
+
+
+_RECONNECTING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
+"""When a lost connection is made again: not before anything was sent, and not with guests' writes waiting."""
 
 
 class SourceMigration(OutgoingMigration):
@@ -59,6 +81,7 @@ class SourceMigration(OutgoingMigration):
         on_phase: Callable[[MigrationPhase], None] = lambda _phase: None,
         on_pass: Callable[[int], None] = lambda _number: None,
         count_requests: Callable[[], int] = lambda: 0,
+        resume: ResumePoint | None = None,
     ) -> None:
         """Prepare as `OutgoingMigration` does.
 
@@ -70,8 +93,27 @@ class SourceMigration(OutgoingMigration):
             on_phase: called at once at each change of phase.
             on_pass: called at the start of each pass with its number, from 1.
             count_requests: tells how many requests guests have ever made; the bulk phase makes room for them.
+            resume: where an earlier migration of the same disks was interrupted, to go on from there.
         """
         super().__init__(disks, connect, parameters, offload, on_phase, on_pass)
+        self._count_requests = count_requests
+        # Where to go on from; None: with nothing.
+        self._resume = resume
+        if resume is not None:
+            self.session = resume.session
+            self._disks = resume.disks
+        self._attempt = 0
+        self._attempt_scope = trio.CancelScope()
+        self._is_reconciled = False
+        self._can_resume = False
+        self._stalled_since: float | None = None
+        self._n_retries = 0
+        self._n_reconnects = 0
+        self._kept_bytes = 0
+        self._waiting = ""
+        # What the connections before this one sent, and what of it was taken back:
+        self._earlier_wire_bytes = 0
+        self._earlier_acknowledged_bytes = 0
         self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload)
         self._pool = BufferPool()
         self._sender = PassSender(self._pool, count_requests)
@@ -81,14 +123,35 @@ class SourceMigration(OutgoingMigration):
 
     async def _migrate(self) -> None:
         records = await self._handoff.own_records()
+        while True:
+            with trio.CancelScope() as self._attempt_scope:
+                try:
+                    await self._migrate_once(records)
+                except (TransportError, PeerBusyError) as exc:
+                    self._failure = self._failure or exc
+                else:
+                    return
+            failure = self._failure
+            if failure is None:
+                return  # the user's cancel, which ends the scope outside too
+            if not self._may_reconnect(failure):
+                raise failure
+            self._failure = None
+            await self._put_off(failure)
+            self._renew()
+
+    async def _migrate_once(self, records: Sequence[EpochRecord]) -> None:
+        """Make one connection and send over it what is not there, up to the hand-off."""
+        self._attempt = uuid.uuid4().int >> 65
+        self._is_reconciled = False
         stream = await self._connect()
         self._peer = stream.peer
         try:
             decoder = native.Decoder(native.FROM_DESTINATION, preface=False)
             link = self._link = NativeLink(stream, decoder, self._pool)
-            await self._handshake(link, records)
+            welcome = await self._handshake(link, records)
             try:
-                await self._start_tracking()
+                await self._find_what_to_send(link, welcome, records)
                 self._reader = PassReader(self._disks, self._pool)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._receive, link)
@@ -97,6 +160,10 @@ class SourceMigration(OutgoingMigration):
                     nursery.cancel_scope.cancel()
                 await self._hand_off(link)
             except BaseException as exc:
+                self._note_doubtful()
+                failure = self._failure or exc
+                if isinstance(failure, FusemigError) and self._may_reconnect(failure):
+                    raise
                 if self._handoff.may_thaw:
                     await self._handoff.call_off()
                     self._thaw()
@@ -108,19 +175,187 @@ class SourceMigration(OutgoingMigration):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await stream.aclose()
 
-    async def _handshake(self, link: NativeLink, records: Sequence[EpochRecord]) -> None:
+    async def _guard(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Run a task of a nursery; its failure ends this connection."""
+        try:
+            await task(*args)
+        except FusemigError as exc:
+            if self._failure is None:
+                self._failure = exc
+            self._attempt_scope.cancel()
+
+    async def _handshake(self, link: NativeLink, records: Sequence[EpochRecord]) -> native.Welcome:
         offers = [
-            native.DiskOffer(lent.disk.name, lent.disk.size, record.image_id, record.epoch)
+            native.DiskOffer(lent.disk.name, lent.disk.size, record.image_id, record.epoch, self._resume is not None)
             for lent, record in zip(self._lent, records, strict=True)
         ]
-        hello = native.Hello(native.VERSION, self.session, CHUNK_SIZE, offers)
+        hello = native.Hello(native.VERSION, self.session, CHUNK_SIZE, offers, [native.RESUME], self._attempt)
         await link.send([native.PREFACE, native.encode_message(hello)])
         answer = await link.receive(HANDSHAKE_DEADLINE_S)
         if isinstance(answer, native.Refuse):
-            kind = AuthenticationError if answer.kind == AuthenticationError.kind else PeerRefusedError
+            kind: type[FusemigError] = PeerBusyError if answer.is_busy else PeerRefusedError
+            if answer.kind == AuthenticationError.kind:
+                kind = AuthenticationError
             raise kind(f"{link.peer} refused: {answer.reason}")
         if not isinstance(answer, native.Welcome):
             raise RemoteProtocolError(f"{link.peer} sent {type(answer).__name__} where an answer to HELLO was due")
+        return answer
+
+    # What is to be sent
+
+    async def _find_what_to_send(
+        self, link: NativeLink, welcome: native.Welcome, records: Sequence[EpochRecord]
+    ) -> None:
+        """Bring the tracker in line with what the destination has: nothing, or what it says."""
+        self._can_resume = self._sender.is_journaled = native.RESUME in welcome.features
+        resume, resumption = self._resume, welcome.resumption
+        if resume is not None and resumption is native.Resumption.NOTHING:
+            raise MigrationError(
+                f"{link.peer} cannot go on with an interrupted migration: migrate without --resume, to send everything"
+            )
+        has_lived = resume is not None and bool(resume.disks) and resumption is native.Resumption.JOURNAL
+        if not has_lived:
+            self.forget()
+            self._disks = []
+            if resume is not None:
+                self._resume = resume = ResumePoint(self.session)  # until it is known again what is allocated
+            if resumption is not native.Resumption.JOURNAL:
+                await self._begin_maps(records)
+            elif not all(map(self._has_map, self._lent, records)):
+                raise MigrationError("there is no map of what was written since: this is a bug, please report it")
+            await self._start_tracking()
+            if resume is not None:
+                resume.disks = self._disks
+        if resume is not None:
+            await self._reconcile(link, welcome, has_lived=has_lived)
+            # So that what is pending now does not count as dirtied by guests.
+            allocated = sum(disk.allocated_bytes for disk in self._disks)
+            self._earlier_acknowledged_bytes = allocated + self._dirtied_bytes - self._pending_bytes()
+        # From here on the tracker and the digests know, whatever becomes of this connection.
+        self._resume = ResumePoint(self.session, self._disks)
+        self._is_reconciled = True
+        if self._waiting:
+            self._waiting = ""
+            self._n_reconnects += 1
+
+    def _has_map(self, lent: SourceDisk, record: EpochRecord) -> bool:
+        """Tell whether a disk has a map of what was written since this session began."""
+        base = MapBase(image_id=record.image_id, epoch=record.epoch, session=self.session)
+        return lent.dirty_file is not None and lent.dirty_file.base(Since.SESSION) == base
+
+    async def _begin_maps(self, records: Sequence[EpochRecord]) -> None:
+        """Have it kept from now on what guests write, in case this daemon does not live to the end."""
+        for lent, record in zip(self._lent, records, strict=True):
+            if lent.dirty_file is not None:
+                base = MapBase(image_id=record.image_id, epoch=record.epoch, session=self.session)
+                await self._offload(lent.dirty_file.begin, Since.SESSION, base)
+
+    async def _reconcile(self, link: NativeLink, welcome: native.Welcome, *, has_lived: bool) -> None:
+        if has_lived:
+            assert self._resume is not None
+            if len(welcome.covered) != len(self._disks):
+                raise RemoteProtocolError(f"{self._peer} covers {len(welcome.covered)} disks of {len(self._disks)}")
+            self._resume.land(welcome.covered)
+        walks = [self._walk(at, welcome, has_lived=has_lived) for at in range(len(self._disks))]
+        current = 0
+        while True:
+            event = await link.receive()
+            if isinstance(event, native.Abort):
+                raise MigrationError(f"{link.peer} aborted the migration: {event.reason}")
+            if not isinstance(event, native.Have):
+                raise RemoteProtocolError(f"{link.peer} sent {type(event).__name__} where HAVE was due")
+            if event.disk == -1:
+                break
+            if not current <= event.disk < len(walks):
+                raise RemoteProtocolError(f"{link.peer} has chunks of disk {event.disk}; there are {len(walks)}")
+            current = event.disk
+            walk = walks[current]
+            await self._offload(walk.on_have, event, welcome.resumption)
+            if isinstance(walk, ContentReconciliation):
+                await link.send_message(
+                    native.Kept(current, event.first, struct.pack(f"<{len(walk.kept)}Q", *walk.kept))
+                )
+        for walk in walks:
+            await self._offload(walk.end)
+        kept = sum(walk.n_kept for walk in walks)
+        self._kept_bytes += kept * CHUNK_SIZE
+        self._log.info("going on", how=welcome.resumption.value, kept_chunks=kept, pending_bytes=self._pending_bytes())
+
+    def _walk(self, at: int, welcome: native.Welcome, *, has_lived: bool) -> Reconciliation:
+        disk, resume, dirty_file = self._disks[at], self._resume, self._lent[at].dirty_file
+        assert resume is not None
+        if welcome.resumption is native.Resumption.COMPARE:
+            return ContentReconciliation(disk)
+        if not has_lived:
+            assert dirty_file is not None
+            return MappedReconciliation(disk, dirty_file.written(Since.SESSION))
+        doubtful = resume.doubtful_chunks(disk, welcome.covered[at]) if resume.is_doubt_counted else None
+        return LivingReconciliation(disk, doubtful)
+
+    # A lost connection
+
+    def resume_point(self) -> ResumePoint | None:
+        """Return where this migration was interrupted, for another one to go on from there; None: nowhere."""
+        if self._machine.phase is not MigrationPhase.FAILED or self._resume is None or not self._resume.disks:
+            return None
+        return self._resume
+
+    def _note_doubtful(self) -> None:
+        """The connection is over: what it sent and the destination did not say to be durable may have been lost."""
+        if not self._is_reconciled:
+            return
+        assert self._resume is not None
+        sender = self._sender
+        self._resume.is_doubt_counted = sender.is_journaled
+        self._resume.in_flight = [(self._attempt, frame) for frame in sender.unacknowledged]
+        self._resume.doubtful = [*((self._attempt, frame) for frame in sender.undurable), *self._resume.in_flight]
+        self._is_reconciled = False
+
+    def _give_up_in_flight(self) -> None:
+        """Keep it, where it is known which frames it went in: the next connection tells."""
+        if self._resume is None or not self._resume.disks:
+            super()._give_up_in_flight()
+
+    def _may_reconnect(self, failure: FusemigError) -> bool:
+        if not isinstance(failure, TransportError | PeerBusyError) or self._is_cancel_requested:
+            return False
+        if self._parameters.reconnect_limit_s <= 0:
+            return False
+        if self.guest.is_moving:
+            return False  # it may stand still: it is better off running on here
+        phase = self._machine.phase
+        if phase is MigrationPhase.SETUP:
+            # The destination may not have noticed yet that the connection which is gone on with is gone.
+            return self._resume is not None and isinstance(failure, PeerBusyError)
+        return phase in _RECONNECTING and self._can_resume
+
+    async def _put_off(self, failure: FusemigError) -> None:
+        """Wait before the next try.
+
+        Raises:
+            ConnectionLostError: there was no progress for too long.
+        """
+        now, limit_s = trio.current_time(), self._parameters.reconnect_limit_s
+        if self._stalled_since is None:
+            self._stalled_since, self._n_retries = now, 0
+        delay_s = min(MAX_RETRY_S, FIRST_RETRY_S * 2**self._n_retries)
+        if now + delay_s > self._stalled_since + limit_s:
+            raise ConnectionLostError(
+                f"{failure}; for {limit_s:g} s nothing could be sent: see to the link and the destination, then go on"
+                " with `fusemig migrate --resume`"
+            ) from failure
+        self._n_retries += 1
+        self._waiting = str(failure)
+        self._log.warning("connection lost, trying again", reason=str(failure), delay_s=delay_s)
+        await trio.sleep(delay_s)
+
+    def _renew(self) -> None:
+        """Begin a new account of frames, for a new connection."""
+        sender = self._sender
+        self._earlier_wire_bytes += sender.wire_bytes
+        self._earlier_acknowledged_bytes += sender.acknowledged_bytes
+        self._sender = PassSender(self._pool, self._count_requests)
+        self._synced = trio.Event()
 
     # Passes
 
@@ -148,6 +383,7 @@ class SourceMigration(OutgoingMigration):
         if sender.unacknowledged:
             await self._say_progress(link)  # which has the destination acknowledge at once
         await self._wait_progress(lambda: not sender.unacknowledged)
+        self._stalled_since = None
 
     async def _wait_progress(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -170,6 +406,8 @@ class SourceMigration(OutgoingMigration):
                     self._acknowledge(event.sequence)
                 case native.Synced():
                     self._synced.set()
+                case native.Journaled():
+                    self._sender.journaled(event.sequence)
                 case native.Abort():
                     raise MigrationError(f"{link.peer} aborted the migration: {event.reason}")
                 case _:
@@ -185,6 +423,7 @@ class SourceMigration(OutgoingMigration):
             self._send_rate.add(n_bytes, now)
             self._bandwidth.add(n_bytes, now - self._busy_since)
             self._busy_since = now
+            self._stalled_since = None
         self._progress_made.set()
 
     async def _tick(self, link: NativeLink) -> None:
@@ -242,13 +481,19 @@ class SourceMigration(OutgoingMigration):
 
     # Account
 
+    def statistics(self) -> MigrationStatistics:
+        """Return what is known at this moment."""
+        return replace(
+            super().statistics(), n_reconnects=self._n_reconnects, kept_bytes=self._kept_bytes, waiting=self._waiting
+        )
+
     @property
     def _wire_bytes(self) -> int:
-        return self._sender.wire_bytes
+        return self._earlier_wire_bytes + self._sender.wire_bytes
 
     @property
     def _acknowledged_bytes(self) -> int:
-        return self._sender.acknowledged_bytes
+        return self._earlier_acknowledged_bytes + self._sender.acknowledged_bytes
 
     def _window(self) -> WindowStatistics:
         sender = self._sender

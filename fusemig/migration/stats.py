@@ -28,6 +28,8 @@ class MigrationParameters:
     """Wait for `proceed` when converged."""
     freeze_deadline_s: float = FREEZE_DEADLINE_S
     taken_deadline_s: float = TAKEN_DEADLINE_S
+    reconnect_limit_s: float = 0.0
+    """How long to try to get a lost connection back, in seconds without progress; 0: not at all."""
 
 
 @dataclass(frozen=True)
@@ -92,3 +94,9 @@ class MigrationStatistics:
     passes_without_progress: int
     error: str | None
     error_kind: str | None
+    n_reconnects: int = 0
+    """How often the connection was lost and made again."""
+    kept_bytes: int = 0
+    """What the destination had of an interrupted migration and need not be sent again."""
+    waiting: str = ""
+    """Why there is no connection at the moment."""

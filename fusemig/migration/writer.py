@@ -9,14 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fusemig.bitmap import ChunkBitmap
 from fusemig.digest import DiskDigest
 from fusemig.errors import RemoteProtocolError
-from fusemig.units import format_size
+from fusemig.units import chunks_of, format_size, n_chunks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from fusemig.disk.journal import ReceiptJournal
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochFile
     from fusemig.migration.link import BufferPool
@@ -30,12 +32,25 @@ class IncomingDisk:
     epoch_file: EpochFile
     drop_pages: Callable[[], Awaitable[None]]
     """Has the kernel forget the pages that early readers cached."""
+    open_journal: Callable[[], ReceiptJournal] | None = None
+    """Opens where what is durable is kept; None: an interrupted migration begins anew. May sleep."""
+    on_taken: Callable[[str], None] = lambda _session: None
+    """Called when the disk is ours and before guests may write it, with the session; may sleep."""
     received_bytes: int = 0
     digest: DiskDigest = field(init=False)
+    journal: ReceiptJournal | None = field(init=False, default=None)
+    changed: ChunkBitmap = field(init=False)
+    """Chunks that frames came for since the journal was last written."""
 
     def __post_init__(self) -> None:
         """Start with nothing received."""
         self.digest = DiskDigest(self.disk.size)
+        self.changed = ChunkBitmap(n_chunks(self.disk.size))
+
+    def note_found(self, chunk: int, value: int) -> None:
+        """Note a chunk that is in the image already, with its value for the digest."""
+        self.digest.restore(chunk, value)
+        self.changed.set(chunk)
 
     def missing(self) -> str:
         """Describe the ranges that never came, for people; empty if none is missing."""
@@ -65,6 +80,10 @@ class FrameWriter:
             DiskError: the store failed.
         """
         disk = self._disk_of(frame)
+        if disk.journal is not None:
+            for extent in frame.extents:
+                touched = chunks_of(*extent)
+                disk.changed.set_range(touched.start, touched.stop)
         if isinstance(frame, native.DataFrame):
             return self._write(disk, frame)
         for offset, length in frame.extents:

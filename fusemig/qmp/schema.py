@@ -200,6 +200,8 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     x_fusemig_wire: WireName = WireName.NATIVE
     x_fusemig_machine: str | UnsetType = UNSET
     """The machine type of a destination that is a QEMU, which insists on its own; goes with ``qemu``."""
+    x_fusemig_reconnect: UInt63 | UnsetType = UNSET
+    """How long to try to get a lost connection back, in milliseconds without progress; absent or 0: not at all."""
     x_fusemig_compress: str | UnsetType = UNSET
     """``zstd`` or ``zstd:LEVEL``; absent: as the parameters say."""
     x_fusemig_guest: str | UnsetType = UNSET
@@ -419,6 +421,12 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     """Bytes that crossed the wire, framing included and compression counted."""
     frozen_ms: float = 0.0
     """How long the write gate has been closed, or was."""
+    reconnects: int = 0
+    """How often a lost connection was made again."""
+    kept_bytes: int = 0
+    """What the destination had of an interrupted migration; it is not sent again unless it is written."""
+    waiting: str | UnsetType = UNSET
+    """Why there is no connection at the moment; another one is being tried."""
     error_kind: str | UnsetType = UNSET
     """`FusemigError.kind` of what ended a failed migration."""
     guest: GuestInfo | UnsetType = UNSET

@@ -27,7 +27,7 @@ it raises only `RemoteProtocolError`, and it checks lengths before it asks for m
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import msgspec
@@ -76,15 +76,29 @@ class FrameType(IntEnum):
     ABORT = 15  # either: this migration is over, and why
     ASK = 20  # source, instead of HELLO: who owns the disks that I handed off?
     ANSWER = 21  # destination: what my durable records say
+    HAVE = 24  # destination: what it holds of some chunks
+    JOURNALED = 25  # destination: every frame up to `sequence` is durable and journaled
+    KEPT = 26  # source: which of the chunks of a HAVE are equal here
 
 
-class DiskOffer(msgspec.Struct, frozen=True):
+RESUME: Final = "resume"
+"""The feature of a side that can go on after a lost connection: it knows HAVE, JOURNALED and what belongs to them."""
+
+HAVE_VALUES: Final = 8192
+"""Most chunks of a HAVE that carries values of the digest, 8 bytes each."""
+HAVE_HASHES: Final = 64
+"""Most chunks of a HAVE that carries hashes of contents, 16 bytes each."""
+
+
+class DiskOffer(msgspec.Struct, frozen=True, omit_defaults=True):
     """A disk as the source describes it."""
 
     name: str
     size: int
     image_id: str
     epoch: int
+    is_resumed: bool = False
+    """Whether this is to go on with what the destination has of it."""
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -95,6 +109,26 @@ class Hello(msgspec.Struct, frozen=True):
     chunk_size: int
     disks: list[DiskOffer]
     features: list[str] = []
+    attempt: int = 0
+    """Names this connection among all of the session; any number that none before had."""
+
+
+class Resumption(Enum):
+    """What the destination can say of what it has."""
+
+    NOTHING = ""
+    """It begins anew."""
+    JOURNAL = "journal"
+    """It has a journal of this session: HAVE carries values of the digest."""
+    COMPARE = "compare"
+    """It has an image and does not know what of it is right: HAVE carries hashes of its contents."""
+
+
+class Covered(msgspec.Struct, frozen=True):
+    """The last frame that the journal of a disk covers: the connection, as its HELLO named it, and the frame."""
+
+    attempt: int = 0
+    sequence: int = 0
 
 
 class Welcome(msgspec.Struct, frozen=True):
@@ -102,6 +136,22 @@ class Welcome(msgspec.Struct, frozen=True):
 
     version: int
     features: list[str] = []
+    resumption: Resumption = Resumption.NOTHING
+    covered: list[Covered] = []
+    """With `Resumption.JOURNAL`, one for each disk."""
+
+
+class Have(msgspec.Struct, frozen=True):
+    """What the destination has of the chunks from ``first`` on; chunks that no HAVE tells of, it does not have.
+
+    They come after WELCOME, disk by disk and in ascending order; the last one names no disk.
+    """
+
+    disk: int
+    """Its place in the offer; -1: that was all."""
+    first: int = 0
+    values: bytes = b""
+    """Of `Resumption.JOURNAL`, 64-bit values; of `Resumption.COMPARE`, xxh3_128. Little-endian; 0: it has not."""
 
 
 class Refuse(msgspec.Struct, frozen=True):
@@ -110,6 +160,8 @@ class Refuse(msgspec.Struct, frozen=True):
     reason: str
     kind: str = "refused"
     """``authentication`` where the source itself is not welcome, and not what it offers."""
+    is_busy: bool = False
+    """Whether the same may be accepted in a moment."""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -189,6 +241,21 @@ class Answer(msgspec.Struct, frozen=True):
     """Whether any disk of that migration is owned by the destination."""
 
 
+class Kept(msgspec.Struct, frozen=True):
+    """The answer to each HAVE that carries hashes: the destination keeps what is equal, and knows its values now."""
+
+    disk: int
+    first: int
+    values: bytes
+    """64-bit values of the digest, little-endian; 0: it is not equal."""
+
+
+class Journaled(msgspec.Struct, frozen=True):
+    """Every frame up to ``sequence`` is durable, and will be known to be after a crash of the destination."""
+
+    sequence: int
+
+
 class Ack(NamedTuple):
     """Every DATA and ZERO frame up to ``sequence`` is in the destination's image."""
 
@@ -210,6 +277,9 @@ Message = (
     | Abort
     | Ask
     | Answer
+    | Have
+    | Journaled
+    | Kept
 )
 
 _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
@@ -227,6 +297,9 @@ _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
     FrameType.ABORT: Abort,
     FrameType.ASK: Ask,
     FrameType.ANSWER: Answer,
+    FrameType.HAVE: Have,
+    FrameType.JOURNALED: Journaled,
+    FrameType.KEPT: Kept,
 }
 _TYPE_OF: Final = {message: frame_type for frame_type, message in _MESSAGE_TYPES.items()}
 _DECODERS: Final = {frame_type: msgspec.json.Decoder(message) for frame_type, message in _MESSAGE_TYPES.items()}
@@ -243,6 +316,7 @@ FROM_SOURCE: Final = frozenset(
         FrameType.RELEASED,
         FrameType.ABORT,
         FrameType.ASK,
+        FrameType.KEPT,
     }
 )
 FROM_DESTINATION: Final = frozenset(FrameType) - FROM_SOURCE | {FrameType.ABORT}

@@ -16,6 +16,7 @@ rule 4: what is in flight is not taken again).
 from __future__ import annotations
 
 import random
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,6 +31,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from fusemig.disk.dirty_file import DirtyFile
+from fusemig.disk.dirty_map import MapBase, Since, dirty_file_size
 from fusemig.disk.fault import Fault, FaultDisk, Operation
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
@@ -37,6 +40,7 @@ from fusemig.epoch import EpochFile
 from fusemig.errors import DiskError, GateClosedError, MigrationError
 from fusemig.migration.link import BufferPool
 from fusemig.migration.reader import OutgoingDisk, PassReader
+from fusemig.migration.resume import LivingReconciliation, MappedReconciliation, ResumePoint, journal_pages
 from fusemig.migration.writer import FrameWriter, IncomingDisk
 from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_mask, mask_extents, n_chunks
 from fusemig.wire import native
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
 
     from fusemig.disk.base import Buffer, Extent
     from fusemig.migration.reader import SentFrame
+    from fusemig.migration.resume import Reconciliation
 
 SIZE = 3 * CHUNK_SIZE + 1536
 MIN_STEPS = 10_000
@@ -145,6 +150,9 @@ class TrackingMachine(RuleBasedStateMachine):
         self.n_since_switch_over = 0
         self.scan: Lockstep | None = None
         self.outgoing: OutgoingDisk | None = None
+        self.attempt = 0
+        self.n_migrations = 0
+        self.dirty_file = DirtyFile(self.disk, "boot", None, lambda: MemoryDisk("a", dirty_file_size(SIZE)))
 
     @initialize(holes=st.sets(st.integers(0, 3)), stale=st.booleans(), scan_now=st.sampled_from([True, True, False]))
     def start(self, holes: set[int], stale: bool, scan_now: bool) -> None:
@@ -163,14 +171,17 @@ class TrackingMachine(RuleBasedStateMachine):
         """Start tracking, then look for what is allocated; writes may fall in between."""
         if self.outgoing is not None:
             self.outgoing.tracking.stop()
+        self.n_migrations += 1
+        # With a write under way the map does not count.
+        self.dirty_file.begin(Since.SESSION, MapBase(image_id="image", epoch=0, session=str(self.n_migrations)))
         self.outgoing = OutgoingDisk(0, self.disk, self.disk.start_tracking())
         self.incoming = IncomingDisk(TrackedDisk(self.target, gate=Gate.READ_ONLY), EpochFile(self.directory), nothing)
         self.scan = Lockstep(self.outgoing.find_allocated)
-        self.all_holes: list[tuple[int, int]] = []
         self.connect()
 
     def connect(self) -> None:
         """Make a connection: both ends count frames from 1 again."""
+        self.attempt += 1
         pool = BufferPool()
         assert self.outgoing is not None
         self.reader = PassReader([self.outgoing], pool)
@@ -266,7 +277,6 @@ class TrackingMachine(RuleBasedStateMachine):
         if self.scan.is_over:
             self.scan.finish()
             self.scan = None
-            self.all_holes = list(self.outgoing.holes)
 
     @precondition(lambda self: self.read is None and self.has_work)
     @rule()
@@ -352,9 +362,12 @@ class TrackingMachine(RuleBasedStateMachine):
             n -= 1
 
     @precondition(lambda self: self.scan is None and (self.unacknowledged or self.read is not None))
-    @rule(n_arrive=st.integers(0, 3), torn=st.booleans())
-    def lose_connection(self, n_arrive: int, torn: bool) -> None:
-        """Cut the connection: some frames still arrive, no acknowledgement does, and a half frame is nothing."""
+    @rule(n_arrive=st.integers(0, 3), torn=st.booleans(), is_journaled=st.booleans())
+    def lose_connection(self, n_arrive: int, torn: bool, is_journaled: bool) -> None:
+        """Cut the connection: some frames still arrive, no acknowledgement does, and a half frame is nothing.
+
+        Then both sides go on: the destination says what it has, and its journal covers all that came, or nothing.
+        """
         assert self.outgoing is not None
         if self.read is not None:
             self.finish_read()
@@ -363,20 +376,42 @@ class TrackingMachine(RuleBasedStateMachine):
         if self.wire and torn:
             assert not self.decoder.feed(self.wire[0][:-1])
         note(f"lost {len(self.wire)} frames, {len(self.unacknowledged)} unacknowledged")
-        lost = self.unacknowledged
-        self.outgoing.tracking.restore_all()
-        if not self.outgoing.holes and all(frame.chunks for frame in lost):
+        lost = [(self.attempt, frame) for frame in self.unacknowledged]
+        point = ResumePoint("session", [self.outgoing], lost, lost)
+        covered = native.Covered(self.attempt, self.applied) if is_journaled else native.Covered()
+        point.land([covered])
+        if not self.outgoing.holes and all(frame.chunks for _, frame in lost):
             self.check_that_what_differs_is_dirty()
-        # The digests went different ways for these; as wholes they begin anew (see `fusemig.digest`).
-        for chunk in {chunk for frame in lost for chunk in frame.chunks}:
-            self.outgoing.tracking.mark(chunk * CHUNK_SIZE, min(CHUNK_SIZE, SIZE - chunk * CHUNK_SIZE))
-        if any(not frame.chunks for frame in lost):
-            self.outgoing.holes = list(self.all_holes)
-            # So do those that were a hole only in part: that part is noted once more at the source.
-            for offset, length in self.all_holes:
-                for at in {offset, offset + length - 1}:
-                    start = at - at % CHUNK_SIZE
-                    self.outgoing.tracking.mark(start, min(CHUNK_SIZE, SIZE - start))
+        self.go_on(LivingReconciliation(self.outgoing, point.doubtful_chunks(self.outgoing, covered)))
+        self.connect()
+
+    def go_on(self, walk: Reconciliation) -> None:
+        """Have the source hear what the destination has; the destination is one that was restarted."""
+        pages = list(journal_pages(0, self.incoming.digest))
+        self.incoming = IncomingDisk(TrackedDisk(self.target, gate=Gate.READ_ONLY), EpochFile(self.directory), nothing)
+        for have in pages:
+            for chunk, value in enumerate(struct.unpack(f"<{len(have.values) // 8}Q", have.values), have.first):
+                if value:
+                    self.incoming.digest.restore(chunk, value)
+            walk.on_have(have, native.Resumption.JOURNAL)
+        walk.end()
+
+    @precondition(
+        lambda self: (
+            self.scan is None
+            and not self.unacknowledged
+            and self.read is None
+            and self.dirty_file.base(Since.SESSION) is not None
+        )
+    )
+    @rule()
+    def restart_source(self) -> None:
+        """Kill the source between two frames: its map of what was written since the migration began is left."""
+        assert self.outgoing is not None
+        self.outgoing.tracking.stop()
+        self.outgoing = OutgoingDisk(0, self.disk, self.disk.start_tracking())
+        self.outgoing.find_allocated()
+        self.go_on(MappedReconciliation(self.outgoing, self.dirty_file.written(Since.SESSION)))
         self.connect()
 
     def check_that_what_differs_is_dirty(self) -> None:
@@ -475,10 +510,11 @@ class TrackingMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(3600)
-def test_tracking_under_every_interleaving(tmp_path: Path, nightly: bool) -> None:
+def test_tracking_under_every_interleaving(tmp_path: Path, nightly: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At least ten thousand steps, the same in every run; with ``--nightly`` ten times as many, new every time."""
     TrackingMachine.directory = tmp_path / "unused"
     TrackingMachine.n_steps = 0
+    monkeypatch.setattr("fusemig.disk.dirty_file.BEGIN_DEADLINE_S", 0)  # there is one thread: no write ends meanwhile
     run_state_machine_as_test(
         TrackingMachine,
         settings=settings(

@@ -309,12 +309,12 @@ class Host:
         return self.start_command(verb, *arguments).finish()
 
     def migrate(self, uri: str, *arguments: object) -> Finished:
-        """Run ``fusemig migrate`` quietly, so that stderr holds the outcome alone."""
-        return self.command("migrate", uri, "--progress", "none", *arguments)
+        """Run ``fusemig migrate`` quietly, so that stderr holds the outcome alone; a lost connection stays lost."""
+        return self.command("migrate", uri, "--progress", "none", "--reconnect", "0", *arguments)
 
     def start_migrate(self, uri: str, *arguments: object) -> Command:
-        """Start ``fusemig migrate`` quietly; return when the daemon knows of it."""
-        command = self.start_command("migrate", uri, "--progress", "none", *arguments)
+        """Start ``fusemig migrate`` as `migrate` does; return when the daemon knows of it."""
+        command = self.start_command("migrate", uri, "--progress", "none", "--reconnect", "0", *arguments)
         wait_until(lambda: command.process.poll() is not None or self.phase() != "none", "the migration's start")
         return command
 

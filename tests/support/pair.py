@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
+from fusemig.disk.dirty_file import DirtyFile
+from fusemig.disk.dirty_map import dirty_file_size
+from fusemig.disk.journal import ReceiptJournal, journal_size
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from fusemig.disk.base import Disk
+    from fusemig.migration.resume import ResumePoint
     from fusemig.phase import MigrationPhase
     from fusemig.wire.native import DiskOffer
     from support.streams import MemoryStream
@@ -49,6 +55,26 @@ class Side:
         self.disks = {name: TrackedDisk(image, gate=gate) for name, image in self.images.items()}
         self.epochs = {name: EpochFile(directory / f"{name}.fusemig") for name in sizes}
         self.busy = False
+        self.journals: dict[str, Disk] = {name: MemoryDisk(name, journal_size(size)) for name, size in sizes.items()}
+        self.dirty_stores: dict[str, Disk] = {
+            name: MemoryDisk(name, dirty_file_size(size)) for name, size in sizes.items()
+        }
+        self.dirty_files: dict[str, DirtyFile] = {}
+
+    def dirty_file(self, name: str) -> DirtyFile:
+        """Return a disk's persistent map, opened at the first use."""
+        if name not in self.dirty_files:
+            store = self.dirty_stores[name]
+            self.dirty_files[name] = DirtyFile(self.disks[name], "boot", store, lambda: store)
+        return self.dirty_files[name]
+
+    def restart(self, gate: Gate) -> None:
+        """Begin anew with what a killed daemon leaves: the images and the files beside them."""
+        self.disks = {name: TrackedDisk(disk.image, gate=gate) for name, disk in self.disks.items()}
+        self.epochs = {name: EpochFile(file.path) for name, file in self.epochs.items()}
+        self.dirty_files = {}
+        for name in self.disks:
+            self.dirty_file(name)
 
     async def awaited(self) -> list[AwaitedDisk]:
         return [AwaitedDisk(name, disk.size, isinstance(disk.image, OverlayDisk)) for name, disk in self.disks.items()]
@@ -63,8 +89,13 @@ class Side:
             record = EpochRecord(
                 state=Ownership.INCOMING, image_id=offer.image_id, epoch=offer.epoch + 1, session=session, peer=peer
             )
+            known = self.epochs[offer.name].record
+            if offer.is_resumed and (known is None or (known.image_id, known.epoch) != (record.image_id, record.epoch)):
+                raise PeerRefusedError(f"nothing of disk '{offer.name}' to go on with here")
             self.epochs[offer.name].write(record)
-            claimed.append(IncomingDisk(self.disks[offer.name], self.epochs[offer.name], nothing))
+            disk = self.disks[offer.name]
+            open_journal = partial(ReceiptJournal, self.journals[offer.name], disk.size)
+            claimed.append(IncomingDisk(disk, self.epochs[offer.name], nothing, open_journal))
         self.busy = True
         return claimed
 
@@ -98,21 +129,25 @@ class Pair:
         self.outgoing = self._new_source()
         self.incoming: DestinationMigration | None = None
 
-    def _new_source(self) -> SourceMigration:
-        lent = [SourceDisk(disk, self.source.epochs[name], nothing) for name, disk in self.source.disks.items()]
+    def _new_source(self, resume: ResumePoint | None = None) -> SourceMigration:
+        lent = [
+            SourceDisk(disk, self.source.epochs[name], nothing, self.source.dirty_file(name))
+            for name, disk in self.source.disks.items()
+        ]
 
         async def connect() -> MemoryStream:
             await trio.lowlevel.checkpoint()
             return self.streams[0]
 
-        return SourceMigration(lent, connect, self.parameters, inline, self.phases.append)
+        return SourceMigration(lent, connect, self.parameters, inline, self.phases.append, resume=resume)
 
-    def renew(self) -> None:
-        """Make a new connection and a new migration over it."""
-        self.outgoing.forget()
+    def renew(self, resume: ResumePoint | None = None) -> None:
+        """Make a new connection and a new migration over it, which may go on with another one."""
+        if resume is None:
+            self.outgoing.forget()
         self.phases.clear()
         self.streams = memory_connection()
-        self.outgoing = self._new_source()
+        self.outgoing = self._new_source(resume)
 
     async def migrate(self) -> SourceMigration:
         """Run both ends to their end."""

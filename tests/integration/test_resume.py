@@ -1,0 +1,300 @@
+"""A migration that was interrupted and goes on: what is sent again, and what is not believed."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from fusemig.disk.dirty_map import Since
+from fusemig.disk.tracked import Gate
+from fusemig.epoch import EpochRecord, Ownership
+from fusemig.errors import ConnectionLostError, PeerRefusedError
+from fusemig.migration.resume import ResumePoint
+from fusemig.phase import MigrationPhase as Phase
+from fusemig.units import CHUNK_SIZE
+from support.pair import Pair
+from support.streams import memory_connection
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from support.streams import MemoryStream
+
+SIZES = {"a": 12 * CHUNK_SIZE + 1536, "b": 8 * CHUNK_SIZE}
+TOTAL = sum(SIZES.values())
+
+
+def fill(pair: Pair, seed: int = 1) -> None:
+    """Give the source data, holes and a chunk that is a hole in parts; the destination has garbage."""
+    rng = random.Random(seed)
+    for image in pair.source.images.values():
+        image.content[:] = rng.randbytes(image.size)
+        image.content[3 * CHUNK_SIZE : 4 * CHUNK_SIZE + 50_000] = bytes(CHUNK_SIZE + 50_000)
+    for image in pair.destination.images.values():
+        image.content[:] = rng.randbytes(image.size)
+
+
+def cut_after(stream: MemoryStream, n_bytes: int) -> None:
+    """Cut the connection when so much was sent."""
+
+    def cut(data: bytes) -> bytes | None:
+        return None if stream.sent_bytes + len(data) > n_bytes else data
+
+    stream.on_send = cut
+
+
+def write(pair: Pair, rng: random.Random, n: int = 3) -> int:
+    """Have the guest write blocks here and there; return how many bytes of chunks that touches at most."""
+    for _ in range(n):
+        name = rng.choice(list(pair.source.disks))
+        disk = pair.source.disks[name]
+        disk.pwrite(rng.randbytes(4096), rng.randrange(disk.size - 4096))
+    return 2 * n * CHUNK_SIZE
+
+
+async def interrupt(pair: Pair, n_bytes: int = 14 * CHUNK_SIZE) -> None:
+    """Have a migration lose its connection after so many bytes."""
+    cut_after(pair.streams[0], n_bytes)
+    outgoing = await pair.migrate()
+    assert isinstance(outgoing.error, ConnectionLostError)
+    assert outgoing.phase is Phase.FAILED
+
+
+def map_point(pair: Pair) -> ResumePoint:
+    """Return what a restarted source knows of its last migration."""
+    sessions = set()
+    for name in pair.source.disks:
+        base = pair.source.dirty_file(name).base(Since.SESSION)
+        assert base is not None
+        sessions.add(base.session)
+    (session,) = sessions
+    return ResumePoint(session)
+
+
+async def resume(pair: Pair, point: ResumePoint | None, at_most: int) -> None:
+    """Go on, and see that it completes with equal disks and few bytes on the wire."""
+    assert point is not None
+    pair.renew(point)
+    await pair.migrate()
+    assert pair.outgoing.error is None
+    assert pair.is_equal()
+    assert pair.ownership() == ({Ownership.RELEASED}, {Ownership.OWNER})
+    assert pair.streams[0].sent_bytes < at_most + CHUNK_SIZE // 2
+    assert pair.outgoing.statistics().kept_bytes > 0
+
+
+@pytest.mark.parametrize("is_destination_restarted", [False, True])
+async def test_what_has_arrived_is_not_sent_again(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, is_destination_restarted: bool
+) -> None:
+    """A source that lives sends what is missing and what was written since, also to a restarted destination."""
+    pair = Pair(tmp_path, SIZES)
+    fill(pair)
+    await interrupt(pair)
+    written = write(pair, random.Random(2))
+    if is_destination_restarted:
+        pair.destination.restart(Gate.READ_ONLY)
+    await resume(pair, pair.outgoing.resume_point(), TOTAL - 13 * CHUNK_SIZE + written)
+
+
+async def test_a_restarted_source_goes_on_by_its_map(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """What no guest wrote since the session began, before and after the restart, is not sent again."""
+    pair = Pair(tmp_path, SIZES)
+    fill(pair)
+    await interrupt(pair)
+    written = write(pair, random.Random(2))
+    pair.outgoing.forget()
+    pair.source.restart(Gate.OPEN)
+    written += write(pair, random.Random(3))
+    await resume(pair, map_point(pair), TOTAL - 13 * CHUNK_SIZE + written)
+
+
+async def test_a_written_chunk_is_sent_again_by_the_map(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """A write between the interruption and the restart would be lost without the map; a map without it shows so."""
+    pair = Pair(tmp_path, {"a": SIZES["a"]})
+    fill(pair)
+    await interrupt(pair, 9 * CHUNK_SIZE)
+    pair.source.disks["a"].pwrite(b"written", 0)
+    pair.source.restart(Gate.OPEN)
+    pair.source.dirty_file("a").written(Since.SESSION).clear(0)
+    pair.renew(map_point(pair))
+    await pair.migrate()
+    assert not pair.is_equal()
+
+
+async def test_without_a_map_contents_are_compared(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """A restarted source that knows nothing sends what differs, and no more."""
+    pair = Pair(tmp_path, SIZES)
+    fill(pair)
+    await interrupt(pair)
+    written = write(pair, random.Random(2))
+    pair.outgoing.forget()
+    pair.source.restart(Gate.OPEN)
+    await resume(pair, ResumePoint("another session"), TOTAL - 13 * CHUNK_SIZE + written)
+
+
+async def test_a_damaged_journal_is_not_believed(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """A flipped bit of an entry costs its chunks, one of the header makes both sides compare; all arrives."""
+    for at, most in ((8192 + 20, TOTAL), (10, TOTAL - 13 * CHUNK_SIZE)):
+        (tmp_path / str(at)).mkdir()
+        pair = Pair(tmp_path / str(at), SIZES)
+        fill(pair)
+        await interrupt(pair)
+        for store in pair.destination.journals.values():
+            store.content[at] ^= 4  # type: ignore[attr-defined]
+        point = pair.outgoing.resume_point()
+        assert point is not None
+        pair.renew(point)
+        await pair.migrate()
+        assert pair.outgoing.error is None
+        assert pair.is_equal()
+        assert pair.streams[0].sent_bytes < most + CHUNK_SIZE // 2
+
+
+async def test_an_entry_that_is_not_the_last_frame_is_not_believed(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Contents that go A, B, A: the journal says A, and a power loss left the image with B, the last A being lost."""
+    pair = Pair(tmp_path, {"a": SIZES["a"]}, pause_before_switchover=True)
+    fill(pair)
+    first = bytes(pair.source.images["a"].content[:CHUNK_SIZE])
+    snapshots: list[bytes] = []
+
+    async def guest() -> None:
+        while pair.outgoing.phase is not Phase.PRE_SWITCHOVER:
+            await trio.sleep(0.01)
+        await trio.sleep(6)
+        pair.source.disks["a"].pwrite(bytes(reversed(first)), 0)
+        await trio.sleep(0.5)
+        assert pair.destination.images["a"].content[:CHUNK_SIZE] == bytes(reversed(first))
+        snapshots.append(bytes(pair.destination.journals["a"].content))  # type: ignore[attr-defined]
+        pair.source.disks["a"].pwrite(first, 0)
+        await trio.sleep(0.5)
+        assert pair.destination.images["a"].content[:CHUNK_SIZE] == first
+        cut_after(pair.streams[0], 0)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest)
+        await pair.migrate()
+    pair.destination.journals["a"].content[:] = snapshots[0]  # type: ignore[attr-defined]
+    pair.destination.images["a"].content[:CHUNK_SIZE] = bytes(reversed(first))
+    pair.destination.restart(Gate.READ_ONLY)
+    pair.parameters.pause_before_switchover = False
+    point = pair.outgoing.resume_point()
+    assert point is not None
+    pair.renew(point)
+    await pair.migrate()
+    assert pair.outgoing.error is None
+    assert pair.is_equal()
+
+
+async def test_another_image_is_refused(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Nothing of another image, or of another epoch, is taken for a part of this one."""
+    pair = Pair(tmp_path, {"a": SIZES["a"]})
+    fill(pair)
+    await interrupt(pair, 4 * CHUNK_SIZE)
+    file = pair.destination.epochs["a"]
+    assert file.record is not None
+    for image_id, epoch in (("another", file.record.epoch), (file.record.image_id, file.record.epoch + 1)):
+        file.write(EpochRecord(state=Ownership.INCOMING, image_id=image_id, epoch=epoch))
+        point = pair.outgoing.resume_point()
+        pair.renew(point)
+        await pair.migrate()
+        assert isinstance(pair.outgoing.error, PeerRefusedError)
+    assert pair.gates()[0] == {Gate.OPEN}
+
+
+class FlakyLink(Pair):
+    """A pair whose connection is cut again and again, and made again by the source itself."""
+
+    def __init__(self, directory: Path, cuts: list[int], **parameters: object) -> None:
+        super().__init__(directory, SIZES, reconnect_limit_s=60.0, **parameters)
+        self.cuts = cuts
+        self.n_connections = 0
+        self.sent_bytes = 0
+        self.outgoing._connect = self._connect
+        self.nursery: trio.Nursery | None = None
+
+    async def _connect(self) -> MemoryStream:
+        await trio.lowlevel.checkpoint()
+        self.n_connections += 1
+        self.sent_bytes += self.streams[0].sent_bytes
+        self.streams = memory_connection()
+        if self.cuts:
+            cut_after(self.streams[0], self.cuts.pop(0))
+        assert self.nursery is not None
+        self.nursery.start_soon(self._receive)
+        return self.streams[0]
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as self.nursery:
+            await self.outgoing.run()
+        self.sent_bytes += self.streams[0].sent_bytes
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_lost_connection_is_made_again(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, seed: int
+) -> None:
+    """Cut at any place, any number of times: what was sent before is not sent again, and guests notice nothing."""
+    rng = random.Random(seed)
+    cuts = [rng.randrange(1 << 20, 8 << 20) for _ in range(4)]
+    pair = FlakyLink(tmp_path, list(cuts), pause_before_switchover=True)
+    fill(pair)
+    written = 0
+
+    async def guest() -> None:
+        nonlocal written
+        for _ in range(20):
+            written += write(pair, rng, 1)
+            await trio.sleep(rng.random())
+        while pair.outgoing.phase is not Phase.PRE_SWITCHOVER:
+            await trio.sleep(0.01)
+        pair.outgoing.proceed()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest)
+        await pair.run()
+    assert pair.outgoing.error is None
+    assert pair.outgoing.phase is Phase.COMPLETED
+    assert pair.is_equal()
+    statistics = pair.outgoing.statistics()
+    assert statistics.n_reconnects == pair.n_connections - 1 >= 3
+    assert not statistics.waiting
+    # A chunk is lost with each cut, and what guests wrote into chunks that had not arrived is sent with them.
+    assert pair.sent_bytes < TOTAL + written + 5 * 2 * CHUNK_SIZE
+    assert statistics.wire_bytes <= pair.sent_bytes
+
+
+async def test_without_progress_a_source_gives_up(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """The limit counts from the last progress; what is told says how to go on."""
+    pair = FlakyLink(tmp_path, [6 * CHUNK_SIZE] + [0] * 1000)
+    fill(pair)
+    begun = trio.current_time()
+    await pair.run()
+    assert isinstance(pair.outgoing.error, ConnectionLostError)
+    assert "--resume" in str(pair.outgoing.error)
+    assert pair.outgoing.phase is Phase.FAILED
+    assert 40 < trio.current_time() - begun < 120
+    assert pair.gates() == ({Gate.OPEN}, {Gate.READ_ONLY})
+    assert pair.outgoing.resume_point() is not None
+
+
+async def test_a_source_that_waits_can_be_cancelled(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """While there is no connection, status says so and a cancel works at once."""
+    pair = FlakyLink(tmp_path, [6 * CHUNK_SIZE] + [0] * 1000)
+    fill(pair)
+
+    async def canceller() -> None:
+        while not pair.outgoing.statistics().waiting:
+            await trio.sleep(0.01)
+        pair.outgoing.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(canceller)
+        await pair.run()
+    assert pair.outgoing.phase is Phase.CANCELLED
+    assert pair.outgoing.resume_point() is None
