@@ -477,7 +477,10 @@ class Daemon:
             await migration.run()
         except FusemigError as exc:  # a cleanup that failed; the migration's own errors are in `error`
             log.error("incoming connection", peer=stream.peer, reason=str(exc))
-        if migration.phase is MigrationPhase.NONE and not migration.is_question:
+        if migration.is_question:
+            if migration.error is not None:
+                log.warning("a question was not settled", peer=stream.peer, reason=str(migration.error))
+        elif migration.phase is MigrationPhase.NONE:
             self._note_rejected(stream, migration.error)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -123,6 +124,23 @@ def test_a_released_disk_is_taken_back(hosts: Hosts) -> None:
     file = EpochFile(image.with_name(f"{image.name}.fusemig"))
     assert file.record is not None
     assert (file.record.state.value, file.record.epoch) == ("owner", 2)
+
+
+def test_a_disk_that_went_over_qemus_wire_is_taken_back(hosts: Hosts, place: Path) -> None:
+    """Nobody can be asked there, and nobody is; until a person says so it is in doubt."""
+    image, copy = write_random(place / "a.img", 4 * MIB), place / "b.img"
+    copy.touch()
+    os.truncate(copy, 4 * MIB)
+    source = hosts.start("source", {"vda": image})
+    destination = hosts.start("destination", {"vda": copy}, incoming="tcp:127.0.0.1:0")
+    assert source.migrate(destination.uri, "--wire", "qemu").exit_code == 0
+    wait_until(lambda: destination.disk()["state"] == "owner", "the take-over")
+    wait_until(lambda: "nobody can be asked" in source.disk()["in-doubt"], "what is known")
+    assert destination.status()["incoming"]["rejected-connections"] == 0
+    assert destination.stop() == 0
+    done = source.command("resolve", "--disk", "vda", "--owner", "source", FENCED)
+    assert done.exit_code == 0, done.stderr
+    pwrite(source.file(), b"mine again")
 
 
 # Refusals: nothing has changed after any of them
