@@ -215,7 +215,7 @@ class FlakyLink(Pair):
         self.cuts = cuts
         self.n_connections = 0
         self.sent_bytes = 0
-        self.outgoing._connect = self._connect  # type: ignore[assignment]
+        self.outgoing._connect = self._connect
         self.nursery: trio.Nursery | None = None
 
     async def _connect(self) -> MemoryStream:

@@ -91,7 +91,7 @@ class ResumeWorld(Pair):
 
     def connect_at(self, cut: int | None) -> None:
         """Make a connection that is cut at a send."""
-        self.streams = faulty_connection(LINK_BYTES_PER_S)  # type: ignore[assignment]
+        self.streams = faulty_connection(LINK_BYTES_PER_S)
         stream = self.streams[0]
         assert isinstance(stream, FaultyStream)
         self.crash = None
