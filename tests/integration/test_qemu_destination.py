@@ -19,7 +19,14 @@ from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.epoch import EpochFile, Ownership
-from fusemig.errors import ConnectionLostError, DiskError, FusemigError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import (
+    ConnectionLostError,
+    DiskError,
+    FusemigError,
+    MigrationError,
+    PeerRefusedError,
+    RemoteProtocolError,
+)
 from fusemig.migration.arrival import IncomingWire, greet
 from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.qemu_receiver import QemuReceiver, Turn
@@ -393,7 +400,9 @@ async def test_an_overlay_that_cannot_be_emptied(tmp_path: Path, autojump_clock:
         raise DiskError(28, "the map")
 
     overlay.forget = fail  # type: ignore[method-assign]
-    assert "the map: No space left on device" in str(await arrival.receive(stream))
+    error = await arrival.receive(stream)
+    assert isinstance(error, MigrationError)
+    assert "make room at the destination" in str(error)
     arrival.assert_not_taken(Ownership.INCOMING)
     overlay.forget = forget  # type: ignore[method-assign]
     assert await arrival.receive(stream) is None
