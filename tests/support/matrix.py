@@ -6,7 +6,8 @@ One table, from which `tests/property/test_fault_matrix.py` generates the runs o
 1. A cell is a fault that struck at a moment. It names every outcome that is right; a run with another one fails.
 2. A cell that the simulation cannot play names the test that does (`shown_by`), and that test has to exist.
 3. A cell without an outcome cannot happen (`NEVER`): a run that hits it all the same fails.
-4. What is promised for a cell and not built yet is written in it (`not_yet`) and never counted as shown.
+4. Where the story goes on after what the simulation plays, the cell names the test that plays the rest (`further`).
+5. What is promised for a cell and not built yet is written in it (`not_yet`) and never counted as shown.
 """
 
 from __future__ import annotations
@@ -78,21 +79,24 @@ class Cell:
     outcomes: frozenset[Outcome] = frozenset()
     shown_by: str = ""
     """A test, as ``FILE::NAME`` under ``tests``, where the simulation has nothing of what fails."""
+    further: str = ""
+    """The test of what follows, as above: the disk's owner is found out, or the migration is gone on with."""
     not_yet: str = ""
     """What is promised beyond the outcomes and not built yet."""
 
 
-def _cell(codes: str, shown_by: str = "", not_yet: str = "") -> Cell:
-    return Cell(frozenset(Outcome(code) for code in codes), shown_by, not_yet)
+def _cell(codes: str, shown_by: str = "", further: str = "", not_yet: str = "") -> Cell:
+    return Cell(frozenset(Outcome(code) for code in codes), shown_by, further, not_yet)
 
 
 NEVER: Final = Cell()
 _R, _C, _T = _cell("R"), _cell("C"), _cell("TC")
-_OWNER = "who owns the disks is not asked on reconnect"
-_RESUME = "the next migration sends everything again, not only what is missing"
-_RESUMED = _cell("R", not_yet=_RESUME)
-_BOUND = _cell("RB", not_yet=_OWNER)
-_DOUBT = _cell("BTC", not_yet=_OWNER)
+_OWNER = "property/test_handoff_crashes.py::test_each_death"
+_RESUME = "property/test_resume_simulation.py::test_interrupted_migrations_go_on"
+_ADMITTED = "e2e/test_tls.py::test_strangers_disturb_nobody"
+_RESUMED = _cell("R", further=_RESUME)
+_BOUND = _cell("RB", further=_OWNER)
+_DOUBT = _cell("BTC", further=_OWNER)
 _CLEAN = _cell("R", not_yet="a frame is not sent again alone")
 
 
@@ -123,10 +127,10 @@ MATRIX: Final[dict[Fault, dict[Moment, Cell]]] = {
     Fault.SOURCE_SYNC: _row(_R, _R, _R, _R, _cell("RC"), _C, NEVER),
     # A failed write of `handed-off` that is durable all the same, and cannot be taken back: read-only after a restart.
     Fault.SOURCE_STATE: _row(_R, NEVER, NEVER, NEVER, _cell("RB"), NEVER, _T),
-    Fault.DESTINATION_STATE: _row(_R, NEVER, NEVER, _R, NEVER, _cell("BT", not_yet=_OWNER), NEVER),
+    Fault.DESTINATION_STATE: _row(_R, NEVER, NEVER, _R, NEVER, _cell("BT", further=_OWNER), NEVER),
     Fault.FLIPPED: _row(_R, _CLEAN, _CLEAN, _CLEAN, _BOUND, _DOUBT, _T),
-    Fault.MANGLED: _row(_cell("RC"), _cell("RC"), _cell("RC"), _cell("RBC"), _cell("RBTC", not_yet=_OWNER), _DOUBT, _T),
-    Fault.STRANGER: _row(*[_cell("C", not_yet="certificates are not asked for")] * 6, _T),
+    Fault.MANGLED: _row(_cell("RC"), _cell("RC"), _cell("RC"), _cell("RBC"), _cell("RBTC", further=_OWNER), _DOUBT, _T),
+    Fault.STRANGER: _row(*[_cell("C", further=_ADMITTED)] * 6, _T),
     Fault.RIVAL: _row(_C, _C, _C, _C, _C, _C, _T),
     Fault.MISMATCH: _row(_R, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER),
     Fault.CANCELLED: _row(_R, _R, _R, _R, _cell("RC"), _C, _T),
@@ -159,7 +163,7 @@ def markdown() -> str:
     lines = ["| fault | " + " | ".join(moment.value for moment in Moment) + " |", "|---" * (len(Moment) + 1) + "|"]
     for fault, row in MATRIX.items():
         cells = ["".join(o.value for o in Outcome if o in cell.outcomes) or "–" for cell in row.values()]
-        marks = ["°" if cell.not_yet else "" for cell in row.values()]
+        marks = ["°" * bool(cell.further) + "*" * bool(cell.not_yet) for cell in row.values()]
         shown = ["ᵗ" if cell.shown_by else "" for cell in row.values()]
         texts = [cell + mark + test for cell, mark, test in zip(cells, marks, shown, strict=True)]
         lines.append(f"| {fault.value} | " + " | ".join(texts) + " |")
