@@ -114,7 +114,7 @@ class _Commands:
             for one in schema.MigrationCapability
         ]
 
-    def migrate(self, _session: Session, arguments: schema.Migrate) -> None:
+    async def migrate(self, _session: Session, arguments: schema.Migrate) -> None:
         if arguments.blk is False:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
         for name, is_asked in (
@@ -137,6 +137,7 @@ class _Commands:
             parse_uri(arguments.uri)
         except ConfigError as exc:
             raise ConfigError(f"Parameter 'uri' expects a valid migration protocol: {exc}") from exc
+        await self._daemon.wait_ready()
         self._daemon.migrate(arguments.uri, disks, is_qemu=is_qemu, machine=machine or DEFAULT_MACHINE)
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
@@ -156,6 +157,7 @@ class _Commands:
             uri = parse_uri(arguments.uri)
         except ConfigError as exc:
             raise ConfigError(f"unknown migration protocol: {arguments.uri}: {exc}") from exc
+        await self._daemon.wait_ready()
         await self._daemon.listen(uri)
 
     def migrate_pause(self, _session: Session, _arguments: schema.NoArguments) -> None:
