@@ -155,6 +155,7 @@ class _Commands:
         tls = None
         if not isinstance(arguments.x_fusemig_tls_creds, UnsetType):
             tls = await load(arguments.x_fusemig_tls_creds, Endpoint.CLIENT)
+        await self._daemon.wait_ready()
         self._daemon.migrate(
             arguments.uri,
             disks,
@@ -185,6 +186,7 @@ class _Commands:
             uri = parse_uri(arguments.uri)
         except ConfigError as exc:
             raise ConfigError(f"unknown migration protocol: {arguments.uri}: {exc}") from exc
+        await self._daemon.wait_ready()
         await self._daemon.listen(uri)
 
     def migrate_pause(self, _session: Session, _arguments: schema.NoArguments) -> None:

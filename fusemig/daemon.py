@@ -126,6 +126,7 @@ class Daemon:
         self.stop_reason = ""
         self._exports = Exports()
         self._nursery: trio.Nursery | None = None
+        self._ready = trio.Event()
         self._stop = trio.Event()
         self._is_stopped_for_guests = False
         self._is_listening = False
@@ -177,6 +178,7 @@ class Daemon:
                 if self.listener is not None:
                     self._is_listening = True
                     self._nursery.start_soon(self.listener.serve, self._receive)
+                self._ready.set()
                 log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
                 try:
                     await self._stop.wait()
@@ -211,8 +213,7 @@ class Daemon:
         if self._is_listening:
             raise StateError("The incoming migration has already been started")
         self.security.check_listen(uri)
-        if self._nursery is None:
-            raise StateError("the daemon is still starting: try again")
+        assert self._nursery is not None
         self._is_listening = True
         try:
             await self._nursery.start(self._serve_listener, uri)
@@ -227,6 +228,10 @@ class Daemon:
         async with listening(uri) as self.listener:
             task_status.started()
             await self.listener.serve(self._receive)
+
+    async def wait_ready(self) -> None:
+        """Wait until migrations can be started: the control socket is there before the mount is whole."""
+        await self._ready.wait()
 
     @property
     def is_destination(self) -> bool:
