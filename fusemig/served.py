@@ -148,15 +148,18 @@ class ServedDisk:
         self.image = self._open_image()
         self.disk = TrackedDisk(self.image, gate=gate)
         self.disk.set_held(self._is_held)
-        if self.is_read_only:
-            return
+        if not self.is_read_only:
+            self.dirty_file = self._open_dirty_file(self.image, self.disk)
+
+    def _open_dirty_file(self, image: RawDisk | OverlayFile, disk: TrackedDisk) -> DirtyFile | None:
         try:
-            self.dirty_file = open_dirty_file(self.disk, self._dirty_path, boot_id(), self.image.stat)
+            return open_dirty_file(disk, self._dirty_path, boot_id(), image.stat)
         except (StateError, DiskError):
-            self.disk.close()
+            disk.close()
             raise
         except ConfigError as exc:
             log.warning("no map of written chunks is kept", disk=self.name, reason=str(exc))
+            return None
 
     def set_held(self, is_held: bool) -> None:
         """Hold the disk (`TrackedDisk`), also one whose image is still to come."""

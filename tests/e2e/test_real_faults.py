@@ -127,6 +127,7 @@ def test_link_cut_and_restored(hosts: Hosts, place: Path, cable: Link) -> None:
     assert judge(source, destination, guest) == "destination"
 
 
+@pytest.mark.nightly
 def test_link_half_open(hosts: Hosts, place: Path, cable: Link) -> None:
     """What the destination says is lost: the source goes on by itself, and the next migration completes."""
     source, destination = start_pair(hosts, place, cable)

@@ -218,7 +218,7 @@ def test_interrupted_migrations_go_on(
 ) -> None:
     """Whatever is interrupted, however often: nothing is lost, and what is there is not sent again."""
     monkeypatch.setattr("fusemig.migration.receipt.JOURNAL_INTERVAL_S", 0.01)
-    n_runs = 1000 if nightly else 60
+    n_runs = 1000 if nightly else 30
     first = random.SystemRandom().getrandbits(40) if nightly else batch * 1_000_000
     outcomes: Counter[str] = Counter()
     for seed in range(first, first + n_runs):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fusemig.disk.base import Buffer
+    from fusemig.disk.overlay_file import OverlayFile
     from fusemig.disk.raw import RawDisk
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochRecord, Ownership
@@ -119,6 +120,9 @@ class SimDisk(ServedDisk):
 
     def _open_image(self) -> RawDisk:
         return self.layer  # type: ignore[return-value]
+
+    def _open_dirty_file(self, image: RawDisk | OverlayFile, disk: TrackedDisk) -> None:
+        """Keep none: what goes on after an interruption has a simulation of its own."""
 
     @property
     def guest(self) -> TrackedDisk:
