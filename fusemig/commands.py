@@ -19,12 +19,11 @@ from fusemig.credentials import Endpoint
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import Ownership, Side
 from fusemig.errors import ConfigError
-from fusemig.migration.outgoing import OutgoingMigration
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
+from fusemig.migration_info import incoming_info, migration_info, role
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import monitor, schema
 from fusemig.qmp_objects import load, make_object
-from fusemig.runtimes.account import guest_info
 from fusemig.runtimes.options import guest_options
 from fusemig.transport import parse_uri
 
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
     from fusemig.control import Session
     from fusemig.daemon import Daemon
-    from fusemig.migration.incoming import IncomingMigration
-    from fusemig.migration.stats import DiskStatistics
     from fusemig.qmp import block, objects
 
 log = structlog.get_logger(__name__)
@@ -104,10 +101,10 @@ class _Commands:
         return [node for node in nodes if node is not None]
 
     def query_migrate(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationInfo:
-        return _migration_info(self._daemon)
+        return migration_info(self._daemon)
 
     def query_migrate_parameters(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationParameters:
-        parameters = self._daemon.parameters
+        parameters = self._daemon.outbound.parameters
         return schema.MigrationParameters(
             max_bandwidth=parameters.max_bandwidth,
             downtime_limit=round(parameters.downtime_limit_s * 1000),
@@ -120,7 +117,7 @@ class _Commands:
         self, _session: Session, _arguments: schema.NoArguments
     ) -> list[schema.MigrationCapabilityStatus]:
         return [
-            schema.MigrationCapabilityStatus(capability=one, state=one in self._daemon.capabilities)
+            schema.MigrationCapabilityStatus(capability=one, state=one in self._daemon.outbound.capabilities)
             for one in schema.MigrationCapability
         ]
 
@@ -156,7 +153,7 @@ class _Commands:
         if not isinstance(arguments.x_fusemig_tls_creds, UnsetType):
             tls = await load(arguments.x_fusemig_tls_creds, Endpoint.CLIENT)
         await self._daemon.wait_ready()
-        self._daemon.migrate(
+        self._daemon.outbound.migrate(
             arguments.uri,
             disks,
             is_qemu=is_qemu,
@@ -171,11 +168,11 @@ class _Commands:
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
-        if self._daemon.outgoing is not None and self._daemon.is_migrating:
-            self._daemon.outgoing.cancel()
+        if self._daemon.outbound.migration is not None and self._daemon.outbound.is_migrating:
+            self._daemon.outbound.migration.cancel()
 
     def migrate_continue(self, _session: Session, arguments: schema.MigrateContinue) -> None:
-        outgoing = self._daemon.outgoing
+        outgoing = self._daemon.outbound.migration
         phase = MigrationPhase.NONE if outgoing is None else outgoing.phase
         if outgoing is None or QMP_STATUS[phase] != arguments.state:
             raise CommandError(f"Migration not in expected state: {QMP_STATUS[phase]}")
@@ -187,7 +184,7 @@ class _Commands:
         except ConfigError as exc:
             raise ConfigError(f"unknown migration protocol: {arguments.uri}: {exc}") from exc
         await self._daemon.wait_ready()
-        await self._daemon.listen(uri)
+        await self._daemon.inbound.listen(uri)
 
     def migrate_pause(self, _session: Session, _arguments: schema.NoArguments) -> None:
         raise CommandError(
@@ -205,9 +202,9 @@ class _Commands:
             if is_asked:
                 raise CommandError(f"Parameter '{name}' is not supported by fusemig {__version__}: leave it out")
         if not isinstance(arguments.max_bandwidth, UnsetType):
-            self._daemon.parameters.max_bandwidth = arguments.max_bandwidth
+            self._daemon.outbound.parameters.max_bandwidth = arguments.max_bandwidth
         if not isinstance(arguments.downtime_limit, UnsetType):
-            self._daemon.parameters.downtime_limit_s = arguments.downtime_limit / 1000
+            self._daemon.outbound.parameters.downtime_limit_s = arguments.downtime_limit / 1000
         security = self._daemon.security
         if not isinstance(arguments.tls_creds, UnsetType):
             security.tls_creds = arguments.tls_creds
@@ -223,7 +220,7 @@ class _Commands:
         self._daemon.security.remove(arguments.id)
 
     def migrate_set_capabilities(self, _session: Session, arguments: schema.MigrateSetCapabilities) -> None:
-        if self._daemon.is_migrating:
+        if self._daemon.outbound.is_migrating:
             raise CommandError("There's a migration process in progress")
         for one in arguments.capabilities:
             if one.state and one.capability not in schema.SUPPORTED_CAPABILITIES:
@@ -231,7 +228,9 @@ class _Commands:
             if not one.state and one.capability in schema.ALWAYS_ON_CAPABILITIES:
                 raise CommandError(f"Capability '{one.capability}' is always on: fusemig migrates disks")
         for one in arguments.capabilities:
-            (self._daemon.capabilities.add if one.state else self._daemon.capabilities.discard)(one.capability)
+            (self._daemon.outbound.capabilities.add if one.state else self._daemon.outbound.capabilities.discard)(
+                one.capability
+            )
 
     async def stop(self, _session: Session, _arguments: schema.NoArguments) -> None:
         daemon = self._daemon
@@ -267,18 +266,18 @@ class _Commands:
     def status(self, _session: Session, _arguments: schema.NoArguments) -> schema.DaemonStatus:
         daemon = self._daemon
         disks = [served_disk(served) for served in daemon.disks.values()]
-        info = _migration_info(daemon)
+        info = migration_info(daemon)
         return schema.DaemonStatus(
             version=__version__,
             pid=os.getpid(),
             mountpoint=str(daemon.options.mountpoint),
             status=_run_state(daemon),
             disks=disks,
-            role=_role(daemon),
+            role=role(daemon),
             gates_closed=sum(disk.gate == Gate.CLOSED.value for disk in disks),
             parked_writes=sum(disk.parked_writes for disk in disks),
             handler_errors=0 if daemon.mount is None else daemon.mount.statistics().handler_errors,
-            incoming=_incoming(daemon),
+            incoming=incoming_info(daemon),
             migration=UNSET if info.status is UNSET else info,
         )
 
@@ -307,7 +306,7 @@ class _Queries:
         return _status(self._daemon)
 
     def migration(self) -> schema.MigrationInfo:
-        return _migration_info(self._daemon)
+        return migration_info(self._daemon)
 
 
 def _status(daemon: Daemon) -> schema.StatusInfo:
@@ -358,140 +357,3 @@ def _why_guests_may_not_write(daemon: Daemon) -> str:
                 "it there: migrate it back to write it here; if that host is gone for good, see `fusemig resolve -h`"
             )
     return "every disk is served with --readonly"
-
-
-def _role(daemon: Daemon) -> schema.Role | UnsetType:
-    if isinstance(daemon.shown, OutgoingMigration):
-        return schema.Role.SOURCE
-    if daemon.is_destination:
-        return schema.Role.DESTINATION
-    return UNSET
-
-
-def _incoming(daemon: Daemon) -> schema.Incoming | UnsetType:
-    if not daemon.is_destination:
-        return UNSET
-    incoming = daemon.incoming
-    error = None if incoming is None else incoming.error
-    return schema.Incoming(
-        uri="defer" if daemon.listener is None else str(daemon.listener.uri),
-        status=schema.MigrationStatus(QMP_STATUS[MigrationPhase.NONE if incoming is None else incoming.phase]),
-        error_desc=UNSET if error is None else str(error),
-        rejected_connections=daemon.n_rejected,
-        tls=daemon.security.has_server_credentials,
-    )
-
-
-def _migration_info(daemon: Daemon) -> schema.MigrationInfo:
-    shown = daemon.shown
-    if isinstance(shown, OutgoingMigration) and shown.phase is not MigrationPhase.NONE:
-        return _outgoing_info(shown)
-    where = _socket_address(daemon)
-    if shown is None or isinstance(shown, OutgoingMigration) or shown.phase is MigrationPhase.NONE:
-        return schema.MigrationInfo(socket_address=where)
-    return _incoming_info(shown, where)
-
-
-def _socket_address(daemon: Daemon) -> list[schema.SocketAddress] | UnsetType:
-    if daemon.listener is None:
-        return UNSET
-    uri = daemon.listener.uri
-    if uri.kind == "unix":
-        return [schema.SocketAddress(type=schema.SocketAddressType.UNIX, path=uri.path)]
-    return [schema.SocketAddress(type=schema.SocketAddressType.INET, host=uri.host, port=str(uri.port))]
-
-
-_RUNNING = frozenset({"setup", "active", "pre-switchover", "device", "cancelling"})
-
-
-def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
-    stats = migration.statistics()
-    status = QMP_STATUS[stats.phase]
-    return schema.MigrationInfo(
-        status=schema.MigrationStatus(status),
-        disk=schema.MigrationStats(
-            transferred=stats.wire_bytes,
-            remaining=stats.pending_bytes,
-            total=sum(disk.size for disk in stats.disks),
-            dirty_sync_count=stats.pass_number,
-            mbps=stats.send_rate * 8 / 1e6,
-        ),
-        ram=schema.MigrationStats(),
-        total_time=round(stats.total_s * 1000),
-        setup_time=round(stats.setup_s * 1000),
-        expected_downtime=_milliseconds(stats.expected_downtime_s) if status in _RUNNING else UNSET,
-        downtime=UNSET if stats.downtime_s is None else _milliseconds(stats.downtime_s),
-        error_desc=UNSET if stats.error is None else stats.error,
-        x_fusemig=schema.FusemigMigration(
-            role=schema.Role.SOURCE,
-            session=stats.session,
-            phase=stats.phase.value,
-            mode=schema.Mode.PRECOPY,
-            wire=schema.WireName(migration.wire),
-            pass_=stats.pass_number,
-            disks=[_migrating_disk(disk) for disk in stats.disks],
-            window=schema.MigrationWindow(
-                submitted=stats.window.submitted,
-                read_done=stats.window.read_done,
-                in_flight=stats.window.in_flight,
-                transferred=stats.window.transferred,
-            ),
-            bandwidth=round(stats.send_rate),
-            dirty_rate=round(stats.dirty_rate),
-            bytes_dirtied=stats.dirtied_bytes,
-            wire_bytes=stats.wire_bytes,
-            frozen_ms=stats.frozen_s * 1000,
-            reconnects=stats.n_reconnects,
-            kept_bytes=stats.kept_bytes,
-            waiting=stats.waiting or UNSET,
-            error_kind=UNSET if stats.error_kind is None else stats.error_kind,
-            guest=guest_info(migration.guest.account(), migration.started_at),
-        ),
-    )
-
-
-def _milliseconds(seconds: float) -> int:
-    """Round up: a downtime of 0 ms is not to be had."""
-    return min(2_000_000, int(seconds * 1000) + 1) if seconds != float("inf") else 2_000_000
-
-
-def _migrating_disk(disk: DiskStatistics) -> schema.MigratingDisk:
-    allocated = disk.allocated_bytes
-    return schema.MigratingDisk(
-        name=disk.name,
-        size=disk.size,
-        dirty_bytes=disk.dirty_bytes,
-        in_flight_chunks=disk.in_flight_chunks,
-        sent_bytes=disk.sent_bytes,
-        pass_progress=1.0 - min(1.0, disk.dirty_bytes / allocated) if allocated else 1.0,
-        digest=f"{disk.digest:016x}",
-    )
-
-
-def _incoming_info(
-    migration: IncomingMigration, socket_address: list[schema.SocketAddress] | UnsetType
-) -> schema.MigrationInfo:
-    stats = migration.statistics()
-    fields: dict[str, Any] = {}
-    if stats.error is not None:
-        fields["error_desc"] = stats.error
-    return schema.MigrationInfo(
-        status=schema.MigrationStatus(QMP_STATUS[stats.phase]),
-        disk=schema.MigrationStats(
-            transferred=stats.received_bytes, remaining=stats.pending_bytes, total=stats.total_bytes
-        ),
-        ram=schema.MigrationStats(),
-        x_fusemig=schema.FusemigMigration(
-            role=schema.Role.DESTINATION,
-            session=stats.session,
-            phase=stats.phase.value,
-            mode=schema.Mode.PRECOPY,
-            wire=schema.WireName(migration.wire),
-            pass_=stats.pass_number,
-            wire_bytes=stats.received_bytes,
-            error_kind=UNSET if stats.error_kind is None else stats.error_kind,
-        ),
-        # As in QEMU, it is not told of a migration that has been taken over.
-        socket_address=UNSET if stats.phase is MigrationPhase.COMPLETED else socket_address,
-        **fields,
-    )

@@ -57,10 +57,6 @@ class Doubts:
         self._question = trio.CancelScope()
         self._new = trio.Event()
 
-    def in_doubt(self) -> list[ServedDisk]:
-        """Return the disks that are handed off without a word."""
-        return [served for served in self._disks.values() if served.ownership is Ownership.HANDED_OFF]
-
     def look(self) -> None:
         """Ask soon: something may be in doubt that was not."""
         self._new.set()
@@ -89,7 +85,7 @@ class Doubts:
     def _sessions(self) -> list[str]:
         """Return the migrations that can be asked about now."""
         found: dict[str, None] = {}
-        for served in self.in_doubt():
+        for served in in_doubt(self._disks):
             record = served.epoch_file.record
             assert record is not None
             if served.busy:
@@ -102,7 +98,7 @@ class Doubts:
 
     async def _ask(self, session: str) -> None:
         async with self._changing:
-            chosen = [served for served in self.in_doubt() if _session(served) == session and not served.busy]
+            chosen = [served for served in in_doubt(self._disks) if _session(served) == session and not served.busy]
             if not chosen:
                 return
             for served in chosen:
@@ -198,6 +194,11 @@ UNFENCED: Final = (
     "this decides who may write the disk, and nothing checks it: first see to it that the other side cannot write it "
     "and never will (its daemon ended, its copy moved away, or resolved there too), then add --i-have-fenced-the-other"
 )
+
+
+def in_doubt(disks: Mapping[str, ServedDisk]) -> list[ServedDisk]:
+    """Return the disks that are handed off without a word."""
+    return [served for served in disks.values() if served.ownership is Ownership.HANDED_OFF]
 
 
 def _session(served: ServedDisk) -> str:

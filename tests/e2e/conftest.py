@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 MEMORY = Path("/dev/shm")  # noqa: S108  # images there are quick and as sparse as anywhere
 NEEDED_BYTES = 2 << 30
+ENDING_S = 5.0
+"""What ends with its parent (`nbdkit --exit-with-parent`) has this long for it; a forgotten one never does."""
 
 
 @pytest.fixture
@@ -52,6 +55,9 @@ def hosts(place: Path) -> Iterator[Hosts]:
 def _clear_away(directory: Path) -> list[str]:
     """Remove what a test left in the kernel; name it."""
     left = []
+    deadline = time.monotonic() + ENDING_S
+    while _processes_of(directory) and time.monotonic() < deadline:
+        time.sleep(0.02)
     for pid in _processes_of(directory):
         left.append(f"process {pid}")
         os.kill(pid, signal.SIGKILL)

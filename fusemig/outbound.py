@@ -1,0 +1,241 @@
+"""Outbound: the daemon's migrations as a source, one at a time."""
+
+from __future__ import annotations
+
+import uuid
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from fusemig.disk.tracked import Gate
+from fusemig.doubt import in_doubt
+from fusemig.epoch import Ownership
+from fusemig.errors import InDoubtError, StateError
+from fusemig.migration.commit import SourceDisk
+from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
+from fusemig.migration.resume import ResumePoint
+from fusemig.migration.source import SourceMigration
+from fusemig.migration.stats import MigrationParameters
+from fusemig.phase import MigrationPhase
+from fusemig.qmp import schema
+from fusemig.runtimes.move import GuestMove
+from fusemig.runtimes.options import make_runtime
+from fusemig.transport import connect, parse_uri
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from fusemig.announcer import Announcer
+    from fusemig.credentials import Credentials
+    from fusemig.migration.outgoing import OutgoingMigration
+    from fusemig.pause import Pause
+    from fusemig.runtimes.options import GuestOptions
+    from fusemig.security import Security
+    from fusemig.served import ServedDisk
+    from fusemig.transport import ByteStream, SocketStream, Uri
+
+CONNECT_DEADLINE_S: Final = 10.0
+
+
+class Outbound:
+    """Starts migrations of the daemon's disks; `run` owns them."""
+
+    def __init__(
+        self,
+        disks: Mapping[str, ServedDisk],
+        pause: Pause,
+        security: Security,
+        announcer: Announcer,
+        count_requests: Callable[[], int],
+        on_begin: Callable[[OutgoingMigration], None],
+        on_over: Callable[[], None],
+        *,
+        is_destination: bool,
+    ) -> None:
+        """Nothing is migrated.
+
+        Args:
+            disks: all disks of the daemon.
+            pause: pushes out the pages of a disk.
+            security: decides how a destination may be talked to.
+            announcer: hears of phases and passes.
+            count_requests: tells how many requests guests have made.
+            on_begin: hears of each migration before it runs.
+            on_over: hears when one has ended.
+            is_destination: disks may come back into the images that they leave.
+        """
+        self.parameters = MigrationParameters()
+        self.capabilities = set(schema.ALWAYS_ON_CAPABILITIES)
+        self.migration: OutgoingMigration | None = None
+        """The last one that began."""
+        self._disks = disks
+        self._pause = pause
+        self._security = security
+        self._announcer = announcer
+        self._count_requests = count_requests
+        self._on_begin = on_begin
+        self._on_over = on_over
+        self._is_destination = is_destination
+        self._secured: dict[Uri, Callable[[SocketStream], Awaitable[ByteStream]]] = {}
+        """How connections to the destinations of this process's migrations are made fit to be used."""
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run what `migrate` starts, until cancelled; `wind_down` comes first."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def wind_down(self) -> None:
+        """Bring the migration to an end: called off if it can be, else run out; within deadlines."""
+        if self.migration is not None:
+            await self.migration.wind_down()
+
+    def migrate(
+        self,
+        uri_text: str,
+        names: Sequence[str] | None,
+        *,
+        is_qemu: bool = False,
+        machine: str = DEFAULT_MACHINE,
+        guest: GuestOptions | None = None,
+        tls: Credentials | None = None,
+        tls_hostname: str = "",
+        is_insecure: bool = False,
+        is_resumed: bool = False,
+        reconnect_limit_s: float = 0.0,
+    ) -> None:
+        """Start a migration of the named disks, or of every writable one; returns at once.
+
+        Args:
+            uri_text: of the destination.
+            names: of the disks.
+            is_qemu: chooses QEMU's wire.
+            machine: the type of the QEMU there.
+            guest: moves with the disks.
+            tls: credentials for this migration alone (`Security.outgoing`).
+            tls_hostname: what the destination's certificate must say.
+            is_insecure: plain text may cross the network.
+            is_resumed: go on with the migration of these disks that was interrupted last.
+            reconnect_limit_s: as `MigrationParameters` has it.
+
+        Raises:
+            StateError: one is running, or a disk cannot be migrated now.
+            ConfigError: the URI is wrong, or plain text may not go there.
+            AuthenticationError: there are no credentials of the name that was set.
+        """
+        assert self._nursery is not None
+        uri = parse_uri(uri_text)
+        if self.migration is not None and self.migration.phase is MigrationPhase.IN_DOUBT:
+            raise InDoubtError("the last migration is in doubt: find out who owns the disks first (`fusemig resolve`)")
+        if self.is_migrating:
+            raise StateError("There's a migration process in progress")
+        secure = self._security.outgoing(uri, tls, tls_hostname, is_insecure=is_insecure)
+        chosen = self._choose(names)
+        resume = self._resume_point(chosen) if is_resumed else None
+        if self.migration is not None and (resume is None or not resume.disks):
+            self.migration.forget()
+        lent = []
+        for served in chosen:
+            assert served.disk is not None
+            lent.append(
+                SourceDisk(served.disk, served.epoch_file, partial(self._pause.push_out, served), served.dirty_file)
+            )
+
+        self._secured[uri] = secure
+        self.parameters.pause_before_switchover = (
+            schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
+        )
+        self.parameters.reconnect_limit_s = reconnect_limit_s
+        self._announcer.begin()
+        new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume)
+        self.migration = new(
+            lent,
+            partial(self.dial, uri_text),
+            self.parameters,
+            trio.to_thread.run_sync,
+            self._on_phase,
+            self._announcer.pass_begins,
+            self._count_requests,
+        )
+        self._on_begin(self.migration)
+        if guest is not None:
+            outgoing = self.migration
+            outgoing.guest = GuestMove(make_runtime(guest, outgoing.session), lambda: outgoing.may_thaw)
+        for served in chosen:
+            served.busy = f"it is being migrated to {uri}"
+        self._nursery.start_soon(self._run_outgoing, self.migration, chosen)
+
+    async def dial(self, uri_text: str) -> ByteStream:
+        """Connect as the migration to this URI did, or as the rules are now if that was before a restart."""
+        uri = parse_uri(uri_text)
+        secure = self._secured.get(uri) or self._security.outgoing(uri)
+        return await secure(await connect(uri, CONNECT_DEADLINE_S))
+
+    def _resume_point(self, chosen: Sequence[ServedDisk]) -> ResumePoint:
+        """Return where a migration of these disks was interrupted: as the last one knows, or the maps, or unknown."""
+        last = self.migration
+        point = last.resume_point() if isinstance(last, SourceMigration) else None
+        if point is not None and [disk.disk for disk in point.disks] == [served.disk for served in chosen]:
+            return point
+        sessions = {served.interrupted_session for served in chosen}
+        session = sessions.pop()
+        if session is None or sessions:
+            session = uuid.uuid4().hex  # one that no journal is of: contents are compared
+        return ResumePoint(session)
+
+    def _choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
+        if names is None:
+            chosen = [served for served in self._disks.values() if served.is_writable and not served.is_read_only]
+            if not chosen and any(served.is_waiting for served in self._disks.values()):
+                raise StateError("Guest is waiting for an incoming migration: no disk here is writable yet")
+            chosen = chosen or in_doubt(self._disks)  # to be told so below
+            if not chosen:
+                raise StateError("no disk here is writable: there is nothing to migrate")
+        else:
+            chosen = [self._disks[name] for name in dict.fromkeys(names)]
+        for served in chosen:
+            if served.ownership is Ownership.HANDED_OFF:
+                raise InDoubtError(
+                    f"disk '{served.name}' is in doubt: it is not known whether its destination took it "
+                    f"({served.doubt or 'it was not asked yet'}); see `fusemig resolve --help`"
+                )
+            if served.busy:
+                raise StateError(f"disk '{served.name}' is busy: {served.busy}")
+            if not served.is_writable:
+                raise StateError(f"disk '{served.name}' is read-only here, so there is nothing to hand off")
+            if served.image is not None and served.image.io_error is not None:
+                raise StateError(
+                    f"disk '{served.name}' has an I/O error and cannot be trusted: {served.image.io_error}"
+                )
+        return chosen
+
+    async def _run_outgoing(self, migration: OutgoingMigration, chosen: Sequence[ServedDisk]) -> None:
+        try:
+            await migration.run()
+        finally:
+            for served in chosen:
+                served.busy = ""
+                # A daemon that listens gets the disk back into the image that it released.
+                served.is_waiting = self._is_destination and served.ownership is Ownership.RELEASED
+            self._on_over()
+
+    def settled(self, settled: Sequence[ServedDisk]) -> None:
+        """Have the rest of the daemon follow disks of which it is known again who owns them."""
+        for served in settled:
+            served.look_again(is_destination=self._is_destination)
+        if any(served.disk is not None and served.disk.gate is Gate.OPEN for served in settled):
+            self._announcer.writable_again()
+        migration = self.migration
+        if migration is None or migration.phase is not MigrationPhase.IN_DOUBT or in_doubt(self._disks):
+            return
+        migration.settle(is_handed_off=not any(served.is_writable for served in settled))
+
+    @property
+    def is_migrating(self) -> bool:
+        """Whether an outgoing migration has not ended."""
+        return self.migration is not None and not self.migration.is_over
+
+    def _on_phase(self, phase: MigrationPhase) -> None:
+        self._announcer.outgoing_phase(phase, is_pausing=self.parameters.pause_before_switchover)
