@@ -68,8 +68,11 @@ def pwrite(path: Path, data: bytes, offset: int = 0, flags: int = 0) -> None:
     fd = os.open(path, os.O_WRONLY | flags)
     try:
         assert os.pwrite(fd, data, offset) == len(data)
-    finally:
-        os.close(fd)
+    except OSError:
+        with suppress(OSError):  # of the two errors the write's tells more
+            os.close(fd)
+        raise
+    os.close(fd)
 
 
 def pread(path: Path, length: int, offset: int = 0) -> bytes:

@@ -180,8 +180,9 @@ async def play(steps: Sequence[Step], sockets: Mapping[Side, Path], uri: str) ->
                     said["error"] = {"class": error.error_class, "desc": str(error)}
                 transcript.steps.append(said)
                 if step.wait_for:
-                    for side in sockets if step.wait_for == "completed" else (step.side,):
-                        await _wait_for(step.wait_for, listeners[side], transcript.events[side])
+                    await _wait_for(step.wait_for, listeners[step.side], transcript.events[step.side])
+                    if (there := _END_THERE.get(step.wait_for)) is not None:
+                        await _wait_for(there, listeners["destination"], transcript.events["destination"])
             for side, client in clients.items():
                 # What came before this reply has been heard of by then. A server that has quit, or a QEMU that lost its
                 # source, has said all.
@@ -194,6 +195,10 @@ async def play(steps: Sequence[Step], sockets: Mapping[Side, Path], uri: str) ->
             with suppress(OSError, EOFError):  # the server has gone
                 await client.disconnect()
     return transcript
+
+
+_END_THERE: Final = {"completed": "completed", "cancelled": "failed"}
+"""How a migration that got under way ends at the destination, by its end at the source."""
 
 
 async def _wait_for(status: str, listener: EventListener, heard: list[dict[str, Any]]) -> None:
