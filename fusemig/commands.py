@@ -7,7 +7,7 @@ reason and the next step, never silently accepted.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from msgspec import UNSET, UnsetType
@@ -25,6 +25,7 @@ from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import monitor, schema
 from fusemig.qmp_objects import load, make_object
 from fusemig.runtimes.options import guest_options
+from fusemig.shaping import MirrorLag
 from fusemig.transport import parse_uri
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from fusemig.qmp import block, objects
 
 log = structlog.get_logger(__name__)
+
+
+_NO_MIRROR: Final = "QEMU's wire acknowledges nothing, so nothing can be mirrored over it: leave 'x-fusemig-mode' or that out"
 
 
 def command_table(daemon: Daemon) -> Mapping[str, Command]:
@@ -111,6 +115,9 @@ class _Commands:
             tls_creds=self._daemon.security.tls_creds,
             tls_hostname=self._daemon.security.tls_hostname,
             tls_authz=self._daemon.security.tls_authz,
+            x_fusemig_auto_mirror=parameters.auto_mirror,
+            x_fusemig_mirror_lag=str(parameters.mirror_lag),
+            x_fusemig_throttle_max=parameters.throttle_max,
         )
 
     def query_migrate_capabilities(
@@ -126,7 +133,7 @@ class _Commands:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
         for name, is_asked in (
             ("inc", arguments.inc),
-            (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is not schema.Mode.PRECOPY),
+            (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is schema.Mode.POSTCOPY),
             ("x-fusemig-compress", arguments.x_fusemig_compress is not UNSET),
         ):
             if is_asked:
@@ -142,6 +149,9 @@ class _Commands:
         guest = guest_options(arguments, are_commands_allowed=self._daemon.options.allow_guest_commands)
         if guest is not None and is_qemu:
             raise CommandError("a guest moves with its disks over the native wire only: leave 'x-fusemig-wire' out")
+        mirrors = arguments.x_fusemig_mode is schema.Mode.MIRROR
+        if mirrors and is_qemu:
+            raise CommandError(_NO_MIRROR)
         reconnect = arguments.x_fusemig_reconnect
         if is_qemu and (arguments.resume or reconnect is not UNSET):
             raise CommandError("'resume' and 'x-fusemig-reconnect' do not go with QEMU's wire: leave them out")
@@ -164,6 +174,7 @@ class _Commands:
             is_insecure=arguments.x_fusemig_insecure,
             is_resumed=arguments.resume,
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
+            mirrors=mirrors,
         )
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
@@ -201,6 +212,7 @@ class _Commands:
         ):
             if is_asked:
                 raise CommandError(f"Parameter '{name}' is not supported by fusemig {__version__}: leave it out")
+        self._set_pacing(arguments)
         if not isinstance(arguments.max_bandwidth, UnsetType):
             self._daemon.outbound.parameters.max_bandwidth = arguments.max_bandwidth
         if not isinstance(arguments.downtime_limit, UnsetType):
@@ -212,6 +224,24 @@ class _Commands:
             security.tls_hostname = arguments.tls_hostname
         if not isinstance(arguments.tls_authz, UnsetType):
             security.tls_authz = arguments.tls_authz
+
+    def _set_pacing(self, arguments: schema.MigrateSetParameters) -> None:
+        outbound, mode, lag = self._daemon.outbound, arguments.x_fusemig_mode, arguments.x_fusemig_mirror_lag
+        parameters = outbound.parameters
+        if mode is schema.Mode.POSTCOPY:
+            raise CommandError(f"'x-fusemig-mode={mode}' is not supported by version {__version__}: leave it out")
+        if not isinstance(mode, UnsetType) and (not outbound.is_migrating or outbound.migration is None):
+            raise CommandError("no migration is running whose mode could change: say 'x-fusemig-mode' with 'migrate'")
+        if mode is schema.Mode.MIRROR and outbound.migration is not None and not outbound.migration.can_mirror:
+            raise CommandError(_NO_MIRROR)
+        if not isinstance(lag, UnsetType):
+            parameters.mirror_lag = MirrorLag.parse(lag)
+        if not isinstance(mode, UnsetType):
+            parameters.mirrors = mode is schema.Mode.MIRROR
+        if not isinstance(arguments.x_fusemig_auto_mirror, UnsetType):
+            parameters.auto_mirror = arguments.x_fusemig_auto_mirror
+        if not isinstance(arguments.x_fusemig_throttle_max, UnsetType):
+            parameters.throttle_max = arguments.x_fusemig_throttle_max
 
     async def object_add(self, _session: Session, arguments: objects.ObjectAdd) -> None:
         self._daemon.security.add(arguments.id, await make_object(arguments))

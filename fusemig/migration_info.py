@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fusemig.daemon import Daemon
     from fusemig.migration.incoming import IncomingMigration
-    from fusemig.migration.stats import DiskStatistics
+    from fusemig.migration.stats import DiskStatistics, PacingStatistics
 
 
 def role(daemon: Daemon) -> schema.Role | UnsetType:
@@ -88,9 +88,10 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             role=schema.Role.SOURCE,
             session=stats.session,
             phase=stats.phase.value,
-            mode=schema.Mode.PRECOPY,
+            mode=schema.Mode.MIRROR if stats.pacing.is_mirror_wanted else schema.Mode.PRECOPY,
             wire=schema.WireName(migration.wire),
             pass_=stats.pass_number,
+            pacing=_pacing(stats.pacing),
             disks=[_migrating_disk(disk) for disk in stats.disks],
             window=schema.MigrationWindow(
                 submitted=stats.window.submitted,
@@ -109,6 +110,19 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
             guest=guest_info(migration.guest.account(), migration.started_at),
         ),
+    )
+
+
+def _pacing(pacing: PacingStatistics) -> schema.MigrationPacing:
+    return schema.MigrationPacing(
+        mirror=schema.MirrorReach(pacing.reach.value),
+        mirrored_chunks=pacing.mirrored_chunks,
+        behind_bytes=pacing.behind_bytes,
+        window_bytes=pacing.window_bytes,
+        waiting_writes=pacing.paced_writes,
+        held_replies=pacing.held_replies,
+        throttle_percentage=pacing.throttle_percent,
+        fallbacks=pacing.n_fallbacks,
     )
 
 

@@ -105,6 +105,7 @@ class Outbound:
         is_insecure: bool = False,
         is_resumed: bool = False,
         reconnect_limit_s: float = 0.0,
+        mirrors: bool = False,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
@@ -119,6 +120,7 @@ class Outbound:
             is_insecure: plain text may cross the network.
             is_resumed: go on with the migration of these disks that was interrupted last.
             reconnect_limit_s: as `MigrationParameters` has it.
+            mirrors: as it has it.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -148,6 +150,7 @@ class Outbound:
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
         )
         self.parameters.reconnect_limit_s = reconnect_limit_s
+        self.parameters.mirrors = mirrors
         self._announcer.begin()
         new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume)
         self.migration = new(
@@ -158,6 +161,7 @@ class Outbound:
             self._on_phase,
             self._announcer.pass_begins,
             self._count_requests,
+            self._announcer.paced,
         )
         self._on_begin(self.migration)
         if guest is not None:

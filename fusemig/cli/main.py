@@ -115,7 +115,20 @@ def serve(log_format: str, **options: Any) -> None:
 @click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
 @click.option("--max-bandwidth", type=_Rate(), metavar="RATE", help="Bytes per second, such as 100M; 0 is unlimited.")
 @click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
-@click.option("--mode", type=click.Choice(["precopy", "mirror", "postcopy"]), default="precopy")
+@click.option(
+    "--mode",
+    type=click.Choice(["precopy", "mirror", "postcopy"]),
+    default="precopy",
+    help="mirror: forward guests' writes as they happen (docs/convergence.md).",
+)
+@click.option("--mirror-lag", metavar="SIZE|TIME", help="How far it may be behind; 0: no write is answered earlier.")
+@click.option("--auto-mirror/--no-auto-mirror", default=None, help="Mirror what passes cannot follow, or never do.")
+@click.option(
+    "--throttle-max",
+    type=click.IntRange(0, 99),
+    metavar="PERCENT",
+    help="Slow guests' writes down by so much, if that is needed to end (default: 0, never).",
+)
 @click.option(
     "--wire", type=click.Choice(["native", "qemu"]), default="native", help="qemu: QEMU's own; it proves nothing."
 )

@@ -17,6 +17,10 @@ The write gate. A closed gate refuses a write with `GateClosedError`, and nothin
 it, that is, keeps the data and asks `park` for a call when the gate has changed. A parked write is data held for a
 later reply, never a blocked thread. Whoever closes the gate owes every parked write an answer before a deadline.
 
+A migration that guests write faster than it can follow lays a *brake* on the disk (`fusemig.admission`): an open gate
+then refuses a write until its turn, which the lane parks as it does at a closed one, and `hold_reply` keeps the answer
+of a write that was made until the destination has it.
+
 A disk that is *held* (QMP's `stop`) keeps its gate closed where it would be open. That is a second, independent wish:
 no migration that thaws, takes over or hands off undoes it, and lifting it never opens a gate that is closed or
 read-only for another reason.
@@ -33,6 +37,7 @@ import structlog
 
 from fusemig.bitmap import ChunkBitmap
 from fusemig.disk.base import Disk
+from fusemig.disk.pacing import Pacing
 from fusemig.errors import DiskError, GateClosedError
 from fusemig.tracker import ChunkTracker
 from fusemig.units import CHUNK_SIZE, chunks_of, n_chunks
@@ -40,6 +45,7 @@ from fusemig.units import CHUNK_SIZE, chunks_of, n_chunks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from fusemig.admission import Brake
     from fusemig.disk.base import Buffer, Extent
     from fusemig.disk.dirty_map import DirtyMap, MapBase
 
@@ -97,6 +103,11 @@ class TrackedDisk(Disk):
         self._is_held = False
         self._n_writing = 0
         self._parked: list[Callable[[], None]] = []
+        self._brake: Brake | None = None
+        self._on_waiting: Callable[[], None] = lambda: None
+        """Called, without the lock, when a write or a reply begins to wait for the brake."""
+        self.holds_replies = False
+        """Whether `hold_reply` is to be asked before a write is answered; read without the lock."""
         self._trackers: tuple[ChunkTracker, ...] = ()
         self._n_taken = 0
         """Counts what makes marks disappear from a tracker, or a tracker appear without them."""
@@ -197,6 +208,8 @@ class TrackedDisk(Disk):
                 if (
                     self._noted_bits[first >> 3] >> (first & 7) & 1 and end <= first + 1 << _CHUNK_SHIFT
                 ) or self._is_noted(offset, length):
+                    if self._brake is not None and not self._brake.admit(offset, length):
+                        raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is paced", offset, length)
                     self._n_writing += 1
                     if self._trackers:
                         for tracker in self._trackers:
@@ -267,22 +280,32 @@ class TrackedDisk(Disk):
             raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is {why}", offset, length)
         raise DiskError(errno.EROFS, f"write to disk '{self.name}'", offset, length)
 
-    def park(self, resume: Callable[[], None]) -> bool:
-        """Have ``resume`` called once when the gate changes; return False if it has changed already.
+    def park(self, resume: Callable[[], None], refused: GateClosedError) -> bool:
+        """Have ``resume`` called once when the gate changes, or at the write's turn; False if it can be made already.
 
-        ``resume`` is called on the thread that changes the gate, must be quick and must not raise. The caller then
-        makes its write again, as if it were new. A write that is answered before that gives its place back: `unpark`.
+        ``resume`` is called on the thread that changes the gate or gives the turn, must be quick and must not raise.
+        The caller then makes its write again, as if it were new. A write that is answered before that gives its place
+        back: `unpark`.
+
+        Args:
+            resume: is called.
+            refused: what the write was refused with, which says where it goes.
 
         Raises:
             DiskError: EAGAIN, too many writes are parked already.
         """
         with self._lock:
-            if self._gate is not Gate.CLOSED:
-                return False
-            if len(self._parked) >= MAX_PARKED_WRITES:
+            if len(self._parked) + self.paced_writes >= MAX_PARKED_WRITES:
                 raise DiskError(errno.EAGAIN, f"disk '{self.name}' has {MAX_PARKED_WRITES} parked writes")
-            self._parked.append(resume)
-            return True
+            if self._gate is Gate.CLOSED:
+                self._parked.append(resume)
+                return True
+            if self._gate is not _OPEN or self._brake is None:
+                return False
+            if not self._brake.wait(resume, refused.offset, refused.length):
+                return False
+        self._on_waiting()
+        return True
 
     def unpark(self, resume: Callable[[], None]) -> None:
         """Give the place of a parked write back: it was answered, ``resume`` need not be called any more.
@@ -292,6 +315,24 @@ class TrackedDisk(Disk):
         with self._lock:
             if resume in self._parked:
                 self._parked.remove(resume)
+            elif self._brake is not None:
+                self._brake.forget(resume)
+
+    def hold_reply(self, offset: int, length: int, answer: Callable[[], None]) -> bool:
+        """Have ``answer`` called when a write that has ended may be answered; False if it may be now.
+
+        ``answer`` is called as `park`'s ``resume`` is, and must neither wait nor raise.
+        """
+        with self._lock:
+            if self._brake is None or not self._brake.hold(offset, length, answer):
+                return False
+        self._on_waiting()
+        return True
+
+    @property
+    def paced_writes(self) -> int:
+        """How many writes wait for their turn."""
+        return 0 if self._brake is None else self._brake.n_waiting
 
     # The gate, for the migration and the daemon
 
@@ -337,6 +378,8 @@ class TrackedDisk(Disk):
         if self._gate is Gate.CLOSED:
             return []
         parked, self._parked = self._parked, []
+        if self._gate is Gate.READ_ONLY and self._brake is not None:
+            parked += self._brake.release_waiting()
         return parked
 
     def wait_drained(self, timeout_s: float) -> bool:
@@ -400,13 +443,31 @@ class TrackedDisk(Disk):
                 chunk = tracker.next_dirty(chunk + 1)
             if chunk is None:
                 return None
-            self._n_taken += 1
-            return chunk, tracker.take(chunk)
+            return chunk, self._take(tracker, chunk)
+
+    def take_mirrored(self, tracker: ChunkTracker) -> tuple[int, int] | None:
+        """Take the mirrored chunk that has been dirty for longest; return it with its mask."""
+        with self._lock:
+            chunk = None if tracker.mirror is None else tracker.mirror.next_chunk()
+            return None if chunk is None else (chunk, self._take(tracker, chunk))
+
+    def _take(self, tracker: ChunkTracker, chunk: int) -> int:
+        self._n_taken += 1
+        mask = tracker.take(chunk)
+        if self._brake is not None:
+            self._brake.note_taken(chunk)
+        return mask
 
     def stop_tracking(self, tracker: ChunkTracker) -> None:
         """Detach a tracker; the others are untouched."""
         with self._lock:
             self._trackers = tuple(other for other in self._trackers if other is not tracker)
+
+    def lay_brake(self, brake: Brake | None, on_waiting: Callable[[], None] = lambda: None) -> None:
+        """Have a brake decide from now on which writes are admitted, or none; the one before is to be released."""
+        with self._lock:
+            self._brake, self._on_waiting = brake, on_waiting
+            self.holds_replies = brake is not None and brake.is_blocking
 
     @property
     def written_chunks(self) -> int:
@@ -439,6 +500,7 @@ class Tracking:
         self.disk = disk
         self._lock = lock
         self._tracker = tracker
+        self.pacing = Pacing(disk, lock, tracker)
 
     def mark_chunks(self, first: int, stop: int) -> None:
         """Mark chunks as wholes (the start of a migration)."""
@@ -459,6 +521,7 @@ class Tracking:
         with self._lock:
             for chunk in chunks:
                 self._tracker.acknowledge(chunk)
+        self.pacing.note_acknowledged(chunks)
 
     def restore(self, chunk: int) -> None:
         """Make a chunk in flight dirty again: it could not be read or sent."""
@@ -495,7 +558,12 @@ class Tracking:
 
     def stop(self) -> None:
         """Detach from the disk; idempotent."""
+        self.pacing.release()
         self.disk.stop_tracking(self._tracker)
+
+    def take_mirrored(self) -> tuple[int, int] | None:
+        """Take the mirrored chunk that has been dirty for longest; return it with its block mask."""
+        return self.disk.take_mirrored(self._tracker)
 
     @property
     def dirty_bytes(self) -> int:

@@ -142,18 +142,35 @@ class PassReader:
                 self._disk_index += 1
                 self._chunk = 0
                 continue
-            chunk, mask = taken
-            self._chunk = chunk + 1
-            try:
-                if mask == chunk_mask(chunk, disk.disk.size):
-                    self._read_chunk(disk, chunk, batch)
-                else:
-                    self._read_blocks(disk, chunk, mask, batch)
-            except DiskError as exc:
-                disk.tracking.restore(chunk)
-                raise MigrationError(f"{exc}; the disk stays here: mend its image, then migrate again") from exc
+            self._chunk = taken[0] + 1
+            self._read_taken(disk, *taken, batch)
         self._close_frames(batch)
         return batch if batch.frames else None
+
+    def read_mirrored(self, limit_bytes: int) -> Batch | None:
+        """Return frames of about ``limit_bytes`` of mirrored chunks, wherever the pass is; None if none is dirty.
+
+        Raises:
+            MigrationError: as `read_batch`.
+        """
+        batch = Batch()
+        for disk in self._disks:
+            while batch.cost_bytes < limit_bytes and (taken := disk.tracking.take_mirrored()) is not None:
+                if disk.holes:  # which must not come after what was written into them
+                    self._send_holes(disk, batch)
+                self._read_taken(disk, *taken, batch)
+            self._close_frames(batch)
+        return batch if batch.frames else None
+
+    def _read_taken(self, disk: OutgoingDisk, chunk: int, mask: int, batch: Batch) -> None:
+        try:
+            if mask == chunk_mask(chunk, disk.disk.size):
+                self._read_chunk(disk, chunk, batch)
+            else:
+                self._read_blocks(disk, chunk, mask, batch)
+        except DiskError as exc:
+            disk.tracking.restore(chunk)
+            raise MigrationError(f"{exc}; the disk stays here: mend its image, then migrate again") from exc
 
     def _send_holes(self, disk: OutgoingDisk, batch: Batch) -> None:
         holes, disk.holes = disk.holes, []

@@ -245,13 +245,10 @@ class TrackingMachine(RuleBasedStateMachine):
         self.guest_writes(offset=offset, length=512, kind="data", fails_after=None, ends=ends)
 
     def see_it_parked(self, offset: int, length: int) -> None:
-        try:
+        with pytest.raises(GateClosedError) as refused:
             self.disk.pwrite(bytes(length), offset)
-        except GateClosedError:
-            assert self.disk.park(self.resumed)
-            self.n_parked += 1
-        else:
-            raise AssertionError("a write was admitted behind the closed gate")
+        assert self.disk.park(self.resumed, refused.value)
+        self.n_parked += 1
 
     def resumed(self) -> None:
         self.n_parked -= 1

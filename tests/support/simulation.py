@@ -581,9 +581,9 @@ class SimWorld(trio.abc.Instrument):
             try:
                 host.check_alive()
                 disk.pwrite(data, offset)
-            except GateClosedError:
+            except GateClosedError as paused:
                 changed = trio.Event()
-                if disk.park(changed.set):
+                if disk.park(changed.set, paused):
                     await changed.wait()
             except KilledError:
                 record.note(content, offset, len(data))  # any part of it may be there

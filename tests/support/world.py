@@ -159,9 +159,9 @@ class World(trio.abc.Instrument):
         while True:
             try:
                 disk.pwrite(data, offset)
-            except GateClosedError:
+            except GateClosedError as paused:
                 changed = trio.Event()
-                if disk.park(changed.set):
+                if disk.park(changed.set, paused):
                     await changed.wait()
             except DiskError:
                 if disk.gate is Gate.READ_ONLY:

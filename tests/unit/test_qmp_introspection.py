@@ -113,7 +113,7 @@ def test_our_types_are_qemus(qemus: dict[str, dict[str, Any]]) -> None:
                     their_members |= {member["name"]: member | extra for member in qemus[variant["type"]]["members"]}
             my_members = {member["name"]: member for member in my_info["members"]}
             for name, member in my_members.items():
-                if name.startswith("x-fusemig"):
+                if name.lower().startswith(("x-fusemig", "x_fusemig")):
                     continue
                 where = f"{path}.{name}"
                 if name not in their_members:
@@ -127,7 +127,7 @@ def test_our_types_are_qemus(qemus: dict[str, dict[str, Any]]) -> None:
                 wrong.extend(f"{path}.{name}: missing" for name in always - my_members.keys())
 
     for name, info in ours().items():
-        if info["meta-type"] not in ("command", "event") or name.startswith("x-fusemig") or name in NOT_IN_QEMU:
+        if info["meta-type"] not in ("command", "event") or name.lower().startswith(("x-fusemig", "x_fusemig")) or name in NOT_IN_QEMU:
             continue
         assert qemus[name]["meta-type"] == info["meta-type"], name
         if name == "query-qmp-schema":
