@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-_NO_MIRROR: Final = "QEMU's wire acknowledges nothing, so nothing can be mirrored over it: leave 'x-fusemig-mode' or that out"
+_NO_MIRROR: Final = "nothing can be mirrored over QEMU's wire, which acknowledges nothing: leave 'x-fusemig-mode' out"
 
 
 def command_table(daemon: Daemon) -> Mapping[str, Command]:

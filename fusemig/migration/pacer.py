@@ -113,6 +113,8 @@ class Pacer:
         """A pass begins, with so much to send."""
         self._pass_began_at, self._pass_bytes = trio.current_time(), pending_bytes
         self._follow(self._pass_began_at)
+        if self.is_mirroring:
+            self._size_window()
 
     def end_pass(self, pending_bytes: int, *, is_over_limit: bool) -> None:
         """A pass has ended, and left so much; it is over the limit if a switchover would take too long."""
@@ -150,12 +152,15 @@ class Pacer:
 
     # What happens beside the passes
 
-    async def run(self) -> None:
-        """Keep the deadlines and follow the parameters, for as long as there is a connection."""
+    def start(self) -> None:
+        """There is a connection; `run` is about to run."""
         self._token = trio.lowlevel.current_trio_token()
         self._acknowledged_at = trio.current_time()
         self._is_running = True
         self._throttle(self._acknowledged_at)  # as it was before the connection was lost
+
+    async def run(self) -> None:
+        """Keep the deadlines and follow the parameters, for as long as there is a connection."""
         while True:
             self._tick(trio.current_time())
             is_throttled = self._escalation.throttle_percent and not self.is_mirroring
@@ -185,7 +190,7 @@ class Pacer:
             disk.tracking.pacing.open_window()
 
     def release(self) -> None:
-        """Hold nothing back, until `run` runs again: the migration or its connection has ended; idempotent."""
+        """Hold nothing back, until `start`: the migration or its connection has ended; idempotent."""
         self._is_frozen = self._is_running = False
         self._let_go()
         self._tell()
@@ -222,7 +227,12 @@ class Pacer:
     def _size_window(self) -> None:
         parameters, disks = self._parameters, self._disks()
         bandwidth = min(self._bandwidth, parameters.max_bandwidth or self._bandwidth)
-        self._window_bytes = parameters.mirror_lag.window_bytes(bandwidth, parameters.downtime_limit_s)
+        window_bytes = parameters.mirror_lag.window_bytes(bandwidth, parameters.downtime_limit_s)
+        behind_bytes = sum(disk.tracking.pacing.pending_bytes for disk in disks)
+        if sum(disk.tracking.pending_bytes for disk in disks) - behind_bytes > self.under_way_bytes:
+            # The pass has other chunks to send, behind which mirrored ones wait: a lag means nothing yet.
+            window_bytes = max(window_bytes, self.under_way_bytes)
+        self._window_bytes = window_bytes
         for disk in disks:
             disk.tracking.pacing.set_window(
                 self._window_bytes // len(disks), is_blocking=parameters.mirror_lag.is_blocking

@@ -98,6 +98,7 @@ class QemuSource(OutgoingMigration):
             for disk in self._disks:
                 disk.allocated_bytes = disk.tracking.dirty_chunks * CHUNK_SIZE
             self._sender = QemuSender(self._disks, self._machine_type, self._count_requests)
+            self._pacer.start()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._guard, self._watch)
                 nursery.start_soon(self._tick)

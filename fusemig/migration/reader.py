@@ -155,10 +155,20 @@ class PassReader:
         """
         batch = Batch()
         for disk in self._disks:
-            while batch.cost_bytes < limit_bytes and (taken := disk.tracking.take_mirrored()) is not None:
-                if disk.holes:  # which must not come after what was written into them
-                    self._send_holes(disk, batch)
-                self._read_taken(disk, *taken, batch)
+            taken, n_bytes = [], batch.cost_bytes
+            while n_bytes < limit_bytes and (one := disk.tracking.take_mirrored()) is not None:
+                taken.append(one)
+                n_bytes += one[1].bit_count() * BLOCK_SIZE
+            if taken and disk.holes:  # which must not come after what was written into them
+                self._send_holes(disk, batch)
+            taken.sort(reverse=True)  # a frame's extents ascend
+            while taken:
+                try:
+                    self._read_taken(disk, *taken.pop(), batch)
+                except MigrationError:
+                    for chunk, _ in taken:
+                        disk.tracking.restore(chunk)
+                    raise
             self._close_frames(batch)
         return batch if batch.frames else None
 

@@ -157,6 +157,7 @@ class SourceMigration(OutgoingMigration):
             try:
                 await self._find_what_to_send(link, welcome, records)
                 self._reader = PassReader(self._disks, self._pool)
+                self._pacer.start()
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._receive, link)
                     nursery.start_soon(self._guard, self._tick, link)
@@ -449,6 +450,7 @@ class SourceMigration(OutgoingMigration):
         while True:
             now = trio.current_time()
             self._count_dirtied(now)
+            self._tune(self._sender)  # also in the middle of a slice
             if now >= next_progress:
                 next_progress = now + PROGRESS_INTERVAL_S
                 await self._say_progress(link)
