@@ -124,7 +124,7 @@ class Pacer:
         parameters, escalation = self._parameters, self._escalation
         if escalation.step(
             pending_bytes / took_s,
-            self._bandwidth,
+            self._link_rate,
             throttle_max=parameters.throttle_max,
             may_mirror=parameters.auto_mirror and self._can_mirror,
             is_mirroring=self._is_mirror_wanted,
@@ -201,6 +201,11 @@ class Pacer:
     def _is_mirror_wanted(self) -> bool:
         return self._parameters.mirrors and self._can_mirror
 
+    @property
+    def _link_rate(self) -> float:
+        """Bytes per second that passes may send; only the freeze is not limited."""
+        return min(self._bandwidth, self._parameters.max_bandwidth or self._bandwidth)
+
     def _wanted(self) -> Reach:
         if self._is_suspended:
             return Reach.NONE
@@ -226,8 +231,7 @@ class Pacer:
 
     def _size_window(self) -> None:
         parameters, disks = self._parameters, self._disks()
-        bandwidth = min(self._bandwidth, parameters.max_bandwidth or self._bandwidth)
-        window_bytes = parameters.mirror_lag.window_bytes(bandwidth, parameters.downtime_limit_s)
+        window_bytes = parameters.mirror_lag.window_bytes(self._link_rate, parameters.downtime_limit_s)
         behind_bytes = sum(disk.tracking.pacing.pending_bytes for disk in disks)
         if sum(disk.tracking.pending_bytes for disk in disks) - behind_bytes > self.under_way_bytes:
             # The pass has other chunks to send, behind which mirrored ones wait: a lag means nothing yet.
