@@ -166,7 +166,7 @@ class TrackingMachine(RuleBasedStateMachine):
         self.writes: list[GuestWrite] = []
         self.n_parked = 0
         self.held: list[HeldReply] = []
-        self.is_releasing = False
+        self.is_releasing = self.mirrors = False
         self.n_since_switch_over = 0
         self.scan: Lockstep | None = None
         self.outgoing: OutgoingDisk | None = None
@@ -174,8 +174,13 @@ class TrackingMachine(RuleBasedStateMachine):
         self.n_migrations = 0
         self.dirty_file = DirtyFile(self.disk, "boot", None, lambda: MemoryDisk("a", dirty_file_size(SIZE)))
 
-    @initialize(holes=st.sets(st.integers(0, 3)), stale=st.booleans(), scan_now=st.sampled_from([True, True, False]))
-    def start(self, holes: set[int], stale: bool, scan_now: bool) -> None:
+    @initialize(
+        holes=st.sets(st.integers(0, 3)),
+        stale=st.booleans(),
+        scan_now=st.sampled_from([True, True, False]),
+        mirrors=st.booleans(),
+    )
+    def start(self, holes: set[int], stale: bool, scan_now: bool, mirrors: bool) -> None:
         """Give the source some data, and the destination what an earlier migration left there."""
         for chunk in set(range(4)) - holes:
             start = chunk * CHUNK_SIZE
@@ -183,6 +188,7 @@ class TrackingMachine(RuleBasedStateMachine):
         self.source.content[:] = self.model
         if stale:
             self.target.content[:] = self.rng.randbytes(SIZE)
+        self.mirrors = mirrors
         self.begin_migration()
         if scan_now:
             self.scan_goes_on(to_the_end=True)
@@ -287,7 +293,7 @@ class TrackingMachine(RuleBasedStateMachine):
             place = slice(held.offset, held.offset + len(held.content))
             assert self.target.content[place] == held.content
 
-    @precondition(lambda self: self.scan is None)
+    @precondition(lambda self: self.scan is None and self.n_since_switch_over % 8 == 7)
     @rule(reach=st.sampled_from([Reach.HOT, Reach.ALL]), is_blocking=st.sampled_from([True, True, False]))
     def mirror(self, reach: Reach, is_blocking: bool) -> None:
         """Mirror, or mirror other chunks than before."""
@@ -307,8 +313,6 @@ class TrackingMachine(RuleBasedStateMachine):
         while self.unacknowledged:
             self.acknowledge(8)
 
-    @precondition(lambda self: self.n_since_switch_over % 4 == 3)
-    @rule()
     def mirror_ends(self) -> None:
         """Give everything up that is held."""
         if self.outgoing is not None:
@@ -347,6 +351,8 @@ class TrackingMachine(RuleBasedStateMachine):
         if self.scan.is_over:
             self.scan.finish()
             self.scan = None
+            if self.mirrors:
+                self.mirror(Reach.ALL, is_blocking=True)
 
     @precondition(lambda self: self.read is None and self.has_work)
     @rule()
@@ -457,6 +463,8 @@ class TrackingMachine(RuleBasedStateMachine):
             self.check_that_what_differs_is_dirty()
         self.go_on(LivingReconciliation(self.outgoing, point.doubtful_chunks(self.outgoing, covered)))
         self.connect()
+        if self.mirrors:
+            self.mirror(Reach.ALL, is_blocking=True)
 
     def go_on(self, walk: Reconciliation) -> None:
         """Have the source hear what the destination has; the destination is one that was restarted."""

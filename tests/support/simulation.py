@@ -29,6 +29,7 @@ from fusemig.migration.witness import RecalledDisk
 from fusemig.migration.writer import IncomingDisk
 from fusemig.phase import MigrationPhase as P
 from fusemig.served import DiskSpec, ServedDisk
+from fusemig.shaping import MirrorLag
 from fusemig.units import CHUNK_SIZE, SECTOR_SIZE
 from support.crash import CrashDisk, Fate, KilledError
 from support.faults import FaultyStream
@@ -409,7 +410,8 @@ class SimWorld(trio.abc.Instrument):
         self.rng = random.Random(seed)
         self.clock = clock
         self.directory = directory
-        self.parameters = MigrationParameters()
+        # One of three worlds mirrors, with replies that wait for the destination.
+        self.parameters = MigrationParameters(mirrors=seed % 3 == 2, mirror_lag=MirrorLag(seconds=0.0))
         self.source = SimHost(directory / "source", self.rng, clock.jump, SIZES, is_incoming=False)
         self.destination = SimHost(directory / "destination", self.rng, clock.jump, SIZES, is_incoming=True)
         self.later_destination: SimHost | None = None
@@ -599,6 +601,10 @@ class SimWorld(trio.abc.Instrument):
                 if record.acknowledged[offset : offset + len(data)] != data:
                     self.violations.append(f"a write to '{name}' was acknowledged and not made")
                 self.n_acknowledged_writes += 1
+                if disk.holds_replies:
+                    answered = trio.Event()
+                    if disk.hold_reply(offset, len(data), answered.set):
+                        await answered.wait()
                 return True
 
     def guest_syncs(self, host: SimHost, name: str) -> bool:
