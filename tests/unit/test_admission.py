@@ -88,6 +88,17 @@ def test_turns_are_given_in_the_order_of_arrival() -> None:
     assert brake.n_waiting == 1
 
 
+def test_a_small_write_does_not_pass_a_large_one_that_waits_for_room() -> None:
+    """Or small ones could keep it waiting until its deadline."""
+    tracker, brake = mirrored()
+    assert write(tracker, brake, 0)
+    assert brake.wait(lambda: None, CHUNK_SIZE, 2 * BLOCK_SIZE)
+    assert not write(tracker, brake, 1)  # for which there would be room
+    send(tracker, brake, 0)
+    assert len(brake.due()) == 1
+    assert brake.admit(CHUNK_SIZE, 2 * BLOCK_SIZE)
+
+
 def test_turns_that_nobody_takes_are_forgotten() -> None:
     """A write whose caller was killed does not keep its room for ever."""
     tracker, brake = mirrored()
