@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from fusemig.epoch import EpochRecord
+    from fusemig.migration.link import Offload
     from fusemig.served import ServedDisk
     from fusemig.transport import ByteStream
 
@@ -42,6 +43,7 @@ class Doubts:
         disks: Mapping[str, ServedDisk],
         dial: Callable[[str], Awaitable[ByteStream]],
         on_settled: Callable[[Sequence[ServedDisk]], None],
+        offload: Offload = trio.to_thread.run_sync,
     ) -> None:
         """Look after ``disks``.
 
@@ -49,7 +51,9 @@ class Doubts:
             disks: all disks of the daemon.
             dial: connects to a URI, in time.
             on_settled: called at once when records have changed, after their disks' gates were set.
+            offload: runs calls that may sleep.
         """
+        self._offload = offload
         self._disks = disks
         self._dial = dial
         self._on_settled = on_settled
@@ -122,7 +126,7 @@ class Doubts:
         try:
             stream = await self._dial(record.peer)
             try:
-                await Settlement(doubtful, trio.to_thread.run_sync, is_whole=is_whole).run(stream)
+                await Settlement(doubtful, self._offload, is_whole=is_whole).run(stream)
             finally:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                     await stream.aclose()
@@ -178,7 +182,7 @@ class Doubts:
             destination=record.peer,
             session=record.session,
         )
-        await trio.to_thread.run_sync(served.epoch_file.write, record)
+        await self._offload(served.epoch_file.write, record)
 
     def _apply(self, settled: Sequence[ServedDisk]) -> None:
         """Have the gates say what the records do."""

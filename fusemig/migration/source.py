@@ -7,7 +7,8 @@
 
 The order of things is `fusemig.migration.outgoing`'s. When a migration fails, the tracker still knows what the
 destination does not hold: `resume_point`. A connection that is lost before the freeze is made again, with pauses that
-grow, until there was no progress for as long as the parameters allow; guests notice nothing of it.
+grow, until there was no progress for as long as the parameters allow; guests notice nothing of it. So is one over which
+damaged bytes came, whichever side noticed.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ FIRST_RETRY_S: Final = 0.25
 """How long the first try to get a lost connection back is put off; each further one twice as long."""
 MAX_RETRY_S: Final = 10.0
 
+
+_CONNECTION_ERRORS: Final = (TransportError, PeerBusyError, RemoteProtocolError)
+"""What another connection may be free of. Once bytes came damaged, nothing that follows them can be told from garbage:
+what was sent and is not known to be durable is sent again, over a connection that begins anew."""
 
 _RECONNECTING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
 """When a lost connection is made again: not before anything was sent, and not with guests' writes waiting."""
@@ -127,7 +132,7 @@ class SourceMigration(OutgoingMigration):
             with trio.CancelScope() as self._attempt_scope:
                 try:
                     await self._migrate_once(records)
-                except (TransportError, PeerBusyError) as exc:
+                except _CONNECTION_ERRORS as exc:
                     self._failure = self._failure or exc
                 else:
                     return
@@ -261,7 +266,7 @@ class SourceMigration(OutgoingMigration):
         while True:
             event = await link.receive()
             if isinstance(event, native.Abort):
-                raise MigrationError(f"{link.peer} aborted the migration: {event.reason}")
+                raise self._aborted(event)
             if not isinstance(event, native.Have):
                 raise RemoteProtocolError(f"{link.peer} sent {type(event).__name__} where HAVE was due")
             if event.disk == -1:
@@ -317,7 +322,7 @@ class SourceMigration(OutgoingMigration):
             super()._give_up_in_flight()
 
     def _may_reconnect(self, failure: FusemigError) -> bool:
-        if not isinstance(failure, TransportError | PeerBusyError) or self._is_cancel_requested:
+        if not isinstance(failure, _CONNECTION_ERRORS) or self._is_cancel_requested:
             return False
         if self._parameters.reconnect_limit_s <= 0:
             return False
@@ -409,9 +414,13 @@ class SourceMigration(OutgoingMigration):
                 case native.Journaled():
                     self._sender.journaled(event.sequence)
                 case native.Abort():
-                    raise MigrationError(f"{link.peer} aborted the migration: {event.reason}")
+                    raise self._aborted(event)
                 case _:
                     raise RemoteProtocolError(f"{link.peer} sent {type(event).__name__} during a pass")
+
+    def _aborted(self, abort: native.Abort) -> FusemigError:
+        reason = f"{self._peer} aborted the migration: {abort.reason}"
+        return ConnectionLostError(reason) if abort.is_damaged else MigrationError(reason)
 
     def _acknowledge(self, sequence: int) -> None:
         sender = self._sender

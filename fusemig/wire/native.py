@@ -211,10 +211,12 @@ class Released(msgspec.Struct, frozen=True):
     """The source knows that it does not."""
 
 
-class Abort(msgspec.Struct, frozen=True):
+class Abort(msgspec.Struct, frozen=True, omit_defaults=True):
     """The migration is over without a hand-off."""
 
     reason: str
+    is_damaged: bool = False
+    """Whether only this connection is: what came over it was damaged, and over another one the migration may go on."""
 
 
 class AskedDisk(msgspec.Struct, frozen=True):
