@@ -32,7 +32,7 @@ from fusemig.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from fusemig.migration.commit import OutgoingHandoff
+from fusemig.migration.commit import NO_ROUTE, OutgoingHandoff
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.reader import PassReader
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from fusemig.epoch import EpochRecord
-    from fusemig.migration.commit import SourceDisk
+    from fusemig.migration.commit import Route, SourceDisk
     from fusemig.migration.link import Offload
     from fusemig.migration.resume import Reconciliation
     from fusemig.migration.stats import MigrationParameters, MigrationStatistics
@@ -87,6 +87,7 @@ class SourceMigration(OutgoingMigration):
         on_pass: Callable[[int], None] = lambda _number: None,
         count_requests: Callable[[], int] = lambda: 0,
         resume: ResumePoint | None = None,
+        route: Route = NO_ROUTE,
     ) -> None:
         """Prepare as `OutgoingMigration` does.
 
@@ -99,6 +100,7 @@ class SourceMigration(OutgoingMigration):
             on_pass: called at the start of each pass with its number, from 1.
             count_requests: tells how many requests guests have ever made; the bulk phase makes room for them.
             resume: where an earlier migration of the same disks was interrupted, to go on from there.
+            route: how the destination is talked to, for whoever has to ask it later.
         """
         super().__init__(disks, connect, parameters, offload, on_phase, on_pass)
         self._count_requests = count_requests
@@ -119,7 +121,7 @@ class SourceMigration(OutgoingMigration):
         # What the connections before this one sent, and what of it was taken back:
         self._earlier_wire_bytes = 0
         self._earlier_acknowledged_bytes = 0
-        self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload)
+        self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload, route)
         self._pool = BufferPool()
         self._sender = PassSender(self._pool, count_requests)
         # Set by the receiver:
@@ -191,7 +193,14 @@ class SourceMigration(OutgoingMigration):
 
     async def _handshake(self, link: NativeLink, records: Sequence[EpochRecord]) -> native.Welcome:
         offers = [
-            native.DiskOffer(lent.disk.name, lent.disk.size, record.image_id, record.epoch, self._resume is not None)
+            native.DiskOffer(
+                lent.disk.name,
+                lent.disk.size,
+                record.image_id,
+                record.epoch,
+                self._resume is not None,
+                await self._offload(lent.count_allocated),
+            )
             for lent, record in zip(self._lent, records, strict=True)
         ]
         hello = native.Hello(native.VERSION, self.session, CHUNK_SIZE, offers, [native.RESUME], self._attempt)

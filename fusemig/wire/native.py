@@ -99,6 +99,8 @@ class DiskOffer(msgspec.Struct, frozen=True, omit_defaults=True):
     epoch: int
     is_resumed: bool = False
     """Whether this is to go on with what the destination has of it."""
+    allocated_bytes: int = 0
+    """About how much of it is no hole, so that the destination can tell whether it has the room; 0: not known."""
 
 
 class Hello(msgspec.Struct, frozen=True):

@@ -180,14 +180,36 @@ def test_link_half_open(hosts: Hosts, place: Path, cable: Link) -> None:
     assert judge(source, destination, [guest]) == "source"
 
 
-def test_destination_on_a_full_tmpfs(hosts: Hosts, place: Path, cable: Link) -> None:
-    """It says which disk, where, and how much is to come; with room there the next migration completes."""
+def test_a_destination_without_the_room_refuses(hosts: Hosts, place: Path) -> None:
+    """Before a byte is sent; holes need no room, and with room there it completes."""
     image = write_random(place / "source.img", SIZE)
+    os.truncate(image, 64 * MIB)
     source = hosts.start("source", {"vda": image})
     with mounted("none", place / "small", "tmpfs", "size=2m") as small:
         destination = hosts.start("destination", {"vda": small / "b.img"}, incoming="tcp:127.0.0.1:0")
-        guest = RecordWriter(source.file(), N_SLOTS)
         done = source.migrate(destination.uri)
+        assert done.exit_code == 5
+        assert re.search(
+            r"refused: disk 'vda' needs 4\.0 MiB more there, and \S+ has \S+ MiB free: make room", done.stderr
+        )
+        assert not (small / "b.img").exists()
+        assert_unharmed(source)
+        run("mount", "-o", "remount,size=8m", small)
+        assert_migrates(source, destination)
+        assert destination.stop() == 0
+
+
+def test_a_destination_that_runs_full(hosts: Hosts, place: Path) -> None:
+    """It says which disk, where, and how much is to come; with room there the next migration completes."""
+    image = write_random(place / "source.img", SIZE)
+    source = hosts.start("source", {"vda": image})
+    with mounted("none", place / "small", "tmpfs", "size=8m") as small:
+        destination = hosts.start("destination", {"vda": small / "b.img"}, incoming="tcp:127.0.0.1:0")
+        guest = RecordWriter(source.file(), N_SLOTS)
+        command = source.start_migrate(destination.uri, "--max-bandwidth", "4M")
+        wait_until((small / "b.img").exists, "the image")
+        (small / "somebody else's").write_bytes(bytes(6 * MIB))
+        done = command.finish()
         guest.stop()
         assert done.exit_code == 1
         assert re.search(r"disk 'vda' .*write at \d+\+\d+: No space left.* to come: make room", done.stderr), (

@@ -78,7 +78,7 @@ class SimEpochFile(EpochFile):
             if host.rng.random() < 0.7:
                 before = self.path.read_bytes() if self.path.exists() else b""
                 EpochFile(self.path).write(record)
-                if host.rng.random() < 0.5:
+                if before and host.rng.random() < 0.5:  # the first one is renamed when it is whole
                     after = self.path.read_bytes()
                     cut = host.rng.randrange(len(after) + 1)
                     self.path.write_bytes(after[:cut] + before[cut:])
@@ -182,7 +182,7 @@ class SimHost:
         self.pages = {name: PageCache() for name in self.stores}
         """What the kernel caches of the files of this daemon's mount."""
         self.served = {name: SimDisk(self, name, is_incoming=self.is_incoming) for name in self.stores}
-        self.doubts = Doubts(self.served, lambda uri: self.dial(uri), self._on_settled, inline)
+        self.doubts = Doubts(self.served, lambda record: self.dial(record.peer), self._on_settled, inline)
 
     def make_journal(self, name: str) -> None:
         """Have a blank journal for a disk, as after a file was deleted."""
