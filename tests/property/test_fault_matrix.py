@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 RUNS_PER_FAULT = 49
 NIGHTLY_RUNS_PER_FAULT = 900
 RECONNECT_LIMIT_S = 20.0
+JOURNAL_INTERVAL_S = 0.01
+"""These migrations last a tenth of a second; something is to be in the journals when they are interrupted."""
 
 hits: Counter[tuple[Fault, Moment, bool]] = Counter()
 """How often each cell was hit in this session."""
@@ -103,9 +105,16 @@ def play(seed: int, fault: Fault, directory: Path) -> Played:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("fault", STRIKES, ids=lambda fault: fault.name)
-def test_fault(fault: Fault, fast_directory: Path, nightly: bool, matrix_seed: int | None) -> None:
-    """Whatever the moment: an outcome that the table allows, and every promise."""
+def test_fault(
+    fault: Fault,
+    fast_directory: Path,
+    nightly: bool,
+    matrix_seed: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the moment: an outcome that the table allows, every promise, and the disks' arrival."""
     global n_runs
+    monkeypatch.setattr("fusemig.migration.receipt.JOURNAL_INTERVAL_S", JOURNAL_INTERVAL_S)
     if matrix_seed is not None:
         print(play(matrix_seed, fault, fast_directory / "again"))
         return
