@@ -165,8 +165,8 @@ class SimWorld(trio.abc.Instrument):
             host.mend()
 
     def in_doubt(self) -> bool:
-        """Whether it is not known of a disk who owns it."""
-        return any(self.source.durable_state(name) is Ownership.HANDED_OFF for name in self.records)
+        """Whether it is not known of a disk who owns it, as the source's daemon sees it."""
+        return any(served.ownership is Ownership.HANDED_OFF for served in self.served_here())
 
     async def _dial(self, uri: str) -> SimStream:
         """Connect to ask who owns the disks."""
