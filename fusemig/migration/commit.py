@@ -63,6 +63,8 @@ class HandoffRecords:
         self._wire = wire
         self._offload = offload
         self._records: list[EpochRecord] = []
+        self.is_loan = False
+        """Whether the destination takes over before it has everything."""
 
     async def own(self) -> list[EpochRecord]:
         """Return the disks' records, giving one to each disk that never moved before.
@@ -105,6 +107,7 @@ class HandoffRecords:
             peer=peer,
             wire=self._wire,
             group=len(self._lent),
+            is_loan=self.is_loan and state is not Ownership.OWNER,
         )
 
 
@@ -127,6 +130,15 @@ class OutgoingHandoff:
     def may_thaw(self) -> bool:
         """Whether the source may let guests write again."""
         return self._machine.may_thaw
+
+    @property
+    def is_loan(self) -> bool:
+        """Whether the destination takes over before it has everything; set before `prove`."""
+        return self._records.is_loan
+
+    @is_loan.setter
+    def is_loan(self, is_loan: bool) -> None:
+        self._records.is_loan = is_loan
 
     @property
     def is_committing(self) -> bool:
@@ -231,7 +243,7 @@ class OutgoingHandoff:
     async def release(self, link: NativeLink) -> None:
         """Note that the destination owns the disks, and let it know that we know; never fails."""
         try:
-            await self._records.write(Ownership.RELEASED, self._peer)
+            await self._records.write(Ownership.LENDING if self.is_loan else Ownership.RELEASED, self._peer)
             reach("after-released")
             with trio.move_on_after(1):
                 await link.send_message(native.Released())
