@@ -4,7 +4,7 @@
                                     └──────────────────>┴─> FROZEN ─> COMMITTED ─> COMPLETED
     any before COMMITTED ─> CANCELLING ─> CANCELLED           COMMITTED ─> IN_DOUBT
     any before COMMITTED ─> FAILED                            IN_DOUBT ─> COMPLETED, FAILED (once that is known)
-    COMMITTED ─> POSTCOPY ─> COMPLETED, FAILED                IN_DOUBT ─> POSTCOPY
+    COMMITTED ─> POSTCOPY ─> COMPLETED
 
 Rule: from COMMITTED on the source never thaws by itself; before it, every way out thaws. `TRANSITIONS` is the whole
 truth and `PhaseMachine` refuses anything else.
@@ -60,7 +60,7 @@ TRANSITIONS: Final[dict[MigrationPhase, frozenset[MigrationPhase]]] = {
     _P.PRE_SWITCHOVER: frozenset({_P.FROZEN}),
     _P.FROZEN: frozenset({_P.COMMITTED}),
     _P.COMMITTED: frozenset({_P.COMPLETED, _P.IN_DOUBT, _P.POSTCOPY}),
-    _P.POSTCOPY: frozenset({_P.COMPLETED, _P.FAILED}),
+    _P.POSTCOPY: frozenset({_P.COMPLETED}),
     _P.CANCELLING: frozenset({_P.CANCELLED}),
     _P.IN_DOUBT: frozenset({_P.COMPLETED, _P.FAILED}),
     _P.COMPLETED: frozenset(),

@@ -251,27 +251,32 @@ def borrow(image: RawDisk, path: Path, missing: Sequence[tuple[int, int]]) -> Bo
         DiskError: a store failed.
     """
     new = path.with_name(f"{path.name}.new")
-    identity = BaseIdentity(size=image.size, digest="at the source")
     with ExitStack() as opened:
         try:
             new.unlink(missing_ok=True)
             create_image(new, map_size(image.size))
             store = opened.enter_context(RawDisk(image.name, new))
-            write_header(store, image.size, identity)
-            allocation = AllocationMap(store, image.size, boot_id())
-            allocation.begin(image.flush, "")
-            at = 0
-            for first, stop in [*missing, (n_blocks(image.size), 0)]:
-                if first > at:
-                    allocation.add(at, first)
-                at = stop
-            allocation.persist(image.flush)
+            allocation = new_map(store, image, missing, boot_id())
             new.rename(path)
             sync_directory(path.parent)
         except OSError as exc:
             raise ConfigError(f"cannot make the map {path}: {exc.strerror}") from exc
         opened.pop_all()
     return BorrowedDisk(image, allocation, Wants(image.name))
+
+
+def new_map(store: Disk, image: Disk, missing: Sequence[tuple[int, int]], boot: str) -> AllocationMap:
+    """Make a blank store the map of an image of which the runs ``missing`` of blocks are elsewhere, durably."""
+    write_header(store, image.size, BaseIdentity(size=image.size, digest="at the source"))
+    allocation = AllocationMap(store, image.size, boot)
+    allocation.begin(image.flush, "")
+    at = 0
+    for first, stop in [*missing, (n_blocks(image.size), 0)]:
+        if first > at:
+            allocation.add(at, first)
+        at = stop
+    allocation.persist(image.flush)
+    return allocation
 
 
 def reopen(image: RawDisk, path: Path) -> BorrowedDisk:

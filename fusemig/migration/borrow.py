@@ -84,8 +84,11 @@ class FetchPlan:
 
     def _next_urgent(self) -> Request | None:
         while self._urgent:
-            for request in self._pieces(self._urgent.popleft()):  # some of it may have come, or be on its way
-                return request
+            # Some of it may have come, or be on its way.
+            pieces = list(self._pieces(self._urgent.popleft()))
+            if pieces:
+                self._urgent.extendleft(reversed(pieces[1:]))
+                return pieces[0]
         return None
 
     def _next_in_order(self) -> Request | None:
@@ -101,19 +104,18 @@ class FetchPlan:
 
     def _pieces(self, wanted: Request) -> Iterator[Request]:
         """Yield what is missing of a range and not asked for, in pieces."""
+        under_way = sorted(asked for asked in self.asked if asked.overlaps(wanted))
         for first, stop in self._disks[wanted.disk].missing(wanted.first, wanted.stop):
             at = first
             while at < stop:
-                piece = Request(wanted.disk, at, min(stop, at + PIECE_BLOCKS))
-                other = next((asked for asked in self.asked if asked.overlaps(piece)), None)
-                if other is None:
-                    yield piece
-                    at = piece.stop
-                elif other.first > at:
-                    yield Request(wanted.disk, at, other.first)
-                    at = other.stop
+                while under_way and under_way[0].stop <= at:
+                    del under_way[0]
+                end = min(stop, at + PIECE_BLOCKS, under_way[0].first if under_way else stop)
+                if end > at:
+                    yield Request(wanted.disk, at, end)
+                    at = end
                 else:
-                    at = other.stop
+                    at = under_way[0].stop
 
     def expect(self, frame: native.DataFrame | native.ZeroFrame) -> Request:
         """Return what a frame answers; `answered` is called when it was filled in.

@@ -99,7 +99,7 @@ class HandoffRecords:
             lent.epoch_file.assume(self._record(record, state, peer))
 
     def _record(self, own: EpochRecord, state: Ownership, peer: str) -> EpochRecord:
-        return EpochRecord(
+        record = EpochRecord(
             state=state,
             image_id=own.image_id,
             epoch=own.epoch,
@@ -109,6 +109,7 @@ class HandoffRecords:
             group=len(self._lent),
             is_loan=self.is_loan and state is not Ownership.OWNER,
         )
+        return record.handed_over() if state is Ownership.RELEASED else record
 
 
 class OutgoingHandoff:
@@ -243,7 +244,7 @@ class OutgoingHandoff:
     async def release(self, link: NativeLink) -> None:
         """Note that the destination owns the disks, and let it know that we know; never fails."""
         try:
-            await self._records.write(Ownership.LENDING if self.is_loan else Ownership.RELEASED, self._peer)
+            await self._records.write(Ownership.RELEASED, self._peer)
             reach("after-released")
             with trio.move_on_after(1):
                 await link.send_message(native.Released())

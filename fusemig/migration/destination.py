@@ -296,7 +296,7 @@ class DestinationMigration(IncomingMigration):
             raise RemoteProtocolError(f"{self.peer} sent COMMIT to a destination that is {self._handoff.state.value}")
         reach("after-commit-received")
         with trio.CancelScope(shield=True):
-            await self._write_records(Ownership.BORROWING if self.is_loan else Ownership.OWNER)
+            await self._write_records(Ownership.OWNER)
             self._handoff.on(DestinationEvent.OWNER_DURABLE)
             reach("after-owner")
             for disk in self.disks:

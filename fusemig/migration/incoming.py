@@ -211,7 +211,7 @@ class IncomingMigration(ABC):
                 peer=self.peer,
                 is_loan=self.is_loan and state is not Ownership.INCOMING,
             )
-            await self._offload(disk.epoch_file.write, new)
+            await self._offload(disk.epoch_file.write, new.taken() if state is Ownership.OWNER else new)
             reach(f"after-one-{state.value}")
 
     def _open_gates(self) -> None:

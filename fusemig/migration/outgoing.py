@@ -316,9 +316,12 @@ class OutgoingMigration(ABC):
         if self._machine.phase is MigrationPhase.SETUP:  # else the connection was lost, and is back
             self._enter(MigrationPhase.BULK)
         is_synced = False
-        while not self._is_postcopy():
-            await self._run_pass(is_limited=True)
+        while True:
+            if not self._is_postcopy():
+                await self._run_pass(is_limited=True)
             if self._is_postcopy():
+                for disk in self._disks:  # so that the sync of the freeze is short
+                    await self._flush(disk)
                 return
             if self._machine.phase is MigrationPhase.BULK:
                 self._enter(MigrationPhase.DIRTY)

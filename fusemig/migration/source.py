@@ -29,7 +29,6 @@ from fusemig.errors import (
     PeerBusyError,
     PeerRefusedError,
     RemoteProtocolError,
-    StateError,
     TransportError,
 )
 from fusemig.migration.commit import OutgoingHandoff
@@ -504,13 +503,17 @@ class SourceMigration(OutgoingMigration):
         disks = [LentDisk(lent.disk.name, lent.disk.image, lent.epoch_file) for lent in self._lent]
         self._lending = Lending(disks, self._connect, self._offload)
         self.forget()
-        with trio.CancelScope() as self._lending_scope:
+        with self._lending_scope:
             await self._lending.run()
+
+    def _end(self, phase: MigrationPhase, error: FusemigError | None) -> None:
         if self._lending_scope.cancelled_caught:
-            raise StateError(
-                "this daemon ends, and the destination does not have everything: serve the disks here again, which "
-                "goes on by itself"
+            self._log.warning(
+                "this daemon ends, and the destination does not have everything: serve the disks here again, and it "
+                "goes on"
             )
+            return
+        super()._end(phase, error)
 
     async def wind_down(self) -> None:
         """Call the migration off if that is still possible, and wait for its end; lending goes on after a restart."""

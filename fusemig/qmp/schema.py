@@ -457,8 +457,8 @@ class ServedDisk(Result, frozen=True, kw_only=True):
     size: int
     path: str
     state: str
-    """By its epoch file: ``owner``, ``incoming``, ``prepared``, ``handed-off``, ``released``, ``lending``, ``borrowing``;
-    without one ``owner``, or ``waiting`` for a first source."""
+    """By its epoch file: ``owner``, ``incoming``, ``prepared``, ``handed-off``, ``released``, ``lending``,
+    ``borrowing``; without one ``owner``, or ``waiting`` for a first source."""
     gate: str
     """``open``, ``closed`` (frozen) or ``read-only``."""
     parked_writes: int = 0

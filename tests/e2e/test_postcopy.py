@@ -185,7 +185,7 @@ def test_a_daemon_that_ends_answers_what_waits(hosts: Hosts, place: Path) -> Non
         assert isinstance(result, OSError)
         assert result.errno in (errno.EIO, errno.ENOTCONN)
         assert source.stop() == 0
-        assert "serve the disks here again" in source.log()
+        assert "serve the disks here again, and it goes on" in source.log()
 
 
 def test_from_a_running_migration(hosts: Hosts, place: Path) -> None:
