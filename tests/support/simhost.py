@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fusemig.disk.raw import RawDisk
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochRecord, Ownership
+    from fusemig.migration.borrow import Loan
     from fusemig.migration.incoming import AwaitedDisk
     from fusemig.transport import ByteStream
     from fusemig.wire.native import DiskOffer
@@ -281,7 +282,7 @@ class SimHost:
             for served, offer in zip(chosen, offers, strict=True):
                 disk = await inline(served.receive, offer, session, peer)
                 drop = self._dropper(served.name)
-                claimed.append(IncomingDisk(disk, served.epoch_file, drop, served.open_journal, served.taken))
+                claimed.append(IncomingDisk(disk, served.epoch_file, drop, served.open_journal, on_taken=served.taken))
         except BaseException:
             for served in chosen:
                 served.busy = ""
@@ -315,6 +316,10 @@ class SimHost:
                 raise PeerRefusedError(f"disk '{served.name}' is busy: {served.busy}")
             served.busy = f"{peer} asks who owns it"
         return [RecalledDisk(served.name, served.epoch_file, served.disk) for served in found]
+
+    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
+        """Lend nothing: post-copy has a simulation of its own."""
+        raise PeerRefusedError("nothing is borrowed here")
 
     def let_go(self, disks: Sequence[RecalledDisk]) -> None:
         """End a reservation."""
