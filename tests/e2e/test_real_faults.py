@@ -117,7 +117,7 @@ def kill_and_go_on(source: Host, destination: Host, victim: Host, seed: int) -> 
     rng = random.Random(seed)
     longest_s = BULK_S
     if rng.random() < 0.5:
-        wait_until(lambda: source.phase() != "bulk", "the end of the bulk phase")
+        wait_until(lambda: source.phase() not in ("setup", "bulk"), "the end of the bulk phase")
         longest_s = REST_S
     time.sleep(rng.random() * longest_s)  # a moment, not a measure
     moment = source.phase()
