@@ -29,7 +29,7 @@ from fusemig.shaping import MirrorLag
 from fusemig.transport import parse_uri
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from fusemig.control import Session
     from fusemig.daemon import Daemon
@@ -58,6 +58,7 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "migrate": commands.migrate,
         "migrate_cancel": commands.migrate_cancel,
         "migrate-continue": commands.migrate_continue,
+        "migrate-start-postcopy": commands.migrate_start_postcopy,
         "migrate-incoming": commands.migrate_incoming,
         "migrate-pause": commands.migrate_pause,
         "migrate-set-parameters": commands.migrate_set_parameters,
@@ -70,6 +71,7 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "human-monitor-command": commands.human_monitor_command,
         "x-fusemig-status": commands.status,
         "x-fusemig-resolve": commands.resolve,
+        "x-fusemig-ask": commands.ask,
     }
     return {name: Command(schema.COMMANDS[name], function) for name, function in functions.items()}
 
@@ -133,7 +135,6 @@ class _Commands:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
         for name, is_asked in (
             ("inc", arguments.inc),
-            (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is schema.Mode.POSTCOPY),
             ("x-fusemig-compress", arguments.x_fusemig_compress is not UNSET),
         ):
             if is_asked:
@@ -152,6 +153,11 @@ class _Commands:
         mirrors = arguments.x_fusemig_mode is schema.Mode.MIRROR
         if mirrors and is_qemu:
             raise CommandError(_NO_MIRROR)
+        is_postcopy = arguments.x_fusemig_mode is schema.Mode.POSTCOPY
+        if is_postcopy and is_qemu:
+            raise CommandError("post-copy goes over the native wire only: QEMU's cannot fetch")
+        if is_postcopy and guest is not None:
+            raise CommandError("post-copy moves disks only: leave the guest out, or migrate with mode 'precopy'")
         reconnect = arguments.x_fusemig_reconnect
         if is_qemu and (arguments.resume or reconnect is not UNSET):
             raise CommandError("'resume' and 'x-fusemig-reconnect' do not go with QEMU's wire: leave them out")
@@ -175,12 +181,16 @@ class _Commands:
             is_resumed=arguments.resume,
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
             mirrors=mirrors,
+            is_postcopy=is_postcopy,
         )
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
         if self._daemon.outbound.migration is not None and self._daemon.outbound.is_migrating:
             self._daemon.outbound.migration.cancel()
+
+    def migrate_start_postcopy(self, _session: Session, _arguments: schema.NoArguments) -> None:
+        self._daemon.outbound.start_postcopy()
 
     def migrate_continue(self, _session: Session, arguments: schema.MigrateContinue) -> None:
         outgoing = self._daemon.outbound.migration
@@ -229,9 +239,11 @@ class _Commands:
         outbound, mode, lag = self._daemon.outbound, arguments.x_fusemig_mode, arguments.x_fusemig_mirror_lag
         parameters = outbound.parameters
         if mode is schema.Mode.POSTCOPY:
-            raise CommandError(f"'x-fusemig-mode={mode}' is not supported by version {__version__}: leave it out")
+            raise CommandError("a migration that runs becomes post-copy with migrate-start-postcopy: use that")
         if not isinstance(mode, UnsetType) and (not outbound.is_migrating or outbound.migration is None):
             raise CommandError("no migration is running whose mode could change: say 'x-fusemig-mode' with 'migrate'")
+        if not isinstance(mode, UnsetType) and parameters.is_postcopy:
+            raise CommandError("a post-copy migration stays one: leave 'x-fusemig-mode' out")
         if mode is schema.Mode.MIRROR and outbound.migration is not None and not outbound.migration.can_mirror:
             raise CommandError(_NO_MIRROR)
         if not isinstance(lag, UnsetType):
@@ -311,12 +323,21 @@ class _Commands:
             migration=UNSET if info.status is UNSET else info,
         )
 
-    async def resolve(self, session: Session, arguments: schema.Resolve) -> None:
-        for name in arguments.disks:
+    async def ask(self, _session: Session, arguments: schema.Ask) -> None:
+        self._check_disks(arguments.disks)
+        parse_uri(arguments.uri)
+        await self._daemon.wait_ready()
+        await self._daemon.doubts.ask_at(arguments.disks, arguments.uri)
+
+    def _check_disks(self, names: Sequence[str]) -> None:
+        for name in names:
             if name not in self._daemon.disks:
                 raise DeviceNotFoundError(name, self._daemon.disks)
-        if not arguments.disks:
+        if not names:
             raise CommandError("Parameter 'disks' is empty: name at least one disk")
+
+    async def resolve(self, session: Session, arguments: schema.Resolve) -> None:
+        self._check_disks(arguments.disks)
         log.warning("asked to resolve", disks=arguments.disks, owner=arguments.owner, pid=session.pid, uid=session.uid)
         await self._daemon.doubts.resolve(
             arguments.disks, Side(arguments.owner), is_other_fenced=arguments.i_have_fenced_the_other

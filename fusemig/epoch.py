@@ -3,7 +3,8 @@
 It lies beside the image as ``IMAGE.fusemig`` (or in ``--state-dir``). Only migrations write it: an image without
 one has never taken part in any and belongs to whoever opens it. Layout: two slots of 4 KiB, each one line of JSON
 padded with spaces; a write goes to the older slot and is followed by fdatasync, so a torn write leaves the other slot
-and no rename is needed at switchover. The valid slot with the higher counter counts.
+and no rename is needed at switchover. Only the first write, which has no other slot, is a file of its own that is
+renamed. The valid slot with the higher counter counts.
 
 What is read is made durable before it counts: a record that a killed daemon left in the page cache only would be acted
 on, perhaps by the other side too, and be gone after a power loss. For the same reason the directory is synced once by
@@ -15,6 +16,11 @@ every daemon that uses the file, not only by the one that created it.
     prepared     a destination's image, complete, not yet given         no: `serve --incoming` only
     handed-off   a source that said COMMIT and knows no more            no, until settled (`evidence_of`, `resolved`)
     released     a source whose disk lives elsewhere now                no
+    lending      released, and the destination still fetches from it    no
+    borrowing    owner, and parts of the image are at the source yet    yes: `serve --incoming` only
+
+The last two are of a post-copy migration (`fusemig.migration.lend`). A record that has to do with one is of version 2,
+so that a daemon which does not know them refuses the disk; all others are of version 1.
 """
 
 from __future__ import annotations
@@ -33,7 +39,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SLOT_SIZE: Final = 4096
-_VERSION: Final = 1
+_VERSION: Final = 2
+"""The latest that is understood."""
 
 
 class Ownership(Enum):
@@ -44,6 +51,8 @@ class Ownership(Enum):
     PREPARED = "prepared"
     HANDED_OFF = "handed-off"
     RELEASED = "released"
+    LENDING = "lending"
+    BORROWING = "borrowing"
 
 
 class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +71,23 @@ class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The wire of that migration, as far as a source has handed off over it; only ``native`` can be asked."""
     group: int = 0
     """How many disks that migration moves together, as far as a source has handed off."""
-    version: int = _VERSION
+    tls_creds: str = ""
+    """Where the credentials lie that a migration brought along, for asking its destination after a restart."""
+    tls_hostname: str = ""
+    """What the destination's certificate had to say, if that was not the host of the URI."""
+    is_loan: bool = False
+    """Whether the destination takes the disk over before it has all of it: `owner` is `borrowing` then."""
+    version: int = 1
+
+    def handed_over(self) -> EpochRecord:
+        """Return what a source's record becomes when the destination has taken the disk."""
+        state = Ownership.LENDING if self.is_loan else Ownership.RELEASED
+        return msgspec.structs.replace(self, state=state)
+
+    def taken(self) -> EpochRecord:
+        """Return what a destination's record becomes when it takes the disk."""
+        state = Ownership.BORROWING if self.is_loan else Ownership.OWNER
+        return msgspec.structs.replace(self, state=state)
 
 
 class _Slot(msgspec.Struct, frozen=True):
@@ -74,7 +99,7 @@ class _Slot(msgspec.Struct, frozen=True):
 class _Versioned(msgspec.Struct, frozen=True):
     """All that a record of any version has to have."""
 
-    version: int = _VERSION
+    version: int = 1
 
 
 class _LaterVersionError(Exception):
@@ -145,21 +170,17 @@ class EpochFile:
         Raises:
             StateError: it could not be made durable; the former record counts, and on the disk either may be.
         """
+        record = msgspec.structs.replace(record, version=_version_of(record))
         counter = self._counter + 1
         raw = msgspec.json.encode(record)
         line = msgspec.json.encode(_Slot(counter, xxh3_64_hexdigest(raw, seed=counter), msgspec.Raw(raw)))
         slot = line.ljust(_SLOT_SIZE - 1) + b"\n"
         assert len(slot) == _SLOT_SIZE
         try:
-            is_new = not self.path.exists()
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                if is_new:
-                    _pwrite(fd, b"\n".rjust(_SLOT_SIZE) * 2, 0)
-                _pwrite(fd, slot, (counter % 2) * _SLOT_SIZE)
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
+            if self.path.exists():
+                self._overwrite(slot, counter % 2)
+            else:
+                self._create(slot, counter % 2)
             if not self._is_linked:
                 sync_directory(self.path.parent)
                 self._is_linked = True
@@ -171,6 +192,27 @@ class EpochFile:
         self._counter = counter
         self.record = record
         self.is_certain = True
+
+    def _overwrite(self, slot: bytes, number: int) -> None:
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            _pwrite(fd, slot, number * _SLOT_SIZE)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    def _create(self, slot: bytes, number: int) -> None:
+        """Make the file whole under another name first: torn, it would have no other slot to go by."""
+        new = self.path.with_name(f"{self.path.name}.new")
+        new.unlink(missing_ok=True)
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            _pwrite(fd, b"\n".rjust(_SLOT_SIZE) * 2, 0)
+            _pwrite(fd, slot, number * _SLOT_SIZE)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+        new.rename(self.path)
 
     def assume(self, record: EpochRecord) -> None:
         """Go by ``record``, which could not be written but may be what is durable: for the safer of the two."""
@@ -222,6 +264,7 @@ def resolved(record: EpochRecord | None, owner: Side) -> EpochRecord:
             (Ownership.HANDED_OFF, Side.SOURCE): (Ownership.OWNER, 2),
             (Ownership.HANDED_OFF, Side.DESTINATION): (Ownership.RELEASED, 0),
             (Ownership.RELEASED, Side.SOURCE): (Ownership.OWNER, 2),
+            (Ownership.LENDING, Side.SOURCE): (Ownership.OWNER, 2),
             (Ownership.PREPARED, Side.SOURCE): (Ownership.INCOMING, 0),
             (Ownership.PREPARED, Side.DESTINATION): (Ownership.OWNER, 0),
         }.get((state, owner))
@@ -231,7 +274,9 @@ def resolved(record: EpochRecord | None, owner: Side) -> EpochRecord:
     if record is None or change is None:
         raise StateError(f"there is nothing to resolve: {_UNDOUBTED[state]}")
     new_state, skipped = change
-    return msgspec.structs.replace(record, state=new_state, epoch=record.epoch + skipped)
+    if owner is Side.DESTINATION:
+        return record.handed_over() if new_state is Ownership.RELEASED else record.taken()
+    return msgspec.structs.replace(record, state=new_state, epoch=record.epoch + skipped, is_loan=False)
 
 
 _UNDOUBTED: Final = {
@@ -241,7 +286,14 @@ _UNDOUBTED: Final = {
     Ownership.PREPARED: "the state is 'prepared'",
     Ownership.HANDED_OFF: "the state is 'handed-off'",
     Ownership.RELEASED: "the state is 'released': the destination owns the disk already",
+    Ownership.LENDING: "the state is 'lending': the destination owns the disk already, and fetches it from here",
+    Ownership.BORROWING: "the state is 'borrowing': this side owns the disk already, and fetches it from its source",
 }
+
+
+def _version_of(record: EpochRecord) -> int:
+    """Return the earliest version that understands a record."""
+    return 2 if record.is_loan else 1
 
 
 def _parse(slot: bytes) -> tuple[int, EpochRecord] | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fusemig.daemon import Daemon
     from fusemig.migration.incoming import IncomingMigration
-    from fusemig.migration.stats import DiskStatistics, PacingStatistics
+    from fusemig.migration.stats import DiskStatistics, MigrationStatistics, PacingStatistics
 
 
 def role(daemon: Daemon) -> schema.Role | UnsetType:
@@ -88,7 +88,7 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             role=schema.Role.SOURCE,
             session=stats.session,
             phase=stats.phase.value,
-            mode=schema.Mode.MIRROR if stats.pacing.is_mirror_wanted else schema.Mode.PRECOPY,
+            mode=_mode(stats),
             wire=schema.WireName(migration.wire),
             pass_=stats.pass_number,
             pacing=_pacing(stats.pacing),
@@ -111,6 +111,12 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             guest=guest_info(migration.guest.account(), migration.started_at),
         ),
     )
+
+
+def _mode(stats: MigrationStatistics) -> schema.Mode:
+    if stats.is_postcopy:
+        return schema.Mode.POSTCOPY
+    return schema.Mode.MIRROR if stats.pacing.is_mirror_wanted else schema.Mode.PRECOPY
 
 
 def _pacing(pacing: PacingStatistics) -> schema.MigrationPacing:
@@ -161,7 +167,7 @@ def _incoming_info(
             role=schema.Role.DESTINATION,
             session=stats.session,
             phase=stats.phase.value,
-            mode=schema.Mode.PRECOPY,
+            mode=schema.Mode.POSTCOPY if migration.is_loan else schema.Mode.PRECOPY,
             wire=schema.WireName(migration.wire),
             pass_=stats.pass_number,
             wire_bytes=stats.received_bytes,

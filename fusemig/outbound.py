@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import uuid
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.tracked import Gate
 from fusemig.doubt import in_doubt
 from fusemig.epoch import Ownership
 from fusemig.errors import InDoubtError, StateError
-from fusemig.migration.commit import SourceDisk
+from fusemig.migration.commit import Route, SourceDisk
+from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import SourceMigration
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
     from fusemig.announcer import Announcer
     from fusemig.credentials import Credentials
+    from fusemig.epoch import EpochRecord
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.pause import Pause
     from fusemig.runtimes.options import GuestOptions
@@ -84,6 +88,7 @@ class Outbound:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what `migrate` starts, until cancelled; `wind_down` comes first."""
         async with trio.open_nursery() as self._nursery:
+            self._lend_on()
             task_status.started()
             await trio.sleep_forever()
 
@@ -106,6 +111,7 @@ class Outbound:
         is_resumed: bool = False,
         reconnect_limit_s: float = 0.0,
         mirrors: bool = False,
+        is_postcopy: bool = False,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
@@ -121,6 +127,7 @@ class Outbound:
             is_resumed: go on with the migration of these disks that was interrupted last.
             reconnect_limit_s: as `MigrationParameters` has it.
             mirrors: as it has it.
+            is_postcopy: as `MigrationParameters` has it.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -142,7 +149,13 @@ class Outbound:
         for served in chosen:
             assert served.disk is not None
             lent.append(
-                SourceDisk(served.disk, served.epoch_file, partial(self._pause.push_out, served), served.dirty_file)
+                SourceDisk(
+                    served.disk,
+                    served.epoch_file,
+                    partial(self._pause.push_out, served),
+                    served.dirty_file,
+                    served.count_allocated,
+                )
             )
 
         self._secured[uri] = secure
@@ -151,11 +164,13 @@ class Outbound:
         )
         self.parameters.reconnect_limit_s = reconnect_limit_s
         self.parameters.mirrors = mirrors
+        self.parameters.is_postcopy = is_postcopy
         self._announcer.begin()
-        new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume)
+        route = Route("" if tls is None else str(tls.directory.absolute()), tls_hostname)
+        new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume, route=route)
         self.migration = new(
             lent,
-            partial(self.dial, uri_text),
+            partial(self._dial, uri),
             self.parameters,
             trio.to_thread.run_sync,
             self._on_phase,
@@ -171,11 +186,36 @@ class Outbound:
             served.busy = f"it is being migrated to {uri}"
         self._nursery.start_soon(self._run_outgoing, self.migration, chosen)
 
-    async def dial(self, uri_text: str) -> ByteStream:
-        """Connect as the migration to this URI did, or as the rules are now if that was before a restart."""
-        uri = parse_uri(uri_text)
-        secure = self._secured.get(uri) or self._security.outgoing(uri)
-        return await secure(await connect(uri, CONNECT_DEADLINE_S))
+    async def dial(self, record: EpochRecord) -> ByteStream:
+        """Connect as the migration of this record did: as is known of it, or as it left behind before a restart.
+
+        Raises:
+            FusemigError: there is no connection, or not by the rules as they are now.
+        """
+        uri = parse_uri(record.peer)
+        if uri not in self._secured:
+            given = None
+            if record.tls_creds:
+                given = await trio.to_thread.run_sync(load_credentials, Path(record.tls_creds), Endpoint.CLIENT)
+            self._secured[uri] = self._security.outgoing(uri, given, record.tls_hostname)
+        return await self._dial(uri)
+
+    async def _dial(self, uri: Uri) -> ByteStream:
+        return await self._secured[uri](await connect(uri, CONNECT_DEADLINE_S))
+
+    def start_postcopy(self) -> None:
+        """Have the migration that runs hand over at once.
+
+        Raises:
+            StateError: none runs, or it cannot be done with it.
+        """
+        migration = self.migration
+        if not isinstance(migration, SourceMigration) or not migration.may_start_postcopy:
+            raise StateError(
+                "postcopy can only be started during a migration over the native wire, before its hand-off and without "
+                "a guest"
+            )
+        self.parameters.is_postcopy = True
 
     def _resume_point(self, chosen: Sequence[ServedDisk]) -> ResumePoint:
         """Return where a migration of these disks was interrupted: as the last one knows, or the maps, or unknown."""
@@ -207,6 +247,10 @@ class Outbound:
                 )
             if served.busy:
                 raise StateError(f"disk '{served.name}' is busy: {served.busy}")
+            if served.loan is not None:
+                raise StateError(
+                    f"disk '{served.name}' is not all here yet: it can be migrated when its own migration has completed"
+                )
             if not served.is_writable:
                 raise StateError(f"disk '{served.name}' is read-only here, so there is nothing to hand off")
             if served.image is not None and served.image.io_error is not None:
@@ -223,12 +267,38 @@ class Outbound:
                 served.busy = ""
                 # A daemon that listens gets the disk back into the image that it released.
                 served.is_waiting = self._is_destination and served.ownership is Ownership.RELEASED
+            self._lend_on()
             self._on_over()
+
+    def _lend_on(self) -> None:
+        """Go on lending what a destination took over and does not have all of; for disks that nobody lends now."""
+        lent: dict[str, list[ServedDisk]] = {}
+        for served in self._disks.values():
+            record = served.epoch_file.record
+            if record is not None and record.state is Ownership.LENDING and not served.busy:
+                lent.setdefault(record.session, []).append(served)
+        assert self._nursery is not None
+        for disks in lent.values():
+            for served in disks:
+                served.busy = "its destination fetches from here what it lacks"
+            self._nursery.start_soon(self._lend, disks)
+
+    async def _lend(self, lent: Sequence[ServedDisk]) -> None:
+        record = lent[0].epoch_file.record
+        assert record is not None
+        disks = [LentDisk(served.name, served.disk.image, served.epoch_file) for served in lent if served.disk]
+        try:
+            await Lending(disks, partial(self.dial, record), trio.to_thread.run_sync).run()
+        finally:
+            for served in lent:
+                served.busy = ""
+                served.look_again(is_destination=self._is_destination)
 
     def settled(self, settled: Sequence[ServedDisk]) -> None:
         """Have the rest of the daemon follow disks of which it is known again who owns them."""
         for served in settled:
             served.look_again(is_destination=self._is_destination)
+        self._lend_on()
         if any(served.disk is not None and served.disk.gate is Gate.OPEN for served in settled):
             self._announcer.writable_again()
         migration = self.migration

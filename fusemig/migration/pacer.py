@@ -207,7 +207,7 @@ class Pacer:
         return min(self._bandwidth, self._parameters.max_bandwidth or self._bandwidth)
 
     def _wanted(self) -> Reach:
-        if self._is_suspended:
+        if self._is_suspended or self._parameters.is_postcopy:  # then the destination fetches what it lacks
             return Reach.NONE
         return Reach.ALL if self._is_mirror_wanted else self._escalation.reach
 
