@@ -72,7 +72,7 @@ _CLEAN: Final = b"0" * BLOCKS_PER_CHUNK
 _DIRTY: Final = ord("1")
 
 MAX_FRESH: Final = 1024
-"""Chunks whose marks wait for a look at the trackers; half a KiB each."""
+"""Chunks whose marks may wait to get into the trackers, half a KiB each; others are marked there, under the lock."""
 
 MAX_PARKED_WRITES: Final = 1024
 """Parked writes per disk; further ones are answered EAGAIN so that one frozen disk cannot starve the others."""
@@ -242,25 +242,27 @@ class TrackedDisk(Disk):
                     else:
                         _mark_run(marks, first & _IN_CHUNK, ((end - 1 >> _BLOCK_SHIFT) & _IN_CHUNK) + 1)
                     return regime
-            is_noted = _has_noted(regime.noted, offset, length)
-            if is_noted and self._mark(regime, offset, length):
+            is_noted = (
+                regime.noted[chunk >> 3] >> (chunk & 7) & 1 if is_in_chunk else _has_noted(regime.noted, offset, length)
+            )
+            if is_noted and self._mark(regime, offset, length, chunk if is_in_chunk else None):
                 return regime
             self._leave(regime)
             if not is_noted:
                 self._note(offset, length)
 
-    def _mark(self, regime: _Regime, offset: int, length: int) -> bool:
-        """Mark a noted write that is inside, in the trackers; return False if the regime was replaced meanwhile."""
+    def _mark(self, regime: _Regime, offset: int, length: int, chunk: int | None) -> bool:
+        """Mark a noted write that is inside, in the trackers; return False if the regime was replaced meanwhile.
+
+        The next write to ``chunk``, if that is the only one that it touches, may find bytes there to mark.
+        """
         with self._lock:
             if self._regime is not regime:
                 return False
             self._mark_in_trackers(offset, length)
-            fresh, touched = regime.fresh, chunks_of(offset, length)
-            if fresh is not None and len(touched) == 1:
-                if len(fresh) >= MAX_FRESH:
-                    self.absorb(fresh)
-                    return False  # by its own doing
-                fresh.setdefault(touched.start, bytearray(_CLEAN))  # for the next write there
+            fresh = regime.fresh
+            if fresh is not None and chunk is not None and len(fresh) < MAX_FRESH:
+                fresh.setdefault(chunk, bytearray(_CLEAN))
             return True
 
     def _mark_in_trackers(self, offset: int, length: int) -> None:

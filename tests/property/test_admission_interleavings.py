@@ -3,7 +3,7 @@
 Both calls run in lockstep threads that are traced. The write runs to its step i, the other call to its step j, then the
 write to its end, or as far as the lock lets it, then the other call: for every i and j, so each may find the other
 anywhere. A step is a line of `fusemig.disk.tracked`, and of j every third is tried, another third for the next i; with
-``--nightly`` a step is an instruction, and every j is tried.
+``--nightly`` a step of the write is an instruction, and every j is tried.
 
 Each of these was tried by hand and is found: the marks looked at before the regime is replaced, or the regime not
 replaced, or not by a take; either mark or the second look of a write left out; the look whether it is still the regime
@@ -253,7 +253,7 @@ def run(other: Other, i: int, j: int, *, is_known: bool, by_instruction: bool) -
     """
     world = World(is_known=is_known)
     writing = Stepped(world.write, i, by_instruction=by_instruction)
-    meeting = Stepped(lambda: other(world), j, by_instruction=by_instruction)
+    meeting = Stepped(lambda: other(world), j, by_instruction=False)
     while not (writing.is_over and meeting.is_over):
         if not writing.is_over:
             writing.resume()
