@@ -190,6 +190,10 @@ class TrackedDisk(Disk):
         finally:
             self._end(offset, length, regime)
 
+    def waits_for_peer(self, offset: int, length: int, *, is_write: bool) -> bool:
+        """Ask the image."""
+        return self.image.waits_for_peer(offset, length, is_write=is_write)
+
     def write_zeroes(self, offset: int, length: int) -> None:
         """Admit, mark, zero, mark again; raises as `pwrite` does."""
         regime = self._admit(offset, length)
@@ -415,6 +419,10 @@ class TrackedDisk(Disk):
         """How many writes wait for the gate."""
         return len(self._parked)
 
+    def replace_image(self, image: Disk) -> None:
+        """Put another layer of the same bytes below; requests that are under way end in the former one."""
+        self.image = image
+
     # Persistent maps, for the migration and the daemon
 
     def attach_map(self, one: DirtyMap) -> None:
@@ -516,6 +524,11 @@ class Tracking:
         self._lock = lock
         self._tracker = tracker
 
+    def _complete(self) -> ChunkTracker:
+        """Return the tracker with every mark in it; under the lock, and for whoever asks what is dirty."""
+        self.disk.absorb_all()
+        return self._tracker
+
     def mark_chunks(self, first: int, stop: int) -> None:
         """Mark chunks as wholes (the start of a migration)."""
         with self._lock:
@@ -583,14 +596,17 @@ class Tracking:
     def next_dirty(self, start: int) -> int | None:
         """Return the first dirty chunk at or after ``start``; None where there is none."""
         with self._lock:
-            self.disk.absorb_all()
-            return self._tracker.next_dirty(start)
+            return self._complete().next_dirty(start)
 
     def next_clean(self, start: int) -> int:
         """Return the first chunk at or after ``start`` that is not dirty; beyond the disk where there is none."""
         with self._lock:
-            self.disk.absorb_all()
-            return self._tracker.next_clean(start)
+            return self._complete().next_clean(start)
+
+    def dirty_runs(self) -> list[tuple[int, int]]:
+        """Return ``(first, stop)`` of each run of dirty 4 KiB blocks; for a closed gate, as it may take long."""
+        with self._lock:
+            return list(self._complete().dirty_runs())
 
     def stop(self) -> None:
         """Detach from the disk; idempotent."""
@@ -600,15 +616,13 @@ class Tracking:
     def dirty_bytes(self) -> int:
         """Bytes to be sent."""
         with self._lock:
-            self.disk.absorb_all()
-            return self._tracker.dirty_bytes
+            return self._complete().dirty_bytes
 
     @property
     def dirty_chunks(self) -> int:
         """Chunks to be sent, wholly or in part."""
         with self._lock:
-            self.disk.absorb_all()
-            return self._tracker.dirty_chunks
+            return self._complete().dirty_chunks
 
     @property
     def in_flight_chunks(self) -> int:
@@ -619,15 +633,13 @@ class Tracking:
     def pending_bytes(self) -> int:
         """Bytes to be sent or acknowledged."""
         with self._lock:
-            self.disk.absorb_all()
-            return self._tracker.pending_bytes
+            return self._complete().pending_bytes
 
     @property
     def is_clean(self) -> bool:
         """Whether the destination holds every byte that was ever marked."""
         with self._lock:
-            self.disk.absorb_all()
-            return self._tracker.is_clean
+            return self._complete().is_clean
 
 
 def _has_noted(noted: bytearray, offset: int, length: int) -> bool:
