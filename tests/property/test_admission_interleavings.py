@@ -2,7 +2,7 @@
 
 Both calls run in lockstep threads that are traced. The write runs to its step i, the other call to its step j, then the
 write to its end, or as far as the lock lets it, then the other call: for every i and j, so each may find the other
-anywhere. A step is a line of `fusemig.disk.tracked`, and of j every third is tried, another third for the next i; with
+anywhere. A step is a line of the tracked layer, and of j every third is tried, another third for the next i; with
 ``--nightly`` a step of the write is an instruction, and every j is tried.
 
 Each of these was tried by hand and is found: the marks looked at before the regime is replaced, or the regime not
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
-from fusemig.disk import tracked
+from fusemig.disk import tracked, tracking
 from fusemig.disk.dirty_map import DirtyMap, MapBase, Since, dirty_file_size
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
@@ -73,7 +73,7 @@ class Stepped(Lockstep):
         self.n_steps = 0
 
         def trace(frame: FrameType, event: str, _argument: object) -> Tracer | None:
-            if frame.f_code.co_filename != tracked.__file__:
+            if frame.f_code.co_filename not in (tracked.__file__, tracking.__file__):
                 return None
             frame.f_trace_opcodes, frame.f_trace_lines = by_instruction, not by_instruction
             if event in ("line", "opcode"):

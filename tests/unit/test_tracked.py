@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fusemig.disk.base import Buffer
-    from fusemig.disk.tracked import Tracking
+    from fusemig.disk.tracking import Tracking
 
 SIZE = 3 * CHUNK_SIZE + 1536
 
