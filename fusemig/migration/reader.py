@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fusemig.disk.base import Buffer
-    from fusemig.disk.tracked import TrackedDisk, Tracking
+    from fusemig.disk.tracked import TrackedDisk
+    from fusemig.disk.tracking import Tracking
     from fusemig.migration.link import BufferPool
 
 ZERO_SHARE: Final = 16

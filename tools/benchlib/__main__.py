@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from benchlib import chart, report
 from benchlib.measure import BenchError, Row, say
-from benchlib.rows_bulk import row_b1, row_b2, row_b3
+from benchlib.rows_bulk import row_b1, row_b2, row_b3, row_b4
 from benchlib.rows_dirty import row_d1, row_d2, row_d3
 from benchlib.rows_mount import row_m1, row_m2, row_m3, row_m4
 from benchlib.rows_scale import row_s1, row_s2
@@ -33,6 +33,7 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
     "B1": row_b1,
     "B2": row_b2,
     "B3": row_b3,
+    "B4": row_b4,
     "D1": row_d1,
     "D2": row_d2,
     "D3": row_d3,
