@@ -19,6 +19,7 @@ from fusemig.credentials import Endpoint
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import Ownership, Side
 from fusemig.errors import ConfigError
+from fusemig.migration.order import Order
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
 from fusemig.migration_info import incoming_info, migration_info, role
 from fusemig.phase import QMP_STATUS, MigrationPhase
@@ -145,6 +146,11 @@ class _Commands:
         reconnect = arguments.x_fusemig_reconnect
         if is_qemu and (arguments.resume or reconnect is not UNSET):
             raise CommandError("'resume' and 'x-fusemig-reconnect' do not go with QEMU's wire: leave them out")
+        order = Order(arguments.x_fusemig_order)
+        if is_qemu and order is not Order.SEQUENTIAL:
+            raise CommandError(
+                "'x-fusemig-order' does not go with QEMU's wire, whose order is sequential: leave it out"
+            )
         try:
             parse_uri(arguments.uri)
         except ConfigError as exc:
@@ -164,6 +170,7 @@ class _Commands:
             is_insecure=arguments.x_fusemig_insecure,
             is_resumed=arguments.resume,
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
+            order=order,
         )
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:

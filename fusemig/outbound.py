@@ -13,6 +13,7 @@ from fusemig.doubt import in_doubt
 from fusemig.epoch import Ownership
 from fusemig.errors import InDoubtError, StateError
 from fusemig.migration.commit import SourceDisk
+from fusemig.migration.order import Order
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import SourceMigration
@@ -105,6 +106,7 @@ class Outbound:
         is_insecure: bool = False,
         is_resumed: bool = False,
         reconnect_limit_s: float = 0.0,
+        order: Order = Order.SEQUENTIAL,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
@@ -119,6 +121,7 @@ class Outbound:
             is_insecure: plain text may cross the network.
             is_resumed: go on with the migration of these disks that was interrupted last.
             reconnect_limit_s: as `MigrationParameters` has it.
+            order: of the bulk phase; QEMU's wire knows the sequential one only.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -148,6 +151,7 @@ class Outbound:
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
         )
         self.parameters.reconnect_limit_s = reconnect_limit_s
+        self.parameters.order = order
         self._announcer.begin()
         new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume)
         self.migration = new(

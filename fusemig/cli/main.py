@@ -120,6 +120,13 @@ def serve(log_format: str, **options: Any) -> None:
     "--wire", type=click.Choice(["native", "qemu"]), default="native", help="qemu: QEMU's own; it proves nothing."
 )
 @click.option("--machine", metavar="TYPE", help="Machine type of the QEMU at URI, such as pc-q35-7.2.")
+@click.option(
+    "--order",
+    type=click.Choice(["sequential", "heat"]),
+    default="sequential",
+    show_default=True,
+    help="Of the bulk phase; heat: what guests write all the time is sent last.",
+)
 @click.option("--compress", metavar="zstd[:LEVEL]")
 @click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
 @click.option("--resume", is_flag=True, help="Go on with a migration that was interrupted; sends what is missing.")

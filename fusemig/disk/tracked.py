@@ -34,6 +34,7 @@ import structlog
 from fusemig.bitmap import ChunkBitmap
 from fusemig.disk.base import Disk
 from fusemig.errors import DiskError, GateClosedError
+from fusemig.heat import Heat
 from fusemig.tracker import ChunkTracker
 from fusemig.units import CHUNK_SIZE, chunks_of, n_chunks
 
@@ -89,6 +90,8 @@ class TrackedDisk(Disk):
         """Lay the guest's side over ``image``; `close` closes the image too."""
         self.image = image
         self.name = image.name
+        self.heat = Heat(image.size)
+        """What guests write, for migrations to come; noted without the lock."""
         self._lock = threading.Lock()
         self._drained = threading.Condition(self._lock)
         # Guarded by _lock:
@@ -151,6 +154,8 @@ class TrackedDisk(Disk):
         length = len(data)
         n_taken = self._admit(offset, length)
         try:
+            if length:
+                self.heat.note(offset, length)
             self.image.pwrite(data, offset)
         finally:
             self._end(offset, length, n_taken)

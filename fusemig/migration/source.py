@@ -33,6 +33,7 @@ from fusemig.errors import (
 )
 from fusemig.migration.commit import OutgoingHandoff
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
+from fusemig.migration.order import HeatOrder, Order
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.reader import PassReader
 from fusemig.migration.resume import (
@@ -362,10 +363,10 @@ class SourceMigration(OutgoingMigration):
     async def _run_pass(self, *, is_limited: bool) -> None:
         """Send everything that is dirty once, and wait until it is acknowledged."""
         self._begin_pass()
-        self._reader.begin_pass()
+        is_bulk = self._machine.phase is MigrationPhase.BULK
+        self._reader.begin_pass(self._heat_order() if is_bulk and self._parameters.order is Order.HEAT else None)
         link = self._link
         sender, need = self._sender, Need.SLICE
-        is_bulk = self._machine.phase is MigrationPhase.BULK
         run_slice = partial(sender.run_slice, self._reader, link.stream, is_courteous=is_bulk)
         while need is not Need.NOTHING:
             if need is Need.ACKNOWLEDGEMENT:
@@ -384,6 +385,9 @@ class SourceMigration(OutgoingMigration):
             await self._say_progress(link)  # which has the destination acknowledge at once
         await self._wait_progress(lambda: not sender.unacknowledged)
         self._stalled_since = None
+
+    def _heat_order(self) -> HeatOrder:
+        return HeatOrder([(disk.disk.heat, disk.disk.size) for disk in self._disks])
 
     async def _wait_progress(self, condition: Callable[[], bool]) -> None:
         while not condition():

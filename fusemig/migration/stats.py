@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from fusemig.migration.order import Order
+
 if TYPE_CHECKING:
     from fusemig.phase import MigrationPhase
 
@@ -28,6 +30,8 @@ class MigrationParameters:
     """Wait for `proceed` when converged."""
     freeze_deadline_s: float = FREEZE_DEADLINE_S
     taken_deadline_s: float = TAKEN_DEADLINE_S
+    order: Order = Order.SEQUENTIAL
+    """Of the chunks of the bulk phase."""
     reconnect_limit_s: float = 0.0
     """How long to try to get a lost connection back, in seconds without progress; 0: not at all."""
 

@@ -141,6 +141,15 @@ class Mode(StrEnum):
     """The destination takes over first and fetches what it lacks."""
 
 
+class Order(StrEnum):
+    """In which order the bulk phase sends chunks."""
+
+    SEQUENTIAL = "sequential"
+    """Ascending, as QEMU does."""
+    HEAT = "heat"
+    """What guests write most comes last."""
+
+
 class WireName(StrEnum):
     """The stream format."""
 
@@ -202,6 +211,7 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     """The machine type of a destination that is a QEMU, which insists on its own; goes with ``qemu``."""
     x_fusemig_reconnect: UInt63 | UnsetType = UNSET
     """How long to try to get a lost connection back, in milliseconds without progress; absent or 0: not at all."""
+    x_fusemig_order: Order = Order.SEQUENTIAL
     x_fusemig_compress: str | UnsetType = UNSET
     """``zstd`` or ``zstd:LEVEL``; absent: as the parameters say."""
     x_fusemig_guest: str | UnsetType = UNSET
