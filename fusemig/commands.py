@@ -19,6 +19,7 @@ from fusemig.credentials import Endpoint
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import Ownership, Side
 from fusemig.errors import ConfigError
+from fusemig.estimate import estimate
 from fusemig.migration.order import Order
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
 from fusemig.migration_info import incoming_info, migration_info, role
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fusemig.control import Session
     from fusemig.daemon import Daemon
     from fusemig.qmp import block, objects
+    from fusemig.qmp.estimate import EstimateInfo
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +68,7 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "quit": commands.quit,
         "human-monitor-command": commands.human_monitor_command,
         "x-fusemig-status": commands.status,
+        "x-fusemig-estimate": commands.estimate,
         "x-fusemig-resolve": commands.resolve,
     }
     return {name: Command(schema.COMMANDS[name], function) for name, function in functions.items()}
@@ -132,10 +135,7 @@ class _Commands:
         ):
             if is_asked:
                 raise CommandError(f"'{name}' is not supported by version {__version__}: leave it out")
-        disks = None if isinstance(arguments.x_fusemig_disks, UnsetType) else arguments.x_fusemig_disks
-        for name in disks or ():
-            if name not in self._daemon.disks:
-                raise DeviceNotFoundError(name, self._daemon.disks)
+        disks = self._known(arguments.x_fusemig_disks)
         machine = None if isinstance(arguments.x_fusemig_machine, UnsetType) else arguments.x_fusemig_machine
         is_qemu = arguments.x_fusemig_wire is schema.WireName.QEMU
         if machine is not None and not is_qemu:
@@ -172,6 +172,14 @@ class _Commands:
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
             order=order,
         )
+
+    def _known(self, names: list[str] | UnsetType) -> list[str] | None:
+        if isinstance(names, UnsetType):
+            return None
+        for name in names:
+            if name not in self._daemon.disks:
+                raise DeviceNotFoundError(name, self._daemon.disks)
+        return names
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
@@ -286,6 +294,18 @@ class _Commands:
             handler_errors=0 if daemon.mount is None else daemon.mount.statistics().handler_errors,
             incoming=incoming_info(daemon),
             migration=UNSET if info.status is UNSET else info,
+        )
+
+    async def estimate(self, _session: Session, arguments: schema.Estimate) -> EstimateInfo:
+        disks = self._known(arguments.disks)
+        await self._daemon.wait_ready()
+        limit = arguments.downtime_limit
+        return await estimate(
+            self._daemon.outbound,
+            None if isinstance(arguments.uri, UnsetType) else arguments.uri,
+            None if isinstance(arguments.link, UnsetType) else arguments.link,
+            disks,
+            None if isinstance(limit, UnsetType) else limit / 1000,
         )
 
     async def resolve(self, session: Session, arguments: schema.Resolve) -> None:

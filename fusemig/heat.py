@@ -8,7 +8,7 @@ two threads that meet get wrong stays wrong.
                        to walk over a disk. Anonymous memory: what was never written is never resident.
     the working set    how many different blocks are written within a time (`fusemig.working_set`). A slot for each
                        block, found by a hash, holds the epoch of its last write; the first write of an epoch to a slot
-                       counts the interval since the one before.
+                       counts the interval since the one before. 64 KiB for each disk that is written.
 
 An epoch is a second; `tick` ends it. A write to a slot that was written in the same epoch costs one comparison.
 
@@ -66,7 +66,7 @@ class Heat:
         self._size = size
         # Written by `note`:
         self._chunks = memoryview(mmap(-1, max(2 * n_chunks(size), 1) + 1 & ~1)).cast("H")
-        self._slots = bytearray(_N_SLOTS)
+        self._slots = mmap(-1, _N_SLOTS)
         self._intervals = [0] * _EPOCHS
         # Written by `tick`:
         self._epoch = 1
@@ -145,27 +145,30 @@ class Heat:
             written_bytes: that guests have ever written.
             n_writes: in how many requests.
         """
-        seen, self._intervals = self._intervals, [0] * _EPOCHS  # a write that is just being noted may be lost
         before, self._counters = self._counters, (written_bytes, n_writes)
+        seen: list[int] | None = None
+        if self._counters != before:
+            seen, self._intervals = self._intervals, [0] * _EPOCHS  # a write that is just being noted may be lost
         took_s, self._ticked_at = now - self._ticked_at, now
         self._n_epochs += 1
         if self._n_epochs:  # what came before the first tick took an unknown time
             self.observed_s += took_s
-            self._count(seen, written_bytes - before[0], n_writes - before[1], took_s)
+            watched = min(self._n_epochs - 1, HORIZON)
+            self._weights[watched] += 1
+            self._seconds += took_s
+            if seen is not None:
+                self._count(seen, watched)
+                self._blocks += max((written_bytes - before[0]) / BLOCK_SIZE, n_writes - before[1])
         self._epoch = self._epoch % _EPOCHS + 1
         if self._n_epochs % MEMORY_EPOCHS == 0:
             self._fade()
         self._chunk_epoch = self._n_epochs // HALVING_EPOCHS & 0xFF
 
-    def _count(self, seen: list[int], n_bytes: int, n_writes: int, took_s: float) -> None:
-        watched = min(self._n_epochs - 1, HORIZON)
-        self._weights[watched] += 1
+    def _count(self, seen: list[int], watched: int) -> None:
         self._first[watched] += seen[0]
         for interval, n in enumerate(seen):
             if n and interval:
                 self._again[min(interval, HORIZON)] += n
-        self._blocks += max(n_bytes / BLOCK_SIZE, n_writes)
-        self._seconds += took_s
 
     def _fade(self) -> None:
         """Have what was seen count half, and forget writes so old that their epoch would come round again."""
@@ -173,11 +176,12 @@ class Heat:
             counts[:] = [n / 2 for n in counts]
         self._blocks /= 2
         self._seconds /= 2
-        old = (self._epoch + age for age in range(1, _EPOCHS - HORIZON))
+        if self._blocks < 1 / _N_SLOTS:
+            return  # nobody writes: what no write has touched is not to become resident
         forget = bytearray(range(256))
-        for epoch in old:
-            forget[(epoch - 1) % _EPOCHS + 1] = 0
-        self._slots[:] = self._slots.translate(forget)
+        for age in range(1, _EPOCHS - HORIZON):
+            forget[(self._epoch + age - 1) % _EPOCHS + 1] = 0
+        self._slots[:] = self._slots[:].translate(forget)
 
     def working_set(self) -> WorkingSet:
         """Return what guests write within a time, as far as it was seen."""

@@ -135,7 +135,7 @@ class Outbound:
         if self.is_migrating:
             raise StateError("There's a migration process in progress")
         secure = self._security.outgoing(uri, tls, tls_hostname, is_insecure=is_insecure)
-        chosen = self._choose(names)
+        chosen = self.choose(names)
         resume = self._resume_point(chosen) if is_resumed else None
         if self.migration is not None and (resume is None or not resume.disks):
             self.migration.forget()
@@ -189,7 +189,12 @@ class Outbound:
             session = uuid.uuid4().hex  # one that no journal is of: contents are compared
         return ResumePoint(session)
 
-    def _choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
+    def choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
+        """Return the named disks, or every writable one.
+
+        Raises:
+            StateError: one of them cannot be migrated now.
+        """
         if names is None:
             chosen = [served for served in self._disks.values() if served.is_writable and not served.is_read_only]
             if not chosen and any(served.is_waiting for served in self._disks.values()):

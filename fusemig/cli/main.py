@@ -168,6 +168,27 @@ def migrate(socket: Path, uri: str, **options: Any) -> None:
 
 @cli.command()
 @SOCKET
+@click.argument("uri", required=False)
+@click.option(
+    "--link", type=_Rate(), metavar="RATE", help="What the way to URI carries, such as 100M (default: measure it)."
+)
+@click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
+@click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def estimate(socket: Path, uri: str | None, **options: Any) -> None:
+    """Say what `migrate SOCKET URI` would take if it began now; nothing is started.
+
+    The daemon watches what guests write all the time: the longer it has, the better the estimate. Without --link it
+    sends to URI for a second to see how fast the way there is; with it, URI may be left out. A migration that
+    would not converge is named with what would make it.
+    """
+    from fusemig.cli.estimate import EstimateRequest, estimate_command
+
+    sys.exit(run(estimate_command, EstimateRequest(socket=socket, uri=uri, **options)))
+
+
+@cli.command()
+@SOCKET
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(socket: Path, as_json: bool) -> None:
     """Show the disks, the gates and the migration of the daemon at SOCKET."""

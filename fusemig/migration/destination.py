@@ -23,6 +23,7 @@ from fusemig.failpoint import reach
 from fusemig.handoff import DestinationEvent, DestinationHandoff, DestinationState
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink, Need
+from fusemig.migration.probe import answer_probes
 from fusemig.migration.receipt import Receipt
 from fusemig.migration.receiver import FrameReceiver
 from fusemig.migration.witness import Witness
@@ -80,7 +81,7 @@ class DestinationMigration(IncomingMigration):
         self._first: native.Event | None = None
 
     async def run(self) -> None:
-        """Receive (`IncomingMigration.run`), or answer a source that asks who owns its disks.
+        """Receive (`IncomingMigration.run`), or answer a source that asks who owns its disks or how fast the way is.
 
         A question leaves `phase` at NONE, or at COMPLETED if disks were taken over.
         """
@@ -90,6 +91,10 @@ class DestinationMigration(IncomingMigration):
                 self.is_question = True
                 self.session = self._first.session
                 await Witness(self._link, self._host, self._offload, self._on_taken).answer(self._first)
+                return
+            if isinstance(self._first, native.Probe) and not self._refusal:
+                self.is_question = True
+                await answer_probes(self._link)
                 return
         except FusemigError as exc:
             self.error = exc
@@ -110,7 +115,7 @@ class DestinationMigration(IncomingMigration):
     async def _meet(self) -> list[IncomingDisk]:
         if isinstance(self._first, native.Hello):
             return await self._claim(self._first)
-        if isinstance(self._first, native.Ask):
+        if isinstance(self._first, native.Ask | native.Probe):
             await self._refuse(self._refusal)
             raise PeerRefusedError(self._refusal)
         raise RemoteProtocolError(f"{self.peer} began with {type(self._first).__name__}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from fusemig.migration.order import Order
 
 if TYPE_CHECKING:
+    from fusemig.forecast import Prediction
     from fusemig.phase import MigrationPhase
 
 DEFAULT_DOWNTIME_LIMIT_S: Final = 0.3
@@ -89,6 +90,7 @@ class MigrationStatistics:
     dirty_rate: float
     """Bytes per second dirtied lately."""
     expected_downtime_s: float
+    """As predicted; before and after that, what is pending over the bandwidth."""
     setup_s: float
     total_s: float
     frozen_s: float
@@ -98,6 +100,8 @@ class MigrationStatistics:
     passes_without_progress: int
     error: str | None
     error_kind: str | None
+    prediction: Prediction | None = None
+    """What is to be expected, while passes run and the link is known."""
     n_reconnects: int = 0
     """How often the connection was lost and made again."""
     kept_bytes: int = 0

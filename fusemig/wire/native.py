@@ -79,6 +79,8 @@ class FrameType(IntEnum):
     HAVE = 24  # destination: what it holds of some chunks
     JOURNALED = 25  # destination: every frame up to `sequence` is durable and journaled
     KEPT = 26  # source: which of the chunks of a HAVE are equal here
+    PROBE = 0x60  # source, instead of HELLO, many times: how fast is the way to you?
+    PROBED = 0x61  # destination: the answer to each
 
 
 RESUME: Final = "resume"
@@ -256,6 +258,16 @@ class Journaled(msgspec.Struct, frozen=True):
     sequence: int
 
 
+class Probe(msgspec.Struct, frozen=True):
+    """So many bytes, to see how fast they come; nothing is done with them."""
+
+    padding: bytes = b""
+
+
+class Probed(msgspec.Struct, frozen=True):
+    """A `Probe` has arrived."""
+
+
 class Ack(NamedTuple):
     """Every DATA and ZERO frame up to ``sequence`` is in the destination's image."""
 
@@ -280,6 +292,8 @@ Message = (
     | Have
     | Journaled
     | Kept
+    | Probe
+    | Probed
 )
 
 _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
@@ -300,6 +314,8 @@ _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
     FrameType.HAVE: Have,
     FrameType.JOURNALED: Journaled,
     FrameType.KEPT: Kept,
+    FrameType.PROBE: Probe,
+    FrameType.PROBED: Probed,
 }
 _TYPE_OF: Final = {message: frame_type for frame_type, message in _MESSAGE_TYPES.items()}
 _DECODERS: Final = {frame_type: msgspec.json.Decoder(message) for frame_type, message in _MESSAGE_TYPES.items()}
@@ -317,6 +333,7 @@ FROM_SOURCE: Final = frozenset(
         FrameType.ABORT,
         FrameType.ASK,
         FrameType.KEPT,
+        FrameType.PROBE,
     }
 )
 FROM_DESTINATION: Final = frozenset(FrameType) - FROM_SOURCE | {FrameType.ABORT}

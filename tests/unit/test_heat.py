@@ -166,11 +166,12 @@ def test_the_past_is_forgotten() -> None:
 def test_old_epochs_do_not_come_round() -> None:
     """A block that is written every 255 epochs, when numbers repeat, is never taken for one written just now."""
     heat = Heat(GIB)
+    heat.tick(0.0, 0, 0)
     for tick in range(800):
         if tick % 255 == 0:
             heat.note(0, BLOCK_SIZE)
             assert heat.level(0) == 1
-        heat.tick(float(tick), 0, 0)
+        heat.tick(float(tick), 0, 1 + tick // 255)
     assert heat.working_set().after(HORIZON) <= 2 * BLOCK_SIZE
 
 
