@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from fusemig.working_set import WorkingSet
 
-HANDOFF_S: Final = 0.015
-"""What a switchover takes beside the last bytes: draining, syncs, epoch files, messages. Measured: bench row D3."""
+HANDOFF_S: Final = 0.01
+"""What a switchover takes beside the last bytes: draining, syncs, epoch files, messages. Measured on tmpfs: bench row F1."""
 PASS_S: Final = 0.003
 """What a pass takes beside its bytes: waiting for the last acknowledgement. Measured."""
 
