@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fusemig.working_set import WorkingSet
 
 HANDOFF_S: Final = 0.01
-"""What a switchover takes beside the last bytes: draining, syncs, epoch files, messages. Measured on tmpfs: bench row F1."""
+"""What a switchover takes beside the last bytes: draining, syncs, epoch files, messages. Bench row F1, on tmpfs."""
 PASS_S: Final = 0.003
 """What a pass takes beside its bytes: waiting for the last acknowledgement. Measured."""
 
