@@ -117,15 +117,22 @@ class PassReader:
         self._sequence = 0
         self._disk_index = 0
         self._chunk = 0
+        self._only_holes = False
         self._order: HeatOrder | None = None
         self._zeros: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
         self._open: _OpenFrame | None = None
 
-    def begin_pass(self, order: HeatOrder | None = None) -> None:
-        """Put the cursor back to the first chunk of the first disk; ``order`` says which chunks wait."""
+    def begin_pass(self, order: HeatOrder | None = None, *, only_holes: bool = False) -> None:
+        """Put the cursor back to the first chunk of the first disk.
+
+        Args:
+            order: says which chunks wait; None: none does.
+            only_holes: leave all that is dirty.
+        """
         self._disk_index = 0
         self._chunk = 0
         self._order = order
+        self._only_holes = only_holes
 
     def read_batch(self, limit_bytes: int) -> Batch | None:
         """Return frames of about ``limit_bytes``, or None at the end of the pass.
@@ -140,7 +147,7 @@ class PassReader:
             disk = self._disks[self._disk_index]
             if disk.holes:
                 self._send_holes(disk, batch)
-            taken = self._take_next(disk)
+            taken = None if self._only_holes else self._take_next(disk)
             if taken is None:
                 self._close_frames(batch)
                 self._go_on()
