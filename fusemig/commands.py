@@ -157,6 +157,10 @@ class _Commands:
             raise CommandError(
                 "'x-fusemig-order' does not go with QEMU's wire, whose order is sequential: leave it out"
             )
+        if is_postcopy and order is not Order.SEQUENTIAL:
+            raise CommandError(
+                "'x-fusemig-order' is that of a bulk phase, and post-copy begins with none: leave it out"
+            )
         try:
             parse_uri(arguments.uri)
         except ConfigError as exc:

@@ -91,10 +91,10 @@ def test_a_running_migration_says_how_long_it_will_take(hosts: Hosts) -> None:
     assert "eta" not in source.migration()["x-fusemig"]
 
 
-def test_order_and_qemu_wire_do_not_go_together(hosts: Hosts) -> None:
-    """It is refused, and nothing is started."""
+def test_what_an_order_does_not_go_with(hosts: Hosts) -> None:
+    """QEMU's wire and post-copy: it is refused, and nothing is started."""
     source, destination = hosts.pair(2 * MIB)
-    arguments = {"uri": destination.uri, "x-fusemig-wire": "qemu", "x-fusemig-order": "heat"}
-    with pytest.raises(QmpRefusedError, match="sequential"):
-        source.qmp.execute("migrate", arguments)
+    for other, text in (({"x-fusemig-wire": "qemu"}, "sequential"), ({"x-fusemig-mode": "postcopy"}, "bulk phase")):
+        with pytest.raises(QmpRefusedError, match=text):
+            source.qmp.execute("migrate", {"uri": destination.uri, "x-fusemig-order": "heat"} | other)
     assert source.phase() == "none"
