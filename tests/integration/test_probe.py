@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from fusemig.errors import FusemigError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import ConnectionLostError, FusemigError, PeerRefusedError, RemoteProtocolError
 from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.link import BufferPool, NativeLink
 from fusemig.migration.probe import LONGEST_S, Path, measure
@@ -25,20 +26,29 @@ if TYPE_CHECKING:
     from support.streams import MemoryStream
 
 
-async def carry(stream: MemoryStream, onward: MemoryStream, bytes_per_s: float) -> None:
-    """Carry bytes on, so many a second."""
+async def carry(stream: MemoryStream, onward: MemoryStream, bytes_per_s: float, delay_s: float) -> None:
+    """Carry bytes on, so many a second, each for so long."""
     piece = bytearray(4096)
-    while True:
-        await stream.wait_readable()
-        n = stream.receive_nowait(memoryview(piece))
-        if not n:
-            break
-        await trio.sleep(n / bytes_per_s)
-        onward.send_nowait([piece[:n]])
+
+    async def deliver(data: bytes) -> None:
+        await trio.sleep(delay_s)
+        with suppress(ConnectionLostError):
+            onward.send_nowait([data])
+
+    async with trio.open_nursery() as nursery:
+        while True:
+            await stream.wait_readable()
+            n = stream.receive_nowait(memoryview(piece))
+            if not n:
+                break
+            await trio.sleep(n / bytes_per_s)
+            nursery.start_soon(deliver, bytes(piece[:n]))
     await onward.aclose()
 
 
-async def probe(bytes_per_s: float, refusal: str = "") -> tuple[Path | FusemigError, DestinationMigration]:
+async def probe(
+    bytes_per_s: float, refusal: str = "", delay_s: float = 0.0001
+) -> tuple[Path | FusemigError, DestinationMigration]:
     """Measure a link against a real destination."""
     source, near = faulty_connection()
     far, destination = faulty_connection()
@@ -46,8 +56,8 @@ async def probe(bytes_per_s: float, refusal: str = "") -> tuple[Path | FusemigEr
     found: list[Path | FusemigError] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(incoming.run)
-        nursery.start_soon(carry, near, far, bytes_per_s)
-        nursery.start_soon(carry, far, near, 1e9)
+        nursery.start_soon(carry, near, far, bytes_per_s, delay_s)
+        nursery.start_soon(carry, far, near, 1e9, delay_s)
         try:
             found.append(await measure(source))
         except FusemigError as exc:
@@ -57,12 +67,13 @@ async def probe(bytes_per_s: float, refusal: str = "") -> tuple[Path | FusemigEr
     return found[0], incoming
 
 
-@pytest.mark.parametrize("bytes_per_s", [100e3, 2e6, 50e6])
-async def test_the_speed_of_a_link(bytes_per_s: float, autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize(("bytes_per_s", "delay_s"), [(100e3, 0.0001), (2e6, 0.0001), (2e6, 0.02), (20e6, 0.0001)])
+async def test_the_speed_of_a_link(bytes_per_s: float, delay_s: float, autojump_clock: MockClock) -> None:
     """Within a tenth of what the link carries, and no migration of the destination's."""
-    found, incoming = await probe(bytes_per_s)
+    found, incoming = await probe(bytes_per_s, delay_s=delay_s)
     assert isinstance(found, Path)
     assert found.bytes_per_s == pytest.approx(bytes_per_s, rel=0.1)
+    assert found.round_trip_s == pytest.approx(2 * delay_s, abs=0.01)
     assert incoming.is_question
     assert incoming.error is None
     assert incoming.phase is MigrationPhase.NONE

@@ -100,6 +100,14 @@ def test_an_idle_disk() -> None:
     assert found.duration_s == pytest.approx(1.0, abs=0.1)
 
 
+def test_a_pass_comes_by_a_block_at_any_moment_of_it() -> None:
+    """200 MiB that are all dirty after a second: a pass of two leaves the mean of 100, in the first, and of 200."""
+    curve = WorkingSet(200.0 * MIB, 1.0, [200.0 * MIB] * 128, 200.0 * MIB)
+    found = predict(Plan([curve], 200.0 * MIB, 100.0 * MIB))
+    assert not found.converges
+    assert found.downtime_s == pytest.approx(1.5 + HANDOFF_S, abs=0.01)
+
+
 def test_what_is_left_of_a_running_pass_counts() -> None:
     """In the middle of the bulk phase half of its time is left; what follows is the same."""
     curve = random_writes(10.0 * MIB, 1024.0 * MIB, 1024.0 * MIB)
