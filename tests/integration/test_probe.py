@@ -67,7 +67,7 @@ async def probe(
     return found[0], incoming
 
 
-@pytest.mark.parametrize(("bytes_per_s", "delay_s"), [(100e3, 0.0001), (2e6, 0.0001), (2e6, 0.02), (20e6, 0.0001)])
+@pytest.mark.parametrize(("bytes_per_s", "delay_s"), [(100e3, 0.0001), (2e6, 0.0001), (20e6, 0.02)])
 async def test_the_speed_of_a_link(bytes_per_s: float, delay_s: float, autojump_clock: MockClock) -> None:
     """Within a tenth of what the link carries, and no migration of the destination's."""
     found, incoming = await probe(bytes_per_s, delay_s=delay_s)
