@@ -33,6 +33,9 @@ def test_an_estimate_of_an_idle_disk_is_what_the_migration_takes(hosts: Hosts) -
     assert answer["bandwidth"] > MIB
     assert answer["data-bytes"] + answer["zero-bytes"] == 24 * MIB
     assert answer["disks"][0]["working-set"][0].keys() == {"seconds", "bytes"}
+    said = source.command("estimate", "--link", "100M", "--downtime-limit", "50ms").stdout
+    assert "link: 100.0 MiB/s (given)" in said
+    assert "(limit 50 ms)" in said
     assert source.phase() == destination.phase() == "none"
     assert destination.status()["incoming"]["rejected-connections"] == 0
     assert source.migrate(destination.uri, "--order", "heat").exit_code == 0
@@ -85,6 +88,7 @@ def test_a_running_migration_says_how_long_it_will_take(hosts: Hosts) -> None:
     assert 2_000 < first < 20_000
     assert source.migration()["x-fusemig"]["converges"] is True
     assert source.migration()["expected-downtime"] < 300
+    assert "s left" in source.command("status").stdout
     wait_until(lambda: source.migration()["x-fusemig"].get("eta", first) < first, "a shorter one")
     source.set_parameters(max_bandwidth=0)
     source.wait_phase("completed")
