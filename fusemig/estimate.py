@@ -13,6 +13,7 @@ from fusemig.forecast import Plan, RemedyKind, predict, remedies
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S
 from fusemig.migration.probe import measure
 from fusemig.qmp import estimate as answer
+from fusemig.transport import parse_uri
 from fusemig.units import BLOCK_SIZE, n_blocks
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ async def estimate(
 
 
 async def _measured(outbound: Outbound, uri: str) -> float:
-    stream = await outbound.dial(uri)
+    stream = await outbound.try_out(parse_uri(uri))
     try:
         with trio.fail_after(3 * HANDSHAKE_DEADLINE_S):
             return (await measure(stream)).bytes_per_s
