@@ -19,6 +19,8 @@ from fusemig.credentials import Endpoint
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import Ownership, Side
 from fusemig.errors import ConfigError
+from fusemig.estimate import estimate
+from fusemig.migration.order import Order
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
 from fusemig.migration_info import incoming_info, migration_info, role
 from fusemig.phase import QMP_STATUS, MigrationPhase
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from fusemig.control import Session
     from fusemig.daemon import Daemon
     from fusemig.qmp import block, objects
+    from fusemig.qmp.estimate import EstimateInfo
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +69,7 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "quit": commands.quit,
         "human-monitor-command": commands.human_monitor_command,
         "x-fusemig-status": commands.status,
+        "x-fusemig-estimate": commands.estimate,
         "x-fusemig-resolve": commands.resolve,
         "x-fusemig-ask": commands.ask,
     }
@@ -133,10 +137,7 @@ class _Commands:
         ):
             if is_asked:
                 raise CommandError(f"'{name}' is not supported by version {__version__}: leave it out")
-        disks = None if isinstance(arguments.x_fusemig_disks, UnsetType) else arguments.x_fusemig_disks
-        for name in disks or ():
-            if name not in self._daemon.disks:
-                raise DeviceNotFoundError(name, self._daemon.disks)
+        disks = self._known(arguments.x_fusemig_disks)
         machine = None if isinstance(arguments.x_fusemig_machine, UnsetType) else arguments.x_fusemig_machine
         is_qemu = arguments.x_fusemig_wire is schema.WireName.QEMU
         if machine is not None and not is_qemu:
@@ -152,6 +153,15 @@ class _Commands:
         reconnect = arguments.x_fusemig_reconnect
         if is_qemu and (arguments.resume or reconnect is not UNSET):
             raise CommandError("'resume' and 'x-fusemig-reconnect' do not go with QEMU's wire: leave them out")
+        order = Order(arguments.x_fusemig_order)
+        if is_qemu and order is not Order.SEQUENTIAL:
+            raise CommandError(
+                "'x-fusemig-order' does not go with QEMU's wire, whose order is sequential: leave it out"
+            )
+        if is_postcopy and order is not Order.SEQUENTIAL:
+            raise CommandError(
+                "'x-fusemig-order' is that of a bulk phase, and post-copy begins with none: leave it out"
+            )
         try:
             parse_uri(arguments.uri)
         except ConfigError as exc:
@@ -172,7 +182,16 @@ class _Commands:
             is_resumed=arguments.resume,
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
             is_postcopy=is_postcopy,
+            order=order,
         )
+
+    def _known(self, names: list[str] | UnsetType) -> list[str] | None:
+        if isinstance(names, UnsetType):
+            return None
+        for name in names:
+            if name not in self._daemon.disks:
+                raise DeviceNotFoundError(name, self._daemon.disks)
+        return names
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
@@ -290,6 +309,18 @@ class _Commands:
             handler_errors=0 if daemon.mount is None else daemon.mount.statistics().handler_errors,
             incoming=incoming_info(daemon),
             migration=UNSET if info.status is UNSET else info,
+        )
+
+    async def estimate(self, _session: Session, arguments: schema.Estimate) -> EstimateInfo:
+        disks = self._known(arguments.disks)
+        await self._daemon.wait_ready()
+        limit = arguments.downtime_limit
+        return await estimate(
+            self._daemon.outbound,
+            None if isinstance(arguments.uri, UnsetType) else arguments.uri,
+            None if isinstance(arguments.link, UnsetType) else arguments.link,
+            disks,
+            None if isinstance(limit, UnsetType) else limit / 1000,
         )
 
     async def ask(self, _session: Session, arguments: schema.Ask) -> None:

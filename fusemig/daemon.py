@@ -6,6 +6,7 @@
       ├ Inbound                         the listener of --incoming, one task per connection: IncomingMigration
       ├ Outbound                        the OutgoingMigration, if one runs
       ├ Doubts                          asks what became of disks that were handed off
+      ├ the watch over heat             ends an epoch every second (fusemig.heat)
       └ signals, unmount from outside   both ask for an orderly end
 
 The end: a migration that can still be called off is cancelled, one that is committed runs out; then every gate is open
@@ -31,6 +32,7 @@ from fusemig.errors import ConfigError, FusemigError
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lanes import Lane, open_lane
 from fusemig.fuse.preflight import MountOptions
+from fusemig.heat import EPOCH_S
 from fusemig.inbound import Inbound
 from fusemig.migration.arrival import IncomingWire
 from fusemig.outbound import Outbound
@@ -168,6 +170,7 @@ class Daemon:
             ):
                 nursery.start_soon(self._watch_mount)
                 nursery.start_soon(self.doubts.watch)
+                nursery.start_soon(self._watch_heat)
                 await nursery.start(self.outbound.run)
                 await nursery.start(self.inbound.run)
                 self._ready.set()
@@ -192,6 +195,15 @@ class Daemon:
         assert self.mount is not None
         await self.mount.wait_unmounted()
         self.stop("unmounted")
+
+    async def _watch_heat(self) -> None:
+        while True:
+            now = trio.current_time()
+            for served in self.disks.values():
+                if served.disk is not None:
+                    counters = served.disk.statistics()
+                    served.disk.heat.tick(now, counters.written_bytes, counters.n_writes)
+            await trio.sleep_until(now + EPOCH_S)
 
     def stop(self, reason: str) -> None:
         """Ask for an orderly end; returns at once."""

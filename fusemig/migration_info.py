@@ -69,6 +69,7 @@ _RUNNING = frozenset({"setup", "active", "pre-switchover", "device", "cancelling
 def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
     stats = migration.statistics()
     status = QMP_STATUS[stats.phase]
+    prediction = stats.prediction
     return schema.MigrationInfo(
         status=schema.MigrationStatus(status),
         disk=schema.MigrationStats(
@@ -101,6 +102,8 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             bandwidth=round(stats.send_rate),
             dirty_rate=round(stats.dirty_rate),
             bytes_dirtied=stats.dirtied_bytes,
+            converges=UNSET if prediction is None else prediction.converges,
+            eta=UNSET if prediction is None or not prediction.converges else round(prediction.duration_s * 1000),
             wire_bytes=stats.wire_bytes,
             frozen_ms=stats.frozen_s * 1000,
             reconnects=stats.n_reconnects,

@@ -16,6 +16,7 @@ from fusemig.epoch import Ownership
 from fusemig.errors import InDoubtError, StateError
 from fusemig.migration.commit import Route, SourceDisk
 from fusemig.migration.lend import Lending, LentDisk
+from fusemig.migration.order import Order
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import SourceMigration
@@ -111,6 +112,7 @@ class Outbound:
         is_resumed: bool = False,
         reconnect_limit_s: float = 0.0,
         is_postcopy: bool = False,
+        order: Order = Order.SEQUENTIAL,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
@@ -126,6 +128,7 @@ class Outbound:
             is_resumed: go on with the migration of these disks that was interrupted last.
             reconnect_limit_s: as `MigrationParameters` has it.
             is_postcopy: as `MigrationParameters` has it.
+            order: of the bulk phase; QEMU's wire knows the sequential one only.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -139,7 +142,7 @@ class Outbound:
         if self.is_migrating:
             raise StateError("There's a migration process in progress")
         secure = self._security.outgoing(uri, tls, tls_hostname, is_insecure=is_insecure)
-        chosen = self._choose(names)
+        chosen = self.choose(names)
         resume = self._resume_point(chosen) if is_resumed else None
         if self.migration is not None and (resume is None or not resume.disks):
             self.migration.forget()
@@ -162,6 +165,7 @@ class Outbound:
         )
         self.parameters.reconnect_limit_s = reconnect_limit_s
         self.parameters.is_postcopy = is_postcopy
+        self.parameters.order = order
         self._announcer.begin()
         route = Route("" if tls is None else str(tls.directory.absolute()), tls_hostname)
         new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume, route=route)
@@ -196,6 +200,11 @@ class Outbound:
             self._secured[uri] = self._security.outgoing(uri, given, record.tls_hostname)
         return await self._dial(uri)
 
+    async def try_out(self, uri: Uri) -> ByteStream:
+        """Connect by the rules as they are now, with no migration to be; raises as `dial` does."""
+        secure = self._security.outgoing(uri)
+        return await secure(await connect(uri, CONNECT_DEADLINE_S))
+
     async def _dial(self, uri: Uri) -> ByteStream:
         return await self._secured[uri](await connect(uri, CONNECT_DEADLINE_S))
 
@@ -225,7 +234,12 @@ class Outbound:
             session = uuid.uuid4().hex  # one that no journal is of: contents are compared
         return ResumePoint(session)
 
-    def _choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
+    def choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
+        """Return the named disks, or every writable one.
+
+        Raises:
+            StateError: one of them cannot be migrated now.
+        """
         if names is None:
             chosen = [served for served in self._disks.values() if served.is_writable and not served.is_read_only]
             if not chosen and any(served.is_waiting for served in self._disks.values()):

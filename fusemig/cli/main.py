@@ -120,6 +120,13 @@ def serve(log_format: str, **options: Any) -> None:
     "--wire", type=click.Choice(["native", "qemu"]), default="native", help="qemu: QEMU's own; it proves nothing."
 )
 @click.option("--machine", metavar="TYPE", help="Machine type of the QEMU at URI, such as pc-q35-7.2.")
+@click.option(
+    "--order",
+    type=click.Choice(["sequential", "heat"]),
+    default="sequential",
+    show_default=True,
+    help="Of the bulk phase; heat: what guests write all the time is sent last.",
+)
 @click.option("--compress", metavar="zstd[:LEVEL]")
 @click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
 @click.option("--resume", is_flag=True, help="Go on with a migration that was interrupted; sends what is missing.")
@@ -157,6 +164,27 @@ def migrate(socket: Path, uri: str, **options: Any) -> None:
 
     request = MigrateRequest(socket=socket, uri=uri, **options)
     sys.exit(run(migrate_command, request))
+
+
+@cli.command()
+@SOCKET
+@click.argument("uri", required=False)
+@click.option(
+    "--link", type=_Rate(), metavar="RATE", help="What the way to URI carries, such as 100M (default: measure it)."
+)
+@click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
+@click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def estimate(socket: Path, uri: str | None, **options: Any) -> None:
+    """Say what `migrate SOCKET URI` would take if it began now; nothing is started.
+
+    The daemon watches what guests write all the time: the longer it has, the better the estimate. Without --link it
+    sends to URI for a second to see how fast the way there is; with it, URI may be left out. A migration that
+    would not converge is named with what would make it.
+    """
+    from fusemig.cli.estimate import EstimateRequest, estimate_command
+
+    sys.exit(run(estimate_command, EstimateRequest(socket=socket, uri=uri, **options)))
 
 
 @cli.command()

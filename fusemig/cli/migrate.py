@@ -42,6 +42,7 @@ class MigrateRequest:
     mode: str = "precopy"
     wire: str = "native"
     machine: str | None = None
+    order: str = "sequential"
     compress: str | None = None
     incremental: bool = False
     resume: bool = False
@@ -69,6 +70,8 @@ class MigrateRequest:
             arguments["x-fusemig-wire"] = self.wire
         if self.machine is not None:
             arguments["x-fusemig-machine"] = self.machine
+        if self.order != "sequential":
+            arguments["x-fusemig-order"] = self.order
         if self.compress is not None:
             arguments["x-fusemig-compress"] = self.compress
         if self.incremental:

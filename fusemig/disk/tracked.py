@@ -54,6 +54,7 @@ from fusemig.bitmap import ChunkBitmap
 from fusemig.disk.base import Disk
 from fusemig.disk.tracking import Tracking
 from fusemig.errors import DiskError, GateClosedError
+from fusemig.heat import Heat
 from fusemig.tracker import ChunkTracker
 from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, chunks_of, n_chunks
 
@@ -130,6 +131,8 @@ class TrackedDisk(Disk):
         """Lay the guest's side over ``image``; `close` closes the image too."""
         self.image = image
         self.name = image.name
+        self.heat = Heat(image.size)
+        """What guests write, for migrations to come; noted without the lock."""
         self._lock = threading.Lock()
         self._left = threading.Condition(self._lock)
         """Notified when a write leaves a regime that was replaced."""
@@ -187,6 +190,8 @@ class TrackedDisk(Disk):
         length = len(data)
         regime = self._admit(offset, length)
         try:
+            if length:
+                self.heat.note(offset, length)
             self.image.pwrite(data, offset)
         finally:
             self._end(offset, length, regime)

@@ -25,6 +25,7 @@ from fusemig.handoff import DestinationEvent, DestinationHandoff, DestinationSta
 from fusemig.migration.borrow import Borrowing
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink, Need
+from fusemig.migration.probe import answer_probes
 from fusemig.migration.receipt import Receipt
 from fusemig.migration.receiver import FrameReceiver
 from fusemig.migration.witness import Witness
@@ -85,7 +86,7 @@ class DestinationMigration(IncomingMigration):
         self._borrowing: Borrowing | None = None
 
     async def run(self) -> None:
-        """Receive (`IncomingMigration.run`), or answer a source that asks who owns its disks.
+        """Receive (`IncomingMigration.run`), or answer a source that asks who owns its disks or how fast the way is.
 
         A question leaves `phase` at NONE, or at COMPLETED if disks were taken over.
         """
@@ -95,6 +96,10 @@ class DestinationMigration(IncomingMigration):
                 self.is_question = True
                 self.session = self._first.session
                 await Witness(self._link, self._host, self._offload, self._on_taken).answer(self._first)
+                return
+            if isinstance(self._first, native.Probe) and not self._refusal:
+                self.is_question = True
+                await answer_probes(self._link)
                 return
             if isinstance(self._first, native.Lend) and not self._refusal:
                 await self._borrow(self._first)
@@ -145,7 +150,7 @@ class DestinationMigration(IncomingMigration):
     async def _meet(self) -> list[IncomingDisk]:
         if isinstance(self._first, native.Hello):
             return await self._claim(self._first)
-        if isinstance(self._first, native.Ask | native.Lend):
+        if isinstance(self._first, native.Ask | native.Lend | native.Probe):
             await self._refuse(self._refusal)
             raise PeerRefusedError(self._refusal)
         raise RemoteProtocolError(f"{self.peer} began with {type(self._first).__name__}")

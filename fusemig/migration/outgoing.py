@@ -27,6 +27,7 @@ from fusemig.convergence import Convergence, Decision, Rate, RateLimit, Throughp
 from fusemig.disk.tracked import Gate
 from fusemig.errors import CancelledByUserError, DiskError, FusemigError, InDoubtError, MigrationError, StateError
 from fusemig.migration.guest import NoGuest
+from fusemig.migration.outlook import Outlook
 from fusemig.migration.reader import OutgoingDisk
 from fusemig.migration.stats import DiskStatistics, MigrationStatistics
 from fusemig.phase import MigrationPhase, PhaseMachine
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 TICK_S: Final = 0.1
+_SENDING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
 
 
 class Handoff(Protocol):
@@ -97,6 +99,7 @@ class OutgoingMigration(ABC):
         self._disks: list[OutgoingDisk] = []
         self._limit = RateLimit(0)
         self._convergence = Convergence()
+        self._outlook = Outlook(parameters)
         self._peer = ""
         self._log = log.bind(migration=self.session[:8])
         # The whole run, and why a background task ended it:
@@ -372,6 +375,7 @@ class OutgoingMigration(ABC):
 
     def _begin_pass(self) -> None:
         self._pass_number += 1
+        self._outlook.begin_pass(trio.current_time())
         self._on_pass(self._pass_number)
 
     def _pending_bytes(self) -> int:
@@ -451,6 +455,11 @@ class OutgoingMigration(ABC):
         now = trio.current_time()
         end = self._ended_at or now
         pending = self._pending_bytes()
+        prediction = None
+        if self._machine.phase in _SENDING and not self._is_postcopy():
+            is_bulk = self._machine.phase is MigrationPhase.BULK
+            send_rate = self._send_rate.per_second(now) if is_bulk else 0.0
+            prediction = self._outlook.look(now, self._disks, pending, self._bandwidth.per_second, send_rate)
         return MigrationStatistics(
             phase=self._machine.phase,
             session=self.session,
@@ -477,7 +486,10 @@ class OutgoingMigration(ABC):
             bandwidth=self._bandwidth.per_second,
             send_rate=self._send_rate.per_second(now),
             dirty_rate=self._dirty_rate.per_second(now),
-            expected_downtime_s=self._convergence.forecast(pending, self._bandwidth.per_second).expected_downtime_s,
+            expected_downtime_s=self._convergence.forecast(pending, self._bandwidth.per_second).expected_downtime_s
+            if prediction is None
+            else prediction.downtime_s,
+            prediction=prediction,
             setup_s=(self._set_up_at or end) - self.started_at,
             total_s=end - self.started_at,
             frozen_s=0.0 if self._frozen_at is None else (self._taken_at or end) - self._frozen_at,

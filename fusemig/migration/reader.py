@@ -3,7 +3,8 @@
 A pass walks the disks in order and each disk's dirty chunks in ascending order from a cursor that a new pass resets. A
 chunk's dirty bits are cleared, and it is put in flight, before it is read (rule 2 of `fusemig.tracker`); a chunk that
 is still in flight is left for the next pass. A whole chunk becomes one frame; the dirty blocks of several chunks share
-frames of at most one chunk of payload. What reads as zeros becomes an extent of a ZERO frame.
+frames of at most one chunk of payload. What reads as zeros becomes an extent of a ZERO frame. With a `HeatOrder` a pass
+is several such walks, each over what that lets through.
 
 One call runs at a time, so frames are numbered, hashed into the disk's digest and sent in one order.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.disk.tracking import Tracking
     from fusemig.migration.link import BufferPool
+    from fusemig.migration.order import HeatOrder
 
 ZERO_SHARE: Final = 16
 """A chunk of zeros is read and not sent: this many of them are a batch."""
@@ -117,13 +119,20 @@ class PassReader:
         self._disk_index = 0
         self._chunk = 0
         self._only_holes = False
+        self._order: HeatOrder | None = None
         self._zeros: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
         self._open: _OpenFrame | None = None
 
-    def begin_pass(self, *, only_holes: bool = False) -> None:
-        """Put the cursor back to the first chunk of the first disk; leave all that is dirty if ``only_holes``."""
+    def begin_pass(self, order: HeatOrder | None = None, *, only_holes: bool = False) -> None:
+        """Put the cursor back to the first chunk of the first disk.
+
+        Args:
+            order: says which chunks wait; None: none does.
+            only_holes: leave all that is dirty.
+        """
         self._disk_index = 0
         self._chunk = 0
+        self._order = order
         self._only_holes = only_holes
 
     def read_batch(self, limit_bytes: int) -> Batch | None:
@@ -139,11 +148,10 @@ class PassReader:
             disk = self._disks[self._disk_index]
             if disk.holes:
                 self._send_holes(disk, batch)
-            taken = None if self._only_holes else disk.tracking.take_next(self._chunk)
+            taken = None if self._only_holes else self._take_next(disk)
             if taken is None:
                 self._close_frames(batch)
-                self._disk_index += 1
-                self._chunk = 0
+                self._go_on()
                 continue
             chunk, mask = taken
             self._chunk = chunk + 1
@@ -157,6 +165,23 @@ class PassReader:
                 raise MigrationError(f"{exc}; the disk stays here: mend its image, then migrate again") from exc
         self._close_frames(batch)
         return batch if batch.frames else None
+
+    def _take_next(self, disk: OutgoingDisk) -> tuple[int, int] | None:
+        """Take the next chunk of the disk that is due; return it with its block mask."""
+        if self._order is None:
+            return disk.tracking.take_next(self._chunk)
+        chunk = disk.tracking.next_dirty(self._chunk)
+        while chunk is not None and not self._order.is_due(disk.index, chunk):
+            chunk = disk.tracking.next_dirty(chunk + 1)
+        # What is due was not taken in this pass, so it is not in flight.
+        return None if chunk is None else disk.tracking.take_next(chunk)
+
+    def _go_on(self) -> None:
+        """Put the cursor to the next disk; after the last, to the first if chunks were left out."""
+        self._chunk = 0
+        self._disk_index += 1
+        if self._disk_index == len(self._disks) and self._order is not None and self._order.begin_next_sweep():
+            self._disk_index = 0
 
     def _send_holes(self, disk: OutgoingDisk, batch: Batch) -> None:
         holes, disk.holes = disk.holes, []

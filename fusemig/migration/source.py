@@ -35,6 +35,7 @@ from fusemig.errors import (
 from fusemig.migration.commit import NO_ROUTE, OutgoingHandoff
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
+from fusemig.migration.order import HeatOrder, Order
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.reader import PassReader
 from fusemig.migration.resume import (
@@ -387,10 +388,13 @@ class SourceMigration(OutgoingMigration):
         """Send everything that is dirty once, and wait until it is acknowledged."""
         self._begin_pass()
         self._check_can_lend()
-        self._reader.begin_pass(only_holes=self._is_postcopy() and not is_limited)
+        is_bulk = self._machine.phase is MigrationPhase.BULK
+        self._reader.begin_pass(
+            self._heat_order() if is_bulk and self._parameters.order is Order.HEAT else None,
+            only_holes=self._is_postcopy() and not is_limited,
+        )
         link = self._link
         sender, need = self._sender, Need.SLICE
-        is_bulk = self._machine.phase is MigrationPhase.BULK
         run_slice = partial(sender.run_slice, self._reader, link.stream, is_courteous=is_bulk)
         while need is not Need.NOTHING and not (is_limited and self._is_postcopy()):
             if need is Need.ACKNOWLEDGEMENT:
@@ -409,6 +413,9 @@ class SourceMigration(OutgoingMigration):
             await self._say_progress(link)  # which has the destination acknowledge at once
         await self._wait_progress(lambda: not sender.unacknowledged)
         self._stalled_since = None
+
+    def _heat_order(self) -> HeatOrder:
+        return HeatOrder([(disk.disk.heat, disk.disk.size) for disk in self._disks])
 
     def _check_can_lend(self) -> None:
         if self._is_postcopy() and not self._can_lend:

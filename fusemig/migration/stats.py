@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from fusemig.migration.order import Order
+
 if TYPE_CHECKING:
+    from fusemig.forecast import Prediction
     from fusemig.phase import MigrationPhase
 
 DEFAULT_DOWNTIME_LIMIT_S: Final = 0.3
@@ -30,6 +33,8 @@ class MigrationParameters:
     taken_deadline_s: float = TAKEN_DEADLINE_S
     is_postcopy: bool = False
     """Hand over now, and let the destination fetch what it lacks."""
+    order: Order = Order.SEQUENTIAL
+    """Of the chunks of the bulk phase."""
     reconnect_limit_s: float = 0.0
     """How long to try to get a lost connection back, in seconds without progress; 0: not at all."""
 
@@ -87,6 +92,7 @@ class MigrationStatistics:
     dirty_rate: float
     """Bytes per second dirtied lately."""
     expected_downtime_s: float
+    """As predicted; before and after that, what is pending over the bandwidth."""
     setup_s: float
     total_s: float
     frozen_s: float
@@ -96,6 +102,8 @@ class MigrationStatistics:
     passes_without_progress: int
     error: str | None
     error_kind: str | None
+    prediction: Prediction | None = None
+    """What is to be expected, while passes run and the link is known."""
     n_reconnects: int = 0
     """How often the connection was lost and made again."""
     kept_bytes: int = 0

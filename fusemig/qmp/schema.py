@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
 
-from fusemig.qmp import block, codec, objects
+from fusemig.qmp import block, codec, estimate, objects
 from fusemig.qmp.base import Arguments as Arguments
 from fusemig.qmp.base import NoArguments as NoArguments
 from fusemig.qmp.base import Result as Result
@@ -141,6 +141,15 @@ class Mode(StrEnum):
     """The destination takes over first and fetches what it lacks."""
 
 
+class Order(StrEnum):
+    """In which order the bulk phase sends chunks."""
+
+    SEQUENTIAL = "sequential"
+    """Ascending, as QEMU does."""
+    HEAT = "heat"
+    """What guests write most comes last."""
+
+
 class WireName(StrEnum):
     """The stream format."""
 
@@ -202,6 +211,7 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     """The machine type of a destination that is a QEMU, which insists on its own; goes with ``qemu``."""
     x_fusemig_reconnect: UInt63 | UnsetType = UNSET
     """How long to try to get a lost connection back, in milliseconds without progress; absent or 0: not at all."""
+    x_fusemig_order: Order = Order.SEQUENTIAL
     x_fusemig_compress: str | UnsetType = UNSET
     """``zstd`` or ``zstd:LEVEL``; absent: as the parameters say."""
     x_fusemig_guest: str | UnsetType = UNSET
@@ -278,7 +288,14 @@ class HumanMonitorCommand(Arguments, frozen=True, kw_only=True):
 class Estimate(Arguments, frozen=True, kw_only=True):
     """``x-fusemig-estimate``: what a migration to ``uri`` would take."""
 
-    uri: str
+    uri: str | UnsetType = UNSET
+    """The way there is measured, by sending for a second; not needed where ``link`` is given."""
+    link: Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1, description="a rate above 0")] | UnsetType = UNSET
+    """Bytes per second that the way to the destination carries."""
+    disks: list[str] | UnsetType = UNSET
+    """Names of the disks to move; absent: all."""
+    downtime_limit: DowntimeLimit | UnsetType = UNSET
+    """Absent: the parameter of that name."""
 
 
 class Resolve(Arguments, frozen=True, kw_only=True):
@@ -424,6 +441,10 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     """Measured: bytes that guests make dirty per second."""
     bytes_dirtied: int = 0
     """Bytes that guests made dirty since the start."""
+    converges: bool | UnsetType = UNSET
+    """Whether passes will come to fit the downtime limit while guests write as they do; absent: not known."""
+    eta: int | UnsetType = UNSET
+    """How long it will still take, in ms, waiting for ``migrate-continue`` not counted; absent: not known, or never."""
     wire_bytes: int = 0
     """Bytes that crossed the wire, framing included and compression counted."""
     frozen_ms: float = 0.0
@@ -527,31 +548,6 @@ class SocketAddress(Result, frozen=True, kw_only=True):
     path: str | UnsetType = UNSET
 
 
-class EstimatedDisk(Result, frozen=True, kw_only=True):
-    """One disk of an estimate."""
-
-    name: str
-    size: int
-    data_bytes: int
-    """Allocated bytes, which the bulk phase reads."""
-    dirty_rate: int
-
-
-class EstimateInfo(Result, frozen=True, kw_only=True):
-    """``x-fusemig-estimate``."""
-
-    uri: str
-    disks: list[EstimatedDisk]
-    data_bytes: int
-    dirty_rate: int
-    bandwidth: int
-    converges: bool
-    """Whether the downtime limit can be met while guests write as they do now."""
-    expected_total_time: int | UnsetType = UNSET
-    expected_downtime: int | UnsetType = UNSET
-    expected_passes: int | UnsetType = UNSET
-
-
 # Events
 
 
@@ -643,6 +639,6 @@ RESULTS: Final[dict[str, Any]] = {
     "query-migrate-capabilities": list[MigrationCapabilityStatus],
     "human-monitor-command": str,
     "x-fusemig-status": DaemonStatus,
-    "x-fusemig-estimate": EstimateInfo,
+    "x-fusemig-estimate": estimate.EstimateInfo,
 }
 """What the commands return; those that are not here return the empty object."""

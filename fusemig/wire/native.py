@@ -83,6 +83,8 @@ class FrameType(IntEnum):
     LEND = 49  # source, instead of HELLO: fetch from here what you lack of the disks that you took
     FETCH = 50  # destination: send a run of blocks, now
     WHOLE = 51  # destination: it has everything, durably
+    PROBE = 0x60  # source, instead of HELLO, many times: how fast is the way to you?
+    PROBED = 0x61  # destination: the answer to each
 
 
 RESUME: Final = "resume"
@@ -307,6 +309,16 @@ class Journaled(msgspec.Struct, frozen=True):
     sequence: int
 
 
+class Probe(msgspec.Struct, frozen=True):
+    """So many bytes, to see how fast they come; nothing is done with them."""
+
+    padding: bytes = b""
+
+
+class Probed(msgspec.Struct, frozen=True):
+    """A `Probe` has arrived."""
+
+
 class Ack(NamedTuple):
     """Every DATA and ZERO frame up to ``sequence`` is in the destination's image."""
 
@@ -335,6 +347,8 @@ Message = (
     | Lend
     | Fetch
     | Whole
+    | Probe
+    | Probed
 )
 
 _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
@@ -359,6 +373,8 @@ _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
     FrameType.LEND: Lend,
     FrameType.FETCH: Fetch,
     FrameType.WHOLE: Whole,
+    FrameType.PROBE: Probe,
+    FrameType.PROBED: Probed,
 }
 _TYPE_OF: Final = {message: frame_type for frame_type, message in _MESSAGE_TYPES.items()}
 _DECODERS: Final = {frame_type: msgspec.json.Decoder(message) for frame_type, message in _MESSAGE_TYPES.items()}
@@ -378,6 +394,7 @@ FROM_SOURCE: Final = frozenset(
         FrameType.KEPT,
         FrameType.MISSING,
         FrameType.LEND,
+        FrameType.PROBE,
     }
 )
 FROM_DESTINATION: Final = frozenset(FrameType) - FROM_SOURCE | {FrameType.ABORT}

@@ -16,6 +16,7 @@ import trio
 
 from fusemig.disk.fault import EVERY_OPERATION, Fault, Operation
 from fusemig.epoch import Ownership
+from fusemig.migration.order import Order
 from fusemig.phase import MigrationPhase as P
 from support.faults import KINDS
 from support.world import cancel_if_possible, run
@@ -111,6 +112,7 @@ def simulate(seed: int, directory: Path) -> P:
 
     async def main(world: World) -> None:
         world.fill(rng)
+        world.parameters.order = Order.HEAT if seed % 2 else Order.SEQUENTIAL
         for _ in range(rng.choice([0, 1, 1, 1, 2])):
             action = rng.choice([break_stream, break_stream, break_disk, break_epoch_file, cancel_somewhere])
             plan.append(action(world, rng))

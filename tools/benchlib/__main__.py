@@ -16,6 +16,7 @@ from benchlib import chart, report
 from benchlib.measure import BenchError, Row, say
 from benchlib.rows_bulk import row_b1, row_b2, row_b3, row_b4
 from benchlib.rows_dirty import row_d1, row_d2, row_d3
+from benchlib.rows_forecast import row_f1, row_f2
 from benchlib.rows_mount import row_m1, row_m2, row_m3, row_m4
 from benchlib.rows_scale import row_s1, row_s2
 from benchlib.settings import Settings
@@ -37,6 +38,8 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
     "D1": row_d1,
     "D2": row_d2,
     "D3": row_d3,
+    "F1": row_f1,
+    "F2": row_f2,
     "S1": row_s1,
     "S2": row_s2,
 }
