@@ -2,6 +2,7 @@
 
     Daemon.run
       ├ control socket (QMP)            fusemig.control with the table of fusemig.commands
+      ├ metrics                         fusemig.http_server with the page of fusemig.metrics, if asked for
       ├ mount                           fusemig.fuse
       ├ Inbound                         the listener of --incoming, one task per connection: IncomingMigration
       ├ Outbound                        the OutgoingMigration, if one runs
@@ -23,21 +24,27 @@ import structlog
 import trio
 
 from fusemig.announcer import Announcer
+from fusemig.block_info import block_stats
 from fusemig.commands import command_table
 from fusemig.control import EventHub, serve_control
+from fusemig.daemon_info import Totals, daemon_status
 from fusemig.disk.tracked import Gate
 from fusemig.doubt import Doubts
 from fusemig.errors import ConfigError, FusemigError
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lanes import Lane, open_lane
 from fusemig.fuse.preflight import MountOptions
+from fusemig.http_server import serve_http
 from fusemig.inbound import Inbound
+from fusemig.listener import listening
+from fusemig.metrics import PATH, Metrics, check_address
 from fusemig.migration.arrival import IncomingWire
 from fusemig.outbound import Outbound
 from fusemig.pause import Pause
 from fusemig.qmp import schema
 from fusemig.security import Security
 from fusemig.served import ServedDisk
+from fusemig.transport import parse_uri
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -45,9 +52,11 @@ if TYPE_CHECKING:
 
     from fusemig.credentials import Credentials
     from fusemig.fuse.lanes import AnyMount
+    from fusemig.listener import Listener
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.served import DiskSpec
+    from fusemig.transport import Uri
 
 CONNECT_DEADLINE_S: Final = 10.0
 DEFER: Final = "defer"
@@ -81,6 +90,10 @@ class ServeOptions:
     """What proves this source where a migration brings no credentials of its own."""
     is_insecure: bool = False
     """Plain text may cross the network."""
+    metrics: str | None = None
+    """Where Prometheus is answered: a URI."""
+    are_metrics_public: bool = False
+    """That may be an address which other hosts reach."""
 
 
 class Daemon:
@@ -96,6 +109,7 @@ class Daemon:
         self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.outbound.capabilities)
         self.pause = Pause(self.disks.values(), self._push_out)
         announcer = Announcer(self.events, self.pause)
+        self.totals = Totals()
         self.outbound = Outbound(
             self.disks,
             self.pause,
@@ -103,7 +117,7 @@ class Daemon:
             announcer,
             self._count_requests,
             self._show_outgoing,
-            lambda: self.doubts.look(),
+            self._note_outgoing_over,
             is_destination=options.incoming is not None,
         )
         self.inbound = Inbound(
@@ -115,11 +129,14 @@ class Daemon:
             self._push_out,
             self._show_size,
             self._show_incoming,
+            self.totals.incoming_over,
         )
         self.doubts = Doubts(self.disks, self.outbound.dial, self.outbound.settled)
         self.shown: OutgoingMigration | IncomingMigration | None = None
         """What ``query-migrate`` tells of: the last one that began, but an outgoing one until it is over."""
         self.mount: AnyMount | None = None
+        self.metrics: Listener | None = None
+        """Where metrics are asked for."""
         self.stop_reason = ""
         self._exports = Exports()
         self._ready = trio.Event()
@@ -157,6 +174,8 @@ class Daemon:
             control.start_soon(self._watch_signals, signals)
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
             await control.start(serve_control, self.options.control, command_table(self), self.events)
+            if self.options.metrics is not None:
+                await control.start(self._serve_metrics, parse_uri(self.options.metrics))
             options = self.options
             mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
             async with (
@@ -179,6 +198,14 @@ class Daemon:
                         await self._wind_down()
                 nursery.cancel_scope.cancel()
             control.cancel_scope.cancel()
+
+    async def _serve_metrics(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        check_address(uri, is_insecure=self.options.are_metrics_public)
+        metrics = Metrics(lambda: daemon_status(self), lambda: [block_stats(served) for served in self.disks.values()])
+        async with listening(uri) as self.metrics:
+            log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
+            task_status.started()
+            await serve_http(self.metrics, {PATH: metrics.page})
 
     async def wait_ready(self) -> None:
         """Wait until migrations can be started: the control socket is there before the mount is whole."""
@@ -226,6 +253,11 @@ class Daemon:
 
     def _show_outgoing(self, migration: OutgoingMigration) -> None:
         self.shown = migration
+
+    def _note_outgoing_over(self) -> None:
+        assert self.outbound.migration is not None
+        self.totals.outgoing_over(self.outbound.migration)
+        self.doubts.look()
 
     def _show_incoming(self, migration: IncomingMigration) -> None:
         if not self.outbound.is_migrating:

@@ -97,6 +97,8 @@ def cli() -> None:
     "--tls-authz", multiple=True, metavar="IDENTITY", help="Admit the source with this name in its certificate."
 )
 @click.option("--insecure", is_flag=True, help="Let plain text cross the network, and anybody there send disks.")
+@click.option("--metrics", metavar="URI", help="Answer Prometheus at tcp:127.0.0.1:PORT or unix:PATH, path /metrics.")
+@click.option("--metrics-insecure", is_flag=True, help="Let other hosts read the metrics, in plain text.")
 @click.option("--log-format", type=click.Choice(["console", "json"]), default="console")
 def serve(log_format: str, **options: Any) -> None:
     """Serve disk images as files of MOUNTPOINT, in the foreground.

@@ -48,6 +48,8 @@ class ServeRequest:
     tls_creds: Path | None
     tls_authz: tuple[str, ...]
     insecure: bool
+    metrics: str | None
+    metrics_insecure: bool
 
 
 async def serve_command(request: ServeRequest) -> None:
@@ -81,6 +83,8 @@ async def serve_command(request: ServeRequest) -> None:
         tls_identities=request.tls_authz,
         tls_client=tls_client,
         is_insecure=request.insecure,
+        metrics=request.metrics,
+        are_metrics_public=request.metrics_insecure,
     )
     await Daemon(options).run()
 
