@@ -12,6 +12,7 @@ import trio
 
 from fusemig.errors import FusemigError, PeerRefusedError, StateError
 from fusemig.listener import listening
+from fusemig.log_context import log_fields
 from fusemig.migration.arrival import greet
 from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.witness import RecalledDisk
@@ -164,7 +165,8 @@ class Inbound:
             self._note_rejected(stream, exc)
             return
         try:
-            await migration.run()
+            with log_fields(lambda: _log_fields(migration)):
+                await migration.run()
         except FusemigError as exc:  # a cleanup that failed; the migration's own errors are in `error`
             log.error("incoming connection", peer=stream.peer, reason=str(exc))
         if migration.is_question:
@@ -262,3 +264,10 @@ class Inbound:
             served = self._disks[disk.name]
             served.busy = ""
             served.look_again(is_destination=self.is_destination)
+
+
+def _log_fields(migration: IncomingMigration) -> dict[str, object]:
+    fields: dict[str, object] = {"phase": migration.phase.value}
+    if migration.session:
+        fields |= {"migration": migration.session[:8], "disks": [one.disk.name for one in migration.disks]}
+    return fields

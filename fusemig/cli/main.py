@@ -11,7 +11,7 @@ import click
 
 from fusemig import __version__
 from fusemig.cli.exits import EXIT_CODES, run
-from fusemig.cli.logs import set_up_logs
+from fusemig.cli.logs import LEVELS, set_up_logs
 from fusemig.errors import ConfigError
 from fusemig.units import parse_duration, parse_size
 
@@ -99,13 +99,20 @@ def cli() -> None:
 @click.option("--insecure", is_flag=True, help="Let plain text cross the network, and anybody there send disks.")
 @click.option("--metrics", metavar="URI", help="Answer Prometheus at tcp:127.0.0.1:PORT or unix:PATH, path /metrics.")
 @click.option("--metrics-insecure", is_flag=True, help="Let other hosts read the metrics, in plain text.")
-@click.option("--log-format", type=click.Choice(["console", "json"]), default="console")
-def serve(log_format: str, **options: Any) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["console", "json"]),
+    default="console",
+    show_default=True,
+    help="On stderr: lines for people, or JSON.",
+)
+@click.option("--log-level", type=click.Choice(list(LEVELS)), default="info", show_default=True, help="And above.")
+def serve(log_format: str, log_level: str, **options: Any) -> None:
     """Serve disk images as files of MOUNTPOINT, in the foreground.
 
     Ready when MOUNTPOINT/NAME can be stat'ed. Unmounts on SIGTERM and SIGINT.
     """
-    set_up_logs(log_format)
+    set_up_logs(log_format, log_level)
     from fusemig.cli.serve import ServeRequest, serve_command  # pyfuse3 is only needed here
 
     sys.exit(run(serve_command, ServeRequest(**options)))
@@ -208,7 +215,7 @@ def resolve(target: Path, **options: Any) -> None:
     on the destination  --owner destination   prepared: writable here
                         --owner source        prepared: waits for the source again
     """
-    set_up_logs("console")
+    set_up_logs()
     from fusemig.cli.resolve import ResolveRequest, resolve_command
 
     sys.exit(run(resolve_command, ResolveRequest(target=target, **options)))

@@ -278,7 +278,11 @@ class TrackedDisk(Disk):
         Raises:
             DiskError: it might be believed after a restart, so nothing that it does not know of may be written.
         """
-        log.warning("the map of written chunks is lost; after a restart contents are compared", reason=str(reason))
+        log.warning(
+            "the map of written chunks is lost; after a restart contents are compared",
+            disk=self.name,
+            reason=str(reason),
+        )
         try:
             dropped.drop()
         except DiskError as exc:
