@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from fusemig import __version__
-from fusemig.cli.exits import EXIT_CODES, run
+from fusemig.cli.config_file import VARIABLE, ConfiguredCommand, find
+from fusemig.cli.exits import EXIT_CODES, fail, run
 from fusemig.cli.logs import LEVELS, set_up_logs
 from fusemig.errors import ConfigError
 from fusemig.units import parse_duration, parse_size
@@ -47,13 +48,13 @@ class _Time(click.ParamType[float]):
 SOCKET = click.argument("socket", type=click.Path(path_type=Path))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FUSEMIG"})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fusemig")
 def cli() -> None:
     """Serve VM disk images as files and move them to another host while they are being written."""
 
 
-@cli.command()
+@cli.command(cls=ConfiguredCommand)
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option(
     "--disk",
@@ -66,12 +67,22 @@ def cli() -> None:
 @click.option("--control", type=click.Path(path_type=Path), required=True, help="Control socket (QMP), mode 0600.")
 @click.option("--incoming", metavar="URI", help="Wait for disks at tcp:HOST:PORT, unix:PATH, or defer to QMP.")
 @click.option(
-    "--wire", type=click.Choice(["auto", "native", "qemu"]), default="auto", help="Stream format that --incoming takes."
+    "--wire",
+    type=click.Choice(["auto", "native", "qemu"]),
+    default="auto",
+    show_default=True,
+    help="Stream format that --incoming takes.",
 )
 @click.option("--readonly", "read_only", multiple=True, metavar="NAME", help="Serve this disk read-only.")
 @click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Keep epoch files here.")
 @click.option("--allow-other", is_flag=True, help="Let other users use the mount.")
-@click.option("--lane", type=click.Choice(["auto", "data", "pyfuse3"]), default="auto", help="How I/O is served.")
+@click.option(
+    "--lane",
+    type=click.Choice(["auto", "data", "pyfuse3"]),
+    default="auto",
+    show_default=True,
+    help="How I/O is served.",
+)
 @click.option(
     "--lane-threads", type=click.IntRange(1, 64), help="Threads of the data lane (default: cores, at most 2)."
 )
@@ -118,18 +129,28 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
     sys.exit(run(serve_command, ServeRequest(**options)))
 
 
-@cli.command()
+@cli.command(cls=ConfiguredCommand)
 @SOCKET
 @click.argument("uri")
 @click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
 @click.option("--max-bandwidth", type=_Rate(), metavar="RATE", help="Bytes per second, such as 100M; 0 is unlimited.")
 @click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
-@click.option("--mode", type=click.Choice(["precopy", "mirror", "postcopy"]), default="precopy")
 @click.option(
-    "--wire", type=click.Choice(["native", "qemu"]), default="native", help="qemu: QEMU's own; it proves nothing."
+    "--mode",
+    type=click.Choice(["precopy", "mirror", "postcopy"]),
+    default="precopy",
+    show_default=True,
+    help="How it moves.",
+)
+@click.option(
+    "--wire",
+    type=click.Choice(["native", "qemu"]),
+    default="native",
+    show_default=True,
+    help="qemu: QEMU's own; it proves nothing.",
 )
 @click.option("--machine", metavar="TYPE", help="Machine type of the QEMU at URI, such as pc-q35-7.2.")
-@click.option("--compress", metavar="zstd[:LEVEL]")
+@click.option("--compress", metavar="zstd[:LEVEL]", help="Compress what crosses the wire.")
 @click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
 @click.option("--resume", is_flag=True, help="Go on with a migration that was interrupted; sends what is missing.")
 @click.option(
@@ -146,7 +167,13 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
 @click.option("--pause-command", metavar="COMMAND", help="Brings a guest of another runtime to a standstill.")
 @click.option("--resume-command", metavar="COMMAND", help="Lets it run again, on the side that $FUSEMIG_SIDE names.")
 @click.option("--command-deadline", type=_Time(), metavar="TIME", help="For each of the two (default: 30s).")
-@click.option("--progress", type=click.Choice(["auto", "plain", "json", "none"]), default="auto")
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "plain", "json", "none"]),
+    default="auto",
+    show_default=True,
+    help="auto: a live display on a terminal, else plain lines.",
+)
 @click.option("--detach", is_flag=True, help="Start it and return.")
 @click.option(
     "--tls-creds",
@@ -238,6 +265,52 @@ def demo(size: int, seconds: float, directory: Path | None, guest: Path | None) 
     if guest is not None:
         sys.exit(run(demo_guest_command, size, seconds, directory, guest))
     sys.exit(run(demo_command, size, seconds, directory))
+
+
+@cli.group()
+def config() -> None:
+    """Look at fusemig.toml, which options may be written in; docs/cli.md describes it."""
+
+
+@config.command("check")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def config_check(file: Path) -> None:
+    """Exit 0 if every command would take FILE, else 2 with what is wrong."""
+    from fusemig.cli.config import check
+
+    try:
+        check(file, cli)
+    except ConfigError as exc:
+        sys.exit(fail(str(exc), exc.kind))
+
+
+@config.command("show")
+@click.option(
+    "--config", "file", type=click.Path(path_type=Path, dir_okay=False), envvar=VARIABLE, help="Instead of the usual."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: value and origin by command and key.")
+def config_show(file: Path | None, as_json: bool) -> None:
+    """Show the values that commands would use, and where each is from: environment, file or default."""
+    from fusemig.cli.config import as_toml, effective
+
+    path = find(file)
+    try:
+        found = effective(path, cli)
+        text = as_toml(path, found)
+    except ConfigError as exc:
+        sys.exit(fail(str(exc), exc.kind))
+    if as_json:
+        print_json(
+            {
+                "file": None if path is None else str(path),
+                "commands": {
+                    name: {key: {"value": value, "origin": origin} for key, (value, origin) in parameters.items()}
+                    for name, parameters in found.items()
+                },
+            }
+        )
+        return
+    print(text)
 
 
 def main() -> None:
