@@ -6,6 +6,7 @@
       ├ mount                           fusemig.fuse
       ├ Inbound                         the listener of --incoming, one task per connection: IncomingMigration
       ├ Outbound                        the OutgoingMigration, if one runs
+      ├ supervise                       tells a service manager (fusemig.supervision)
       ├ Doubts                          asks what became of disks that were handed off
       └ signals, unmount from outside   both ask for an orderly end
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import signal
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -39,11 +41,13 @@ from fusemig.inbound import Inbound
 from fusemig.listener import listening
 from fusemig.metrics import PATH, Metrics, check_address
 from fusemig.migration.arrival import IncomingWire
+from fusemig.notify import Notifier
 from fusemig.outbound import Outbound
 from fusemig.pause import Pause
 from fusemig.qmp import schema
 from fusemig.security import Security
 from fusemig.served import ServedDisk
+from fusemig.supervision import ask_mount, supervise
 from fusemig.transport import parse_uri
 
 if TYPE_CHECKING:
@@ -99,9 +103,10 @@ class ServeOptions:
 class Daemon:
     """A serving daemon; `run` is its life."""
 
-    def __init__(self, options: ServeOptions) -> None:
-        """Keep the options; nothing is opened yet."""
+    def __init__(self, options: ServeOptions, notifier: Notifier | None = None) -> None:
+        """Keep the options, and whom to tell how it stands; nothing is opened yet."""
         self.options = options
+        self._notifier = Notifier() if notifier is None else notifier
         self.disks: dict[str, ServedDisk] = {}
         self.security = Security(
             options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
@@ -186,10 +191,14 @@ class Daemon:
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._watch_mount)
+                nursery.start_soon(
+                    supervise, self._notifier, partial(daemon_status, self), partial(ask_mount, options.mountpoint)
+                )
                 nursery.start_soon(self.doubts.watch)
                 await nursery.start(self.outbound.run)
                 await nursery.start(self.inbound.run)
                 self._ready.set()
+                self._notifier.send("READY=1")
                 log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
                 try:
                     await self._stop.wait()
@@ -201,7 +210,7 @@ class Daemon:
 
     async def _serve_metrics(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         check_address(uri, is_insecure=self.options.are_metrics_public)
-        metrics = Metrics(lambda: daemon_status(self), lambda: [block_stats(served) for served in self.disks.values()])
+        metrics = Metrics(partial(daemon_status, self), lambda: [block_stats(served) for served in self.disks.values()])
         async with listening(uri) as self.metrics:
             log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
             task_status.started()
@@ -224,6 +233,7 @@ class Daemon:
         """Ask for an orderly end; returns at once."""
         if not self._stop.is_set():
             self.stop_reason = reason
+            self._notifier.send("STOPPING=1")
             causes = [cause for cause in schema.ShutdownCause if cause == reason]
             cause = causes[0] if causes else schema.ShutdownCause.HOST_SIGNAL  # QAPI knows no unmount
             self.events.emit("SHUTDOWN", schema.ShutdownEvent(reason=cause))
