@@ -61,7 +61,8 @@ def find(named: Path | None) -> Path | None:
     """Return the file to use: the one that is named, or the first on the search path; None if there is none."""
     if named is not None:
         return named
-    return next((path for path in search_path() if path.is_file()), None)
+    # What may not be looked at is somebody else's: a program that changed its user still has the old one's $HOME.
+    return next((path for path in search_path() if os.path.isfile(path)), None)
 
 
 class ConfiguredCommand(click.Command):

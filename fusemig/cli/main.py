@@ -267,6 +267,29 @@ def demo(size: int, seconds: float, directory: Path | None, guest: Path | None) 
     sys.exit(run(demo_command, size, seconds, directory))
 
 
+@cli.command()
+@click.argument("socket", type=click.Path(path_type=Path), required=False)
+@click.option("--peer", metavar="URI", help="Look whether a destination answers there; its log tells of the visit.")
+@click.option(
+    "--tls-creds", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Look at these credentials."
+)
+@click.option("--tls-hostname", metavar="NAME", help="Name in the peer's certificate, if it is not URI's host.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: subject, level, text, remedy.")
+def doctor(as_json: bool, **options: Any) -> None:
+    """Look at this machine, at the daemon at SOCKET and at a peer; say how to mend what is amiss.
+
+    Without SOCKET it is the disks of fusemig.toml that are looked at. Exits 1 if something does not work.
+    """
+    from fusemig.cli.config import effective
+    from fusemig.cli.doctor import DoctorRequest, doctor_command
+
+    try:
+        serve_values = {key: value for key, (value, _) in effective(find(None), cli)["serve"].items()}
+    except ConfigError as exc:
+        sys.exit(fail(str(exc), exc.kind))
+    sys.exit(run(doctor_command, DoctorRequest(as_json=as_json, configured=serve_values, **options)))
+
+
 @cli.group()
 def config() -> None:
     """Look at fusemig.toml, which options may be written in; docs/cli.md describes it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support.hosts import MIB, is_mounted, wait_until, write_random
+from support.service_manager import Manager
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,30 +19,6 @@ if TYPE_CHECKING:
     from support.hosts import Hosts
 
 UNIT = Path(__file__).resolve().parents[2] / "tools" / "systemd" / "fusemig@.service"
-
-
-class Manager:
-    """A service manager's notification socket."""
-
-    def __init__(self, path: Path) -> None:
-        """Listen."""
-        self.path = path
-        self.messages: list[str] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
-        self._socket.settimeout(0.01)
-
-    def has(self, begin: str) -> bool:
-        """Tell whether a message that begins so has come by now."""
-        try:
-            while True:
-                self.messages.append(self._socket.recv(4096).decode())
-        except TimeoutError:
-            return any(message.startswith(begin) for message in self.messages)
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._socket.close()
 
 
 @pytest.fixture
