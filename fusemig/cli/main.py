@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import click.shell_completion
 
 from fusemig import __version__
 from fusemig.cli.config_file import VARIABLE, ConfiguredCommand, find
@@ -230,7 +231,7 @@ def continue_(socket: Path) -> None:
 @click.option("--i-have-fenced-the-other", "is_other_fenced", is_flag=True, help="The other side can write it no more.")
 @click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Where an image's epoch file is.")
 def resolve(target: Path, **options: Any) -> None:
-    r"""Say who owns a disk that is in doubt, or take back one that was handed off.
+    """Say who owns a disk that is in doubt, or take back one that was handed off.
 
     TARGET is the control socket of a running daemon, or the image of a stopped one. A source that lost its destination
     in the moment of the hand-off asks it by itself; this is for a destination that is gone for good, and for wires
@@ -241,7 +242,7 @@ def resolve(target: Path, **options: Any) -> None:
                         --owner destination   handed-off: released
     on the destination  --owner destination   prepared: writable here
                         --owner source        prepared: waits for the source again
-    """
+    """  # noqa: D301  (\b is click's mark for lines that stay as they are)
     set_up_logs()
     from fusemig.cli.resolve import ResolveRequest, resolve_command
 
@@ -288,6 +289,15 @@ def doctor(as_json: bool, **options: Any) -> None:
     except ConfigError as exc:
         sys.exit(fail(str(exc), exc.kind))
     sys.exit(run(doctor_command, DoctorRequest(as_json=as_json, configured=serve_values, **options)))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what completes fusemig's commands and options in SHELL; docs/cli.md says where to put it."""
+    complete = click.shell_completion.get_completion_class(shell)
+    assert complete is not None
+    print(complete(cli, {}, "fusemig", "_FUSEMIG_COMPLETE").source())
 
 
 @cli.group()
