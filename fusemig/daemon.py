@@ -98,6 +98,8 @@ class ServeOptions:
     """Where Prometheus is answered: a URI."""
     are_metrics_public: bool = False
     """That may be an address which other hosts reach."""
+    heeds_signals: bool = True
+    """SIGTERM and SIGINT ask for an orderly end; else they are left to the program that this is a part of."""
 
 
 class Daemon:
@@ -171,12 +173,16 @@ class Daemon:
 
     async def _serve(self) -> None:
         # Heard from before the mount until after it, so that no signal ends us with the mount left behind.
+        if not self.options.heeds_signals:
+            await self._serve_until_stopped(None)
+            return
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             await self._serve_until_stopped(signals)
 
-    async def _serve_until_stopped(self, signals: AsyncIterator[int]) -> None:
+    async def _serve_until_stopped(self, signals: AsyncIterator[int] | None) -> None:
         async with trio.open_nursery() as control:
-            control.start_soon(self._watch_signals, signals)
+            if signals is not None:
+                control.start_soon(self._watch_signals, signals)
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
             await control.start(serve_control, self.options.control, command_table(self), self.events)
             if self.options.metrics is not None:
