@@ -22,6 +22,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from fusemig.disk.tracked import Gate
+from fusemig.epoch import Ownership
 from fusemig.errors import ConfigError
 from fusemig.http_server import Answer
 from fusemig.qmp import schema
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     Samples = Sequence[tuple[dict[str, str], float]]
 
 PATH: Final = "/metrics"
-DISK_STATES: Final = ("owner", "waiting", "incoming", "prepared", "handed-off", "released")
+DISK_STATES: Final = ("waiting", *(state.value for state in Ownership))
 OUTCOMES: Final = {
     "source": ("completed", "failed", "cancelled", "in-doubt"),
     "destination": ("completed", "failed", "cancelled"),
@@ -128,6 +129,11 @@ def _disks(disks: list[schema.ServedDisk]) -> Iterator[Metric]:
     yield _plain("fusemig_disk_gate", "1 for what happens to a guest's write.", positions)
     yield _plain(
         "fusemig_disk_failed", "1 after a failed flush; every later one fails.", [(at, d.io_error) for at, d in each]
+    )
+    yield _plain(
+        "fusemig_disk_missing_bytes",
+        "What is still at the source (post-copy).",
+        [(at, disk.missing_bytes) for at, disk in each],
     )
     yield _plain(
         "fusemig_parked_requests", "Writes that wait for the gate.", [(at, disk.parked_writes) for at, disk in each]
