@@ -6,23 +6,22 @@ reason and the next step, never silently accepted.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from msgspec import UNSET, UnsetType
 
 from fusemig import __version__
-from fusemig.block_info import block_info, block_node, block_stats, served_disk
+from fusemig.block_info import block_info, block_node, block_stats
 from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.credentials import Endpoint
-from fusemig.disk.tracked import Gate
+from fusemig.daemon_info import daemon_status, io_error, run_state
 from fusemig.epoch import Ownership, Side
 from fusemig.errors import ConfigError
 from fusemig.estimate import estimate
 from fusemig.migration.order import Order
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
-from fusemig.migration_info import incoming_info, migration_info, role
+from fusemig.migration_info import migration_info
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import monitor, schema
 from fusemig.qmp_objects import load, make_object
@@ -264,7 +263,7 @@ class _Commands:
 
     async def stop(self, _session: Session, _arguments: schema.NoArguments) -> None:
         daemon = self._daemon
-        was_running = _run_state(daemon) is schema.RunState.RUNNING
+        was_running = run_state(daemon) is schema.RunState.RUNNING
 
         def on_stopped() -> None:
             if was_running:
@@ -274,7 +273,7 @@ class _Commands:
 
     def cont(self, _session: Session, _arguments: schema.NoArguments) -> None:
         daemon = self._daemon
-        state = _run_state(daemon)
+        state = run_state(daemon)
         if state is schema.RunState.RUNNING:
             return
         if state is schema.RunState.FINISH_MIGRATE:
@@ -282,7 +281,7 @@ class _Commands:
         if state is schema.RunState.POSTMIGRATE or not daemon.pause.is_on:
             raise CommandError(_why_guests_may_not_write(daemon))
         daemon.pause.lift()
-        if _run_state(daemon) is schema.RunState.RUNNING:
+        if run_state(daemon) is schema.RunState.RUNNING:
             daemon.events.emit("RESUME")
 
     def human_monitor_command(self, _session: Session, arguments: schema.HumanMonitorCommand) -> str:
@@ -294,22 +293,7 @@ class _Commands:
         self._daemon.stop("host-qmp-quit")
 
     def status(self, _session: Session, _arguments: schema.NoArguments) -> schema.DaemonStatus:
-        daemon = self._daemon
-        disks = [served_disk(served) for served in daemon.disks.values()]
-        info = migration_info(daemon)
-        return schema.DaemonStatus(
-            version=__version__,
-            pid=os.getpid(),
-            mountpoint=str(daemon.options.mountpoint),
-            status=_run_state(daemon),
-            disks=disks,
-            role=role(daemon),
-            gates_closed=sum(disk.gate == Gate.CLOSED.value for disk in disks),
-            parked_writes=sum(disk.parked_writes for disk in disks),
-            handler_errors=0 if daemon.mount is None else daemon.mount.statistics().handler_errors,
-            incoming=incoming_info(daemon),
-            migration=UNSET if info.status is UNSET else info,
-        )
+        return daemon_status(self._daemon)
 
     async def estimate(self, _session: Session, arguments: schema.Estimate) -> EstimateInfo:
         disks = self._known(arguments.disks)
@@ -361,36 +345,13 @@ class _Queries:
 
 
 def _status(daemon: Daemon) -> schema.StatusInfo:
-    state = _run_state(daemon)
+    state = run_state(daemon)
     return schema.StatusInfo(running=state is schema.RunState.RUNNING, status=state)
-
-
-def _run_state(daemon: Daemon) -> schema.RunState:
-    """Return the one word for all disks: the state that keeps most from being written."""
-    disks = [served.disk for served in daemon.disks.values() if served.disk is not None]
-    if _io_error(daemon) is not None:
-        return schema.RunState.IO_ERROR
-    if any(disk.is_frozen for disk in disks):
-        return schema.RunState.FINISH_MIGRATE
-    if any(disk.gate is Gate.CLOSED for disk in disks):
-        return schema.RunState.PAUSED
-    if any(disk.gate is Gate.OPEN for disk in disks):
-        return schema.RunState.RUNNING
-    if any(served.is_waiting for served in daemon.disks.values()):
-        return schema.RunState.INMIGRATE
-    return schema.RunState.POSTMIGRATE
-
-
-def _io_error(daemon: Daemon) -> str | None:
-    for served in daemon.disks.values():
-        if served.image is not None and served.image.io_error is not None:
-            return f"disk '{served.name}' has an I/O error: {served.image.io_error}"
-    return None
 
 
 def _why_guests_may_not_write(daemon: Daemon) -> str:
     """Say why `cont` cannot be honoured, and what to do: to open a gate here might make a second writer."""
-    error = _io_error(daemon)
+    error = io_error(daemon)
     if error is not None:
         return f"{error}; mend the store, then restart `fusemig serve`"
     for served in daemon.disks.values():

@@ -2,9 +2,11 @@
 
     Daemon.run
       ├ control socket (QMP)            fusemig.control with the table of fusemig.commands
+      ├ metrics                         fusemig.http_server with the page of fusemig.metrics, if asked for
       ├ mount                           fusemig.fuse
       ├ Inbound                         the listener of --incoming, one task per connection: IncomingMigration
       ├ Outbound                        the OutgoingMigration, if one runs
+      ├ supervise                       tells a service manager (fusemig.supervision)
       ├ Doubts                          asks what became of disks that were handed off
       ├ the watch over heat             ends an epoch every second (fusemig.heat)
       └ signals, unmount from outside   both ask for an orderly end
@@ -18,14 +20,17 @@ from __future__ import annotations
 import signal
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
 
 from fusemig.announcer import Announcer
+from fusemig.block_info import block_stats
 from fusemig.commands import command_table
 from fusemig.control import EventHub, serve_control
+from fusemig.daemon_info import Totals, daemon_status
 from fusemig.disk.tracked import Gate
 from fusemig.doubt import Doubts
 from fusemig.errors import ConfigError, FusemigError
@@ -33,13 +38,19 @@ from fusemig.fuse.export import Exports
 from fusemig.fuse.lanes import Lane, open_lane
 from fusemig.fuse.preflight import MountOptions
 from fusemig.heat import EPOCH_S
+from fusemig.http_server import serve_http
 from fusemig.inbound import Inbound
+from fusemig.listener import listening
+from fusemig.metrics import PATH, Metrics, check_address
 from fusemig.migration.arrival import IncomingWire
+from fusemig.notify import Notifier
 from fusemig.outbound import Outbound
 from fusemig.pause import Pause
 from fusemig.qmp import schema
 from fusemig.security import Security
 from fusemig.served import ServedDisk
+from fusemig.supervision import ask_mount, supervise
+from fusemig.transport import parse_uri
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -47,9 +58,11 @@ if TYPE_CHECKING:
 
     from fusemig.credentials import Credentials
     from fusemig.fuse.lanes import AnyMount
+    from fusemig.listener import Listener
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.served import DiskSpec
+    from fusemig.transport import Uri
 
 CONNECT_DEADLINE_S: Final = 10.0
 DEFER: Final = "defer"
@@ -83,14 +96,21 @@ class ServeOptions:
     """What proves this source where a migration brings no credentials of its own."""
     is_insecure: bool = False
     """Plain text may cross the network."""
+    metrics: str | None = None
+    """Where Prometheus is answered: a URI."""
+    are_metrics_public: bool = False
+    """That may be an address which other hosts reach."""
+    heeds_signals: bool = True
+    """SIGTERM and SIGINT ask for an orderly end; else they are left to the program that this is a part of."""
 
 
 class Daemon:
     """A serving daemon; `run` is its life."""
 
-    def __init__(self, options: ServeOptions) -> None:
-        """Keep the options; nothing is opened yet."""
+    def __init__(self, options: ServeOptions, notifier: Notifier | None = None) -> None:
+        """Keep the options, and whom to tell how it stands; nothing is opened yet."""
         self.options = options
+        self._notifier = Notifier() if notifier is None else notifier
         self.disks: dict[str, ServedDisk] = {}
         self.security = Security(
             options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
@@ -98,6 +118,7 @@ class Daemon:
         self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.outbound.capabilities)
         self.pause = Pause(self.disks.values(), self._push_out)
         announcer = Announcer(self.events, self.pause)
+        self.totals = Totals()
         self.outbound = Outbound(
             self.disks,
             self.pause,
@@ -105,7 +126,7 @@ class Daemon:
             announcer,
             self._count_requests,
             self._show_outgoing,
-            lambda: self.doubts.look(),
+            self._note_outgoing_over,
             is_destination=options.incoming is not None,
         )
         self.inbound = Inbound(
@@ -117,11 +138,14 @@ class Daemon:
             self._push_out,
             self._show_size,
             self._show_incoming,
+            self.totals.incoming_over,
         )
         self.doubts = Doubts(self.disks, self.outbound.dial, self.outbound.settled)
         self.shown: OutgoingMigration | IncomingMigration | None = None
         """What ``query-migrate`` tells of: the last one that began, but an outgoing one until it is over."""
         self.mount: AnyMount | None = None
+        self.metrics: Listener | None = None
+        """Where metrics are asked for."""
         self.stop_reason = ""
         self._exports = Exports()
         self._ready = trio.Event()
@@ -151,14 +175,20 @@ class Daemon:
 
     async def _serve(self) -> None:
         # Heard from before the mount until after it, so that no signal ends us with the mount left behind.
+        if not self.options.heeds_signals:
+            await self._serve_until_stopped(None)
+            return
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             await self._serve_until_stopped(signals)
 
-    async def _serve_until_stopped(self, signals: AsyncIterator[int]) -> None:
+    async def _serve_until_stopped(self, signals: AsyncIterator[int] | None) -> None:
         async with trio.open_nursery() as control:
-            control.start_soon(self._watch_signals, signals)
+            if signals is not None:
+                control.start_soon(self._watch_signals, signals)
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
             await control.start(serve_control, self.options.control, command_table(self), self.events)
+            if self.options.metrics is not None:
+                await control.start(self._serve_metrics, parse_uri(self.options.metrics))
             options = self.options
             mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
             async with (
@@ -169,11 +199,15 @@ class Daemon:
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._watch_mount)
+                nursery.start_soon(
+                    supervise, self._notifier, partial(daemon_status, self), partial(ask_mount, options.mountpoint)
+                )
                 nursery.start_soon(self.doubts.watch)
                 nursery.start_soon(self._watch_heat)
                 await nursery.start(self.outbound.run)
                 await nursery.start(self.inbound.run)
                 self._ready.set()
+                self._notifier.send("READY=1")
                 log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
                 try:
                     await self._stop.wait()
@@ -182,6 +216,14 @@ class Daemon:
                         await self._wind_down()
                 nursery.cancel_scope.cancel()
             control.cancel_scope.cancel()
+
+    async def _serve_metrics(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        check_address(uri, is_insecure=self.options.are_metrics_public)
+        metrics = Metrics(partial(daemon_status, self), lambda: [block_stats(served) for served in self.disks.values()])
+        async with listening(uri) as self.metrics:
+            log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
+            task_status.started()
+            await serve_http(self.metrics, {PATH: metrics.page})
 
     async def wait_ready(self) -> None:
         """Wait until migrations can be started: the control socket is there before the mount is whole."""
@@ -209,6 +251,7 @@ class Daemon:
         """Ask for an orderly end; returns at once."""
         if not self._stop.is_set():
             self.stop_reason = reason
+            self._notifier.send("STOPPING=1")
             causes = [cause for cause in schema.ShutdownCause if cause == reason]
             cause = causes[0] if causes else schema.ShutdownCause.HOST_SIGNAL  # QAPI knows no unmount
             self.events.emit("SHUTDOWN", schema.ShutdownEvent(reason=cause))
@@ -241,6 +284,11 @@ class Daemon:
 
     def _show_outgoing(self, migration: OutgoingMigration) -> None:
         self.shown = migration
+
+    def _note_outgoing_over(self) -> None:
+        assert self.outbound.migration is not None
+        self.totals.outgoing_over(self.outbound.migration)
+        self.doubts.look()
 
     def _show_incoming(self, migration: IncomingMigration) -> None:
         if not self.outbound.is_migrating:

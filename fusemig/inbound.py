@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -13,6 +14,7 @@ from fusemig.disk.room import Need, lack
 from fusemig.epoch import Ownership
 from fusemig.errors import FusemigError, PeerRefusedError, StateError
 from fusemig.listener import listening
+from fusemig.log_context import log_fields
 from fusemig.migration.arrival import greet
 from fusemig.migration.borrow import Loan
 from fusemig.migration.incoming import AwaitedDisk
@@ -53,6 +55,7 @@ class Inbound:
         push_out: Callable[[ServedDisk], Awaitable[None]],
         show_size: Callable[[ServedDisk], Awaitable[None]],
         on_begin: Callable[[IncomingMigration], None],
+        on_over: Callable[[IncomingMigration], None],
     ) -> None:
         """Listen to nobody yet.
 
@@ -65,6 +68,7 @@ class Inbound:
             push_out: has the kernel write back and forget what it holds of a disk.
             show_size: has the kernel ask for the attributes of a disk anew.
             on_begin: hears of each migration as it begins.
+            on_over: hears of it again when it has ended.
         """
         self._disks = disks
         self._incoming = incoming
@@ -74,10 +78,11 @@ class Inbound:
         self._push_out = push_out
         self._show_size = show_size
         self._on_begin = on_begin
+        self._on_over = on_over
         self.listener: Listener | None = None
         self.migration: IncomingMigration | None = None
         """The last one that began."""
-        self._n_rejected = 0
+        self._rejected: Counter[str] = Counter()
         self._is_listening = False
         self._fetching: dict[str, trio.CancelScope] = {}
         """The scope of the connection over which each migration's disks are fetched."""
@@ -166,7 +171,8 @@ class Inbound:
             self._note_rejected(stream, exc)
             return
         try:
-            await migration.run()
+            with log_fields(lambda: _log_fields(migration)):
+                await migration.run()
         except FusemigError as exc:  # a cleanup that failed; the migration's own errors are in `error`
             log.error("incoming connection", peer=stream.peer, reason=str(exc))
         if migration.is_question:
@@ -174,14 +180,17 @@ class Inbound:
                 log.warning("a question was not settled", peer=stream.peer, reason=str(migration.error))
         elif migration.phase is MigrationPhase.NONE:
             self._note_rejected(stream, migration.error)
+        else:
+            self._on_over(migration)
 
     @property
-    def n_rejected(self) -> int:
-        """How many connections never became a migration."""
-        return self._n_rejected + (0 if self.listener is None else self.listener.n_displaced)
+    def rejected(self) -> Counter[str]:
+        """How many connections never became a migration, by the kind of error; ``displaced`` had to give way."""
+        n_displaced = 0 if self.listener is None else self.listener.n_displaced
+        return self._rejected + Counter(displaced=n_displaced)
 
     def _note_rejected(self, stream: ByteStream, reason: FusemigError | None) -> None:
-        self._n_rejected += 1
+        self._rejected["failed" if reason is None else reason.kind] += 1
         log.warning("connection rejected", peer=stream.peer, reason=str(reason))
 
     async def awaited(self) -> list[AwaitedDisk]:
@@ -298,3 +307,10 @@ def _check_room(chosen: Sequence[ServedDisk], offers: Sequence[DiskOffer]) -> No
     ]
     if reason := lack(needs):
         raise PeerRefusedError(reason)
+
+
+def _log_fields(migration: IncomingMigration) -> dict[str, object]:
+    fields: dict[str, object] = {"phase": migration.phase.value}
+    if migration.session:
+        fields |= {"migration": migration.session[:8], "disks": [one.disk.name for one in migration.disks]}
+    return fields

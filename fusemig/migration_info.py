@@ -38,7 +38,8 @@ def incoming_info(daemon: Daemon) -> schema.Incoming | UnsetType:
         uri="defer" if daemon.inbound.listener is None else str(daemon.inbound.listener.uri),
         status=schema.MigrationStatus(QMP_STATUS[MigrationPhase.NONE if incoming is None else incoming.phase]),
         error_desc=UNSET if error is None else str(error),
-        rejected_connections=daemon.inbound.n_rejected,
+        rejected_connections=daemon.inbound.rejected.total(),
+        rejected_by_reason=[schema.Count(what=kind, count=n) for kind, n in sorted(daemon.inbound.rejected.items())],
         tls=daemon.security.has_server_credentials,
     )
 
@@ -126,6 +127,7 @@ def _migrating_disk(disk: DiskStatistics) -> schema.MigratingDisk:
         name=disk.name,
         size=disk.size,
         dirty_bytes=disk.dirty_bytes,
+        dirty_chunks=disk.dirty_chunks,
         in_flight_chunks=disk.in_flight_chunks,
         sent_bytes=disk.sent_bytes,
         pass_progress=1.0 - min(1.0, disk.dirty_bytes / allocated) if allocated else 1.0,

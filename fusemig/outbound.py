@@ -14,6 +14,7 @@ from fusemig.disk.tracked import Gate
 from fusemig.doubt import in_doubt
 from fusemig.epoch import Ownership
 from fusemig.errors import InDoubtError, StateError
+from fusemig.log_context import log_fields
 from fusemig.migration.commit import Route, SourceDisk
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.order import Order
@@ -271,7 +272,8 @@ class Outbound:
 
     async def _run_outgoing(self, migration: OutgoingMigration, chosen: Sequence[ServedDisk]) -> None:
         try:
-            await migration.run()
+            with log_fields(partial(_log_fields, migration, [served.name for served in chosen])):
+                await migration.run()
         finally:
             for served in chosen:
                 served.busy = ""
@@ -323,3 +325,7 @@ class Outbound:
 
     def _on_phase(self, phase: MigrationPhase) -> None:
         self._announcer.outgoing_phase(phase, is_pausing=self.parameters.pause_before_switchover)
+
+
+def _log_fields(migration: OutgoingMigration, disks: list[str]) -> dict[str, object]:
+    return {"migration": migration.session[:8], "phase": migration.phase.value, "disks": disks}

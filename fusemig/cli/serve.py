@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
 from fusemig.fuse.lanes import Lane
 from fusemig.migration.arrival import IncomingWire
+from fusemig.notify import open_notifier
 from fusemig.served import parse_disk
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class ServeRequest:
     tls_creds: Path | None
     tls_authz: tuple[str, ...]
     insecure: bool
+    metrics: str | None
+    metrics_insecure: bool
 
 
 async def serve_command(request: ServeRequest) -> None:
@@ -81,8 +85,11 @@ async def serve_command(request: ServeRequest) -> None:
         tls_identities=request.tls_authz,
         tls_client=tls_client,
         is_insecure=request.insecure,
+        metrics=request.metrics,
+        are_metrics_public=request.metrics_insecure,
     )
-    await Daemon(options).run()
+    with closing(open_notifier(os.environ)) as notifier:
+        await Daemon(options, notifier).run()
 
 
 def _load_tls(request: ServeRequest) -> tuple[Credentials | None, Credentials | None]:

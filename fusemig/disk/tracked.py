@@ -119,6 +119,10 @@ class DiskCounters(NamedTuple):
     n_flushes: int
     highest_written: int
     """Where the write that reached farthest ended."""
+    n_failed_reads: int
+    """By the store's own error; what the gate or the disk's end refused is not counted."""
+    n_failed_writes: int
+    n_failed_flushes: int
 
 
 class TrackedDisk(Disk):
@@ -154,6 +158,9 @@ class TrackedDisk(Disk):
         self._bytes_read = 0
         self._n_reads = 0
         self._n_flushes = 0
+        self._n_failed_reads = 0
+        self._n_failed_writes = 0
+        self._n_failed_flushes = 0
 
     @property
     def size(self) -> int:  # type: ignore[override]
@@ -164,14 +171,22 @@ class TrackedDisk(Disk):
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from the image; never gated."""
-        self.image.pread_into(buffer, offset)
+        try:
+            self.image.pread_into(buffer, offset)
+        except DiskError:
+            self._n_failed_reads += 1
+            raise
         self._bytes_read += len(buffer)
         self._n_reads += 1
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill ``buffer`` if that does not sleep; never gated."""
-        if not self.image.pread_nowait(buffer, offset):
-            return False
+        try:
+            if not self.image.pread_nowait(buffer, offset):
+                return False
+        except DiskError:
+            self._n_failed_reads += 1
+            raise
         self._bytes_read += len(buffer)
         self._n_reads += 1
         return True
@@ -193,6 +208,9 @@ class TrackedDisk(Disk):
             if length:
                 self.heat.note(offset, length)
             self.image.pwrite(data, offset)
+        except DiskError:
+            self._n_failed_writes += 1
+            raise
         finally:
             self._end(offset, length, regime)
 
@@ -205,12 +223,19 @@ class TrackedDisk(Disk):
         regime = self._admit(offset, length)
         try:
             self.image.write_zeroes(offset, length)
+        except DiskError:
+            self._n_failed_writes += 1
+            raise
         finally:
             self._end(offset, length, regime)
 
     def flush(self) -> None:
         """Make finished writes durable; never gated, so that a frozen guest's fsync is answered."""
-        self.image.flush()
+        try:
+            self.image.flush()
+        except DiskError:
+            self._n_failed_flushes += 1
+            raise
         self._n_flushes += 1
 
     @property
@@ -320,7 +345,11 @@ class TrackedDisk(Disk):
         Raises:
             DiskError: it might be believed after a restart, so nothing that it does not know of may be written.
         """
-        log.warning("the map of written chunks is lost; after a restart contents are compared", reason=str(reason))
+        log.warning(
+            "the map of written chunks is lost; after a restart contents are compared",
+            disk=self.name,
+            reason=str(reason),
+        )
         try:
             dropped.drop()
         except DiskError as exc:
@@ -518,6 +547,9 @@ class TrackedDisk(Disk):
                 n_writes=self._n_writes,
                 n_flushes=self._n_flushes,
                 highest_written=self._highest_written,
+                n_failed_reads=self._n_failed_reads,
+                n_failed_writes=self._n_failed_writes,
+                n_failed_flushes=self._n_failed_flushes,
             )
 
 

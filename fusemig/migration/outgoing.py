@@ -196,6 +196,10 @@ class OutgoingMigration(ABC):
             self.cancel()
         await self._over.wait()
 
+    async def wait_over(self) -> None:
+        """Wait until it has ended; the outcome is in `phase` and `error`."""
+        await self._over.wait()
+
     def forget(self) -> None:
         """Stop tracking for a resumption that will not come; after `run` has ended."""
         for disk in self._disks:

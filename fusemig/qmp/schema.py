@@ -377,6 +377,8 @@ class MigratingDisk(Result, frozen=True, kw_only=True):
     name: str
     size: int
     dirty_bytes: int = 0
+    dirty_chunks: int = 0
+    """Chunks that are dirty, wholly or in part."""
     in_flight_chunks: int = 0
     sent_bytes: int = 0
     """Bytes of the disk that were sent, in all passes; what crossed the wire is in ``wire-bytes``."""
@@ -503,6 +505,13 @@ class ServedDisk(Result, frozen=True, kw_only=True):
     """Present where it is not known who owns the disk: what has become of asking."""
 
 
+class Count(Result, frozen=True, kw_only=True):
+    """How often something was the case."""
+
+    what: str
+    count: int
+
+
 class Incoming(Result, frozen=True, kw_only=True):
     """What this daemon waits for, or receives, as a destination."""
 
@@ -510,8 +519,32 @@ class Incoming(Result, frozen=True, kw_only=True):
     status: MigrationStatus
     error_desc: str | UnsetType = UNSET
     rejected_connections: int = 0
+    rejected_by_reason: list[Count] = field(default_factory=list)
+    """The same by ``error-kind``; ``displaced`` had to give way to others who came."""
     tls: bool = False
     """Whether sources must prove who they are."""
+
+
+class FrozenWithin(Result, frozen=True, kw_only=True):
+    """One bucket of a histogram: how many freezes were no longer than this."""
+
+    limit_ms: float
+    count: int
+
+
+class MigrationTotals(Result, frozen=True, kw_only=True):
+    """What became of the daemon's migrations since it started."""
+
+    outgoing: list[Count] = field(default_factory=list)
+    """How many ended in which phase."""
+    incoming: list[Count] = field(default_factory=list)
+    passes: int = 0
+    """Passes of outgoing migrations, the running one included."""
+    n_frozen: int = 0
+    """Outgoing migrations that froze their guests."""
+    frozen_ms: float = 0.0
+    """How long those froze them, together."""
+    frozen_within: list[FrozenWithin] = field(default_factory=list)
 
 
 class DaemonStatus(Result, frozen=True, kw_only=True):
@@ -530,6 +563,9 @@ class DaemonStatus(Result, frozen=True, kw_only=True):
     """Requests answered EIO because of a bug of ours; the log has them."""
     incoming: Incoming | UnsetType = UNSET
     migration: MigrationInfo | UnsetType = UNSET
+    totals: MigrationTotals
+    metrics: str | UnsetType = UNSET
+    """Where Prometheus is answered, with the port as bound."""
 
 
 class Uuid(Result, frozen=True, kw_only=True):

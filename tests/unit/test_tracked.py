@@ -436,4 +436,24 @@ def test_lifting_a_hold_opens_only_what_would_be_open() -> None:
     assert tried == ["parked"]
     disk.pwrite(b"x", 0)
     assert not disk.park(lambda: tried.append("late"))
-    assert disk.statistics() == (0, 0, 1, 1, 0, 1)
+    counters = disk.statistics()
+    assert (counters.written_bytes, counters.n_writes, counters.n_flushes) == (1, 1, 0)
+
+
+def test_requests_that_the_store_fails_are_counted_apart() -> None:
+    """A failed read, write and flush each; what the gate or the disk's end refuses is no failure of the store."""
+    fault = FaultDisk(MemoryDisk("a", CHUNK_SIZE), *(Fault(frozenset({one})) for one in Operation))
+    disk = TrackedDisk(fault)
+    buffer = memoryview(bytearray(512))
+    requests: list[Callable[[], None]] = [
+        partial(disk.pread_into, buffer, 0),
+        partial(disk.pwrite, b"x", 0),
+        disk.flush,
+        partial(disk.pwrite, b"x", CHUNK_SIZE),
+    ]
+    for request in requests:
+        with pytest.raises(DiskError):
+            request()
+    counters = disk.statistics()
+    assert (counters.n_failed_reads, counters.n_failed_writes, counters.n_failed_flushes) == (1, 1, 1)
+    assert (counters.n_reads, counters.n_flushes) == (0, 0)
