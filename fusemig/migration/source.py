@@ -6,8 +6,8 @@
     hand-off              OutgoingHandoff: FINAL, PREPARED, COMMIT, TAKEN
 
 The order of things is `fusemig.migration.outgoing`'s. When a migration fails, the tracker still knows what the
-destination does not hold: `resume_point`. A connection that is lost before the freeze is made again, with pauses that
-grow, until there was no progress for as long as the parameters allow; guests notice nothing of it.
+destination does not hold: `resume_point`. A connection that is lost is made again, with pauses that grow, until there
+was no progress for as long as the parameters allow. Guests notice nothing of it; in the switchover, they go on first.
 """
 
 from __future__ import annotations
@@ -63,8 +63,10 @@ FIRST_RETRY_S: Final = 0.25
 MAX_RETRY_S: Final = 10.0
 
 
-_RECONNECTING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
-"""When a lost connection is made again: not before anything was sent, and not with guests' writes waiting."""
+MAX_LOST_SWITCHOVERS: Final = 3
+"""Connections that may be lost while guests' writes wait: each costs the guests a pause."""
+
+_SENDING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
 
 
 class SourceMigration(OutgoingMigration):
@@ -82,6 +84,9 @@ class SourceMigration(OutgoingMigration):
         on_pass: Callable[[int], None] = lambda _number: None,
         count_requests: Callable[[], int] = lambda: 0,
         resume: ResumePoint | None = None,
+        *,
+        n_reconnects: int = 0,
+        waiting: str = "",
     ) -> None:
         """Prepare as `OutgoingMigration` does.
 
@@ -94,6 +99,8 @@ class SourceMigration(OutgoingMigration):
             on_pass: called at the start of each pass with its number, from 1.
             count_requests: tells how many requests guests have ever made; the bulk phase makes room for them.
             resume: where an earlier migration of the same disks was interrupted, to go on from there.
+            n_reconnects: how often it got its connection back before, in another daemon.
+            waiting: why it has none now; "" for one that begins.
         """
         super().__init__(disks, connect, parameters, offload, on_phase, on_pass)
         self._count_requests = count_requests
@@ -108,9 +115,11 @@ class SourceMigration(OutgoingMigration):
         self._can_resume = False
         self._stalled_since: float | None = None
         self._n_retries = 0
-        self._n_reconnects = 0
+        self._n_reconnects = n_reconnects
+        self._n_lost_switchovers = 0
+        self._was_connected = False
         self._kept_bytes = 0
-        self._waiting = ""
+        self._waiting = waiting
         # What the connections before this one sent, and what of it was taken back:
         self._earlier_wire_bytes = 0
         self._earlier_acknowledged_bytes = 0
@@ -137,6 +146,8 @@ class SourceMigration(OutgoingMigration):
             if not self._may_reconnect(failure):
                 raise failure
             self._failure = None
+            if self._machine.phase is MigrationPhase.FROZEN:
+                await self._go_on()
             await self._put_off(failure)
             self._renew()
 
@@ -146,6 +157,7 @@ class SourceMigration(OutgoingMigration):
         self._is_reconciled = False
         stream = await self._connect()
         self._peer = stream.peer
+        self._was_connected = True
         try:
             decoder = native.Decoder(native.FROM_DESTINATION, preface=False)
             link = self._link = NativeLink(stream, decoder, self._pool)
@@ -325,9 +337,31 @@ class SourceMigration(OutgoingMigration):
             return False  # it may stand still: it is better off running on here
         phase = self._machine.phase
         if phase is MigrationPhase.SETUP:
-            # The destination may not have noticed yet that the connection which is gone on with is gone.
-            return self._resume is not None and isinstance(failure, PeerBusyError)
-        return phase in _RECONNECTING and self._can_resume
+            return self._may_begin_again(failure)
+        if phase is MigrationPhase.FROZEN:
+            return self._can_resume and self._handoff.may_thaw and self._n_lost_switchovers < MAX_LOST_SWITCHOVERS
+        return phase in _SENDING and self._can_resume
+
+    def _may_begin_again(self, failure: FusemigError) -> bool:
+        """Tell whether to try again what has not got as far as sending: not an address where nobody ever was."""
+        if isinstance(failure, AuthenticationError):
+            return False
+        if isinstance(failure, PeerBusyError):
+            # It may not have noticed yet that the connection which is gone on with is gone.
+            return self._resume is not None or bool(self._waiting)
+        return self._was_connected or bool(self._waiting)
+
+    async def _go_on(self) -> None:
+        """Let the guests go on: the destination was lost in the switchover, which is tried again when it is back."""
+        self._n_lost_switchovers += 1
+        await self._handoff.call_off()
+        self._thaw()
+        if self._is_cancel_requested:  # meanwhile
+            raise self._cancelled_error()
+        self._frozen_at = None
+        self._enter(MigrationPhase.DIRTY)
+        self._handoff = OutgoingHandoff(self._lent, self.session, self._parameters, self._offload)
+        await self._handoff.own_records()
 
     async def _put_off(self, failure: FusemigError) -> None:
         """Wait before the next try.
