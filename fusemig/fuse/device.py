@@ -115,3 +115,10 @@ def is_mounted(device_number: int) -> bool:
     """Tell whether the file system with this ``st_dev`` is mounted anywhere in our namespace."""
     wanted = f"{os.major(device_number)}:{os.minor(device_number)}"
     return any(line.split()[2] == wanted for line in Path("/proc/self/mountinfo").read_text().splitlines())
+
+
+def replace_by_null(descriptor: int) -> None:
+    """Close a descriptor whose number must not be used again: a late answer to it shall reach nobody."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, descriptor, inheritable=False)
+    os.close(null)

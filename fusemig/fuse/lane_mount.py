@@ -201,6 +201,10 @@ class DataLaneMount(BaseMount):
         """Return how many reads and writes guests have made; cheap, and callable from any thread."""
         return self._lane.count_requests()
 
+    def leave(self, timeout_s: float) -> bool:
+        """Take no more requests, for a successor (`DataLane.leave`); the process ends soon, and not the mount."""
+        return self._lane.leave(timeout_s)
+
     def statistics(self) -> MountStatistics:
         """Return the counters as they are now."""
         lane, metadata = self._lane.statistics(), self._operations.statistics()
@@ -265,7 +269,8 @@ class DataLaneMount(BaseMount):
             os.close(self._device)
         else:
             log.error("a store does not answer: ending the mount without it", mountpoint=str(self.mountpoint))
-            _replace_by_null(self._device)
+            self._lane.abandon()
+            device.replace_by_null(self._device)
 
     def _stop_threads(self, device_number: int | None) -> bool:
         """Unmount and wait for the lane; False if something still uses the descriptor."""
@@ -316,13 +321,6 @@ def _started(mountpoint: Path, exports: Exports, device_fd: int, n_threads: int,
             ) from exc
         raise
     return mount
-
-
-def _replace_by_null(descriptor: int) -> None:
-    """Close a descriptor whose number must not be used again: a late answer to it shall reach nobody."""
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    os.dup2(null, descriptor, inheritable=False)
-    os.close(null)
 
 
 def _ask(root: int) -> None:
