@@ -18,7 +18,7 @@ from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.credentials import Endpoint
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import Ownership, Side
-from fusemig.errors import ConfigError
+from fusemig.errors import ConfigError, StateError
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
 from fusemig.migration_info import incoming_info, migration_info, role
 from fusemig.phase import QMP_STATUS, MigrationPhase
@@ -177,6 +177,7 @@ class _Commands:
         if outgoing is None or QMP_STATUS[phase] != arguments.state:
             raise CommandError(f"Migration not in expected state: {QMP_STATUS[phase]}")
         outgoing.proceed()
+        self._daemon.inheritance.keep()
 
     async def migrate_incoming(self, _session: Session, arguments: schema.MigrateIncoming) -> None:
         try:
@@ -185,6 +186,7 @@ class _Commands:
             raise ConfigError(f"unknown migration protocol: {arguments.uri}: {exc}") from exc
         await self._daemon.wait_ready()
         await self._daemon.inbound.listen(uri)
+        self._daemon.inheritance.keep()
 
     def migrate_pause(self, _session: Session, _arguments: schema.NoArguments) -> None:
         raise CommandError(
@@ -212,12 +214,20 @@ class _Commands:
             security.tls_hostname = arguments.tls_hostname
         if not isinstance(arguments.tls_authz, UnsetType):
             security.tls_authz = arguments.tls_authz
+        self._daemon.inheritance.keep()
 
     async def object_add(self, _session: Session, arguments: objects.ObjectAdd) -> None:
-        self._daemon.security.add(arguments.id, await make_object(arguments))
+        security = self._daemon.security
+        security.add(arguments, await make_object(arguments))
+        try:
+            self._daemon.inheritance.keep()
+        except StateError:
+            security.remove(arguments.id)
+            raise
 
     def object_del(self, _session: Session, arguments: objects.ObjectDel) -> None:
         self._daemon.security.remove(arguments.id)
+        self._daemon.inheritance.keep()
 
     def migrate_set_capabilities(self, _session: Session, arguments: schema.MigrateSetCapabilities) -> None:
         if self._daemon.outbound.is_migrating:
@@ -231,12 +241,14 @@ class _Commands:
             (self._daemon.outbound.capabilities.add if one.state else self._daemon.outbound.capabilities.discard)(
                 one.capability
             )
+        self._daemon.inheritance.keep()
 
     async def stop(self, _session: Session, _arguments: schema.NoArguments) -> None:
         daemon = self._daemon
         was_running = _run_state(daemon) is schema.RunState.RUNNING
 
         def on_stopped() -> None:
+            daemon.inheritance.keep()
             if was_running:
                 daemon.events.emit("STOP")
 
@@ -252,6 +264,7 @@ class _Commands:
         if state is schema.RunState.POSTMIGRATE or not daemon.pause.is_on:
             raise CommandError(_why_guests_may_not_write(daemon))
         daemon.pause.lift()
+        daemon.inheritance.keep()
         if _run_state(daemon) is schema.RunState.RUNNING:
             daemon.events.emit("RESUME")
 

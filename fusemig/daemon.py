@@ -32,6 +32,7 @@ from fusemig.fuse.export import Exports
 from fusemig.fuse.lanes import Lane, open_lane
 from fusemig.fuse.preflight import MountOptions
 from fusemig.inbound import Inbound
+from fusemig.inheritance import Inheritance
 from fusemig.migration.arrival import IncomingWire
 from fusemig.outbound import Outbound
 from fusemig.pause import Pause
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.served import DiskSpec
+    from fusemig.succession.state_memory import StateMemory
 
 CONNECT_DEADLINE_S: Final = 10.0
 DEFER: Final = "defer"
@@ -86,8 +88,16 @@ class ServeOptions:
 class Daemon:
     """A serving daemon; `run` is its life."""
 
-    def __init__(self, options: ServeOptions) -> None:
-        """Keep the options; nothing is opened yet."""
+    def __init__(self, options: ServeOptions, memory: StateMemory | None = None) -> None:
+        """Keep the options; nothing is opened yet.
+
+        Args:
+            options: what was asked for.
+            memory: what outlives the process, and perhaps holds what the daemon before this one left.
+
+        Raises:
+            StateError: what that one left cannot be read here.
+        """
         self.options = options
         self.disks: dict[str, ServedDisk] = {}
         self.security = Security(
@@ -104,6 +114,7 @@ class Daemon:
             self._count_requests,
             self._show_outgoing,
             lambda: self.doubts.look(),
+            lambda: self.inheritance.keep_anyhow(),
             is_destination=options.incoming is not None,
         )
         self.inbound = Inbound(
@@ -121,6 +132,7 @@ class Daemon:
         """What ``query-migrate`` tells of: the last one that began, but an outgoing one until it is over."""
         self.mount: AnyMount | None = None
         self.stop_reason = ""
+        self.inheritance = Inheritance(self, memory)
         self._exports = Exports()
         self._ready = trio.Event()
         self._stop = trio.Event()
@@ -133,6 +145,7 @@ class Daemon:
         """
         with ExitStack() as images:
             self._open_disks(images)
+            await self.inheritance.restore()
             try:
                 await self._serve()
             except BaseExceptionGroup as group:
@@ -169,7 +182,9 @@ class Daemon:
                 nursery.start_soon(self._watch_mount)
                 nursery.start_soon(self.doubts.watch)
                 await nursery.start(self.outbound.run)
+                await self.inheritance.take_up()
                 await nursery.start(self.inbound.run)
+                self.inheritance.keep()
                 self._ready.set()
                 log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
                 try:

@@ -82,6 +82,11 @@ class Inbound:
         """Whether disks may come here."""
         return self._incoming is not None
 
+    def listen_at(self, uri_text: str) -> None:
+        """Have `listening` take an address that a daemon before this one was given, or had got; before that."""
+        if self._incoming is not None:
+            self._incoming = uri_text
+
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what `listen` starts, and what comes to the listener that was opened before, until cancelled."""
         async with trio.open_nursery() as self._nursery:

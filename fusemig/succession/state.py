@@ -45,7 +45,6 @@ MAX_DOCUMENT: Final = SLOT_SIZE - _HEADER.size
 
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-InitRequest = Annotated[bytes, Meta(max_length=4096)]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
@@ -119,8 +118,6 @@ class State(_Record, frozen=True, kw_only=True):
     software: str = __version__
     """Who wrote it, for people."""
     mount: Mount
-    init_request: InitRequest
-    """The kernel's FUSE_INIT, with which a successor's libfuse is told what was agreed upon; empty before it came."""
     is_stopped: bool = False
     """QMP's `stop`."""
     parameters: Parameters = Parameters()

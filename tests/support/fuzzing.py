@@ -210,7 +210,6 @@ def seeds() -> dict[str, list[bytes]]:
         State(
             software="1",
             mount=Mount(mountpoint="/mnt", files=(ServedFile(name="vda", inode=2, path="/a.img"),)),
-            init_request=bytes(104),
             objects=(ObjectAdd(qom_type=ObjectType.AUTHZ_SIMPLE, id="z", identity="CN=a"),),
             outgoing=Outgoing(request=Request(uri="unix:/there", disks=("vda",)), session="0" * 32, began_s=1.5),
         )

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 MOUNT = Mount(mountpoint="/mnt", files=(ServedFile(name="vda", inode=2, path="/a.img", base="/b.img"),))
 FULL = State(
     mount=MOUNT,
-    init_request=bytes(range(104)),
     is_stopped=True,
     parameters=Parameters(max_bandwidth=1 << 20, downtime_limit_s=0.2, tls_creds="t", tls_hostname="h", tls_authz="z"),
     capabilities=(MigrationCapability.EVENTS, MigrationCapability.BLOCK),
@@ -73,13 +72,12 @@ def test_the_format_of_version_1() -> None:
     """A document that a daemon of today leaves must be read by those of tomorrow: this text is a contract."""
     text = (
         b'{"software":"1","mount":{"mountpoint":"/mnt","files":[{"name":"vda","inode":2,"path":"/a.img"}]},'
-        b'"init-request":"AAEC","is-stopped":true,"outgoing":{"request":{"uri":"unix:/there","disks":["vda"]},'
+        b'"is-stopped":true,"outgoing":{"request":{"uri":"unix:/there","disks":["vda"]},'
         b'"session":"s","began-s":1.5},"version":1}'
     )
     assert decode_state(text) == State(
         software="1",
         mount=Mount(mountpoint="/mnt", files=(ServedFile(name="vda", inode=2, path="/a.img"),)),
-        init_request=b"\0\1\2",
         is_stopped=True,
         outgoing=Outgoing(request=Request(uri="unix:/there", disks=("vda",)), session="s", began_s=1.5),
     )
