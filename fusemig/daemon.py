@@ -15,7 +15,7 @@ or read-only, so no write is parked when the file system is unmounted, and the i
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -38,6 +38,8 @@ from fusemig.pause import Pause
 from fusemig.qmp import schema
 from fusemig.security import Security
 from fusemig.served import ServedDisk
+from fusemig.succession.fdstore import FdStore
+from fusemig.succession.mount import KeptMount
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -81,14 +83,17 @@ class ServeOptions:
     """What proves this source where a migration brings no credentials of its own."""
     is_insecure: bool = False
     """Plain text may cross the network."""
+    is_resilient: bool = False
+    """The mount must be one that can outlive this process."""
 
 
 class Daemon:
     """A serving daemon; `run` is its life."""
 
-    def __init__(self, options: ServeOptions) -> None:
-        """Keep the options; nothing is opened yet."""
+    def __init__(self, options: ServeOptions, store: FdStore | None = None) -> None:
+        """Keep the options; nothing is opened yet. ``store`` has what a predecessor left, and keeps it for the next."""
         self.options = options
+        self.store = FdStore() if store is None else store
         self.disks: dict[str, ServedDisk] = {}
         self.security = Security(
             options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
@@ -115,6 +120,7 @@ class Daemon:
             self._push_out,
             self._show_size,
             self._show_incoming,
+            self.store,
         )
         self.doubts = Doubts(self.disks, self.outbound.dial, self.outbound.settled)
         self.shown: OutgoingMigration | IncomingMigration | None = None
@@ -131,7 +137,7 @@ class Daemon:
         Raises:
             FusemigError: it could not be started, and why.
         """
-        with ExitStack() as images:
+        with closing(self.store), ExitStack() as images:
             self._open_disks(images)
             try:
                 await self._serve()
@@ -143,9 +149,14 @@ class Daemon:
             raise ConfigError("no disk to serve: give at least one --disk NAME=PATH")
         is_incoming = self.options.incoming is not None
         for spec in self.options.disks:
-            served = ServedDisk(spec, self._exports, self.options.state_dir, is_incoming=is_incoming)
+            served = ServedDisk(spec, self._exports, self.options.state_dir, is_incoming=is_incoming, store=self.store)
             images.callback(served.close)
             self.disks[served.name] = served
+        if self.store.has_mount and self.store.untaken("image-"):
+            raise ConfigError(
+                f"an image that guests of {self.options.mountpoint} have open is not at its place any more: put back "
+                "what was moved or replaced, or give the mount up"
+            )
 
     async def _serve(self) -> None:
         # Heard from before the mount until after it, so that no signal ends us with the mount left behind.
@@ -156,13 +167,18 @@ class Daemon:
         async with trio.open_nursery() as control:
             control.start_soon(self._watch_signals, signals)
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
-            await control.start(serve_control, self.options.control, command_table(self), self.events)
+            await control.start(serve_control, self.options.control, command_table(self), self.events, self.store)
             options = self.options
             mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
+            kept = (
+                KeptMount(self.store, is_demanded=options.is_resilient)
+                if self.store.is_on or self.store.has_mount
+                else None
+            )
             async with (
                 self.inbound.listening(),
                 open_lane(
-                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads
+                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads, kept
                 ) as self.mount,
                 trio.open_nursery() as nursery,
             ):
@@ -171,6 +187,7 @@ class Daemon:
                 await nursery.start(self.outbound.run)
                 await nursery.start(self.inbound.run)
                 self._ready.set()
+                self.store.ready()
                 log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
                 try:
                     await self._stop.wait()
@@ -204,6 +221,8 @@ class Daemon:
 
     async def _wind_down(self) -> None:
         """Bring migrations to an end and the images to the disk, within deadlines."""
+        if self._stop.is_set():
+            self.store.ending()
         await self.outbound.wind_down()
         for served in self.disks.values():
             if served.disk is not None and served.disk.gate is Gate.CLOSED:
