@@ -66,6 +66,7 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "human-monitor-command": commands.human_monitor_command,
         "x-fusemig-status": commands.status,
         "x-fusemig-resolve": commands.resolve,
+        "x-fusemig-upgrade": commands.upgrade,
     }
     return {name: Command(schema.COMMANDS[name], function) for name, function in functions.items()}
 
@@ -292,7 +293,15 @@ class _Commands:
             handler_errors=0 if daemon.mount is None else daemon.mount.statistics().handler_errors,
             incoming=incoming_info(daemon),
             migration=UNSET if info.status is UNSET else info,
+            succession=_succession(daemon),
         )
+
+    async def upgrade(self, session: Session, _arguments: schema.NoArguments) -> schema.UpgradeInfo:
+        log.info("asked to upgrade", pid=session.pid, uid=session.uid)
+        await self._daemon.wait_ready()
+        info = await self._daemon.upgrade.agree()
+        self._daemon.give_way(info)
+        return info
 
     async def resolve(self, session: Session, arguments: schema.Resolve) -> None:
         for name in arguments.disks:
@@ -320,6 +329,17 @@ class _Queries:
 
     def migration(self) -> schema.MigrationInfo:
         return migration_info(self._daemon)
+
+
+def _succession(daemon: Daemon) -> schema.Succession | UnsetType:
+    found, pause_s = daemon.inheritance.found, daemon.inheritance.pause_s
+    if found is None:
+        return UNSET
+    return schema.Succession(
+        predecessors=found.n_predecessors + 1,
+        predecessor=found.software,
+        pause_ms=UNSET if pause_s is None else pause_s * 1000,
+    )
 
 
 def _status(daemon: Daemon) -> schema.StatusInfo:

@@ -15,7 +15,7 @@ or read-only, so no write is parked when the file system is unmounted, and the i
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -39,6 +39,9 @@ from fusemig.pause import Pause
 from fusemig.qmp import schema
 from fusemig.security import Security
 from fusemig.served import ServedDisk
+from fusemig.succession.fdstore import FdStore
+from fusemig.succession.mount import KeptMount
+from fusemig.upgrade import Upgrade
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -49,7 +52,6 @@ if TYPE_CHECKING:
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.served import DiskSpec
-    from fusemig.succession.state_memory import StateMemory
 
 CONNECT_DEADLINE_S: Final = 10.0
 DEFER: Final = "defer"
@@ -83,22 +85,21 @@ class ServeOptions:
     """What proves this source where a migration brings no credentials of its own."""
     is_insecure: bool = False
     """Plain text may cross the network."""
+    is_resilient: bool = False
+    """The mount must be one that can outlive this process."""
 
 
 class Daemon:
     """A serving daemon; `run` is its life."""
 
-    def __init__(self, options: ServeOptions, memory: StateMemory | None = None) -> None:
-        """Keep the options; nothing is opened yet.
-
-        Args:
-            options: what was asked for.
-            memory: what outlives the process, and perhaps holds what the daemon before this one left.
+    def __init__(self, options: ServeOptions, store: FdStore | None = None) -> None:
+        """Keep the options; nothing is opened yet. ``store`` has what a predecessor left, and keeps it for the next.
 
         Raises:
-            StateError: what that one left cannot be read here.
+            StateError: what a predecessor left cannot be read here.
         """
         self.options = options
+        self.store = FdStore() if store is None else store
         self.disks: dict[str, ServedDisk] = {}
         self.security = Security(
             options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
@@ -126,13 +127,17 @@ class Daemon:
             self._push_out,
             self._show_size,
             self._show_incoming,
+            self.store,
         )
         self.doubts = Doubts(self.disks, self.outbound.dial, self.outbound.settled)
         self.shown: OutgoingMigration | IncomingMigration | None = None
         """What ``query-migrate`` tells of: the last one that began, but an outgoing one until it is over."""
         self.mount: AnyMount | None = None
         self.stop_reason = ""
-        self.inheritance = Inheritance(self, memory)
+        self.inheritance = Inheritance(self, self.store)
+        self.upgrade = Upgrade(self)
+        self._control_scope = trio.CancelScope()
+        self._control_ended = trio.Event()
         self._exports = Exports()
         self._ready = trio.Event()
         self._stop = trio.Event()
@@ -143,7 +148,7 @@ class Daemon:
         Raises:
             FusemigError: it could not be started, and why.
         """
-        with ExitStack() as images:
+        with closing(self.store), closing(self.inheritance), ExitStack() as images:
             self._open_disks(images)
             await self.inheritance.restore()
             try:
@@ -156,9 +161,14 @@ class Daemon:
             raise ConfigError("no disk to serve: give at least one --disk NAME=PATH")
         is_incoming = self.options.incoming is not None
         for spec in self.options.disks:
-            served = ServedDisk(spec, self._exports, self.options.state_dir, is_incoming=is_incoming)
+            served = ServedDisk(spec, self._exports, self.options.state_dir, is_incoming=is_incoming, store=self.store)
             images.callback(served.close)
             self.disks[served.name] = served
+        if self.store.has_mount and self.store.untaken("image-"):
+            raise ConfigError(
+                f"an image that guests of {self.options.mountpoint} have open is not at its place any more: put back "
+                "what was moved or replaced, or give the mount up"
+            )
 
     async def _serve(self) -> None:
         # Heard from before the mount until after it, so that no signal ends us with the mount left behind.
@@ -169,16 +179,22 @@ class Daemon:
         async with trio.open_nursery() as control:
             control.start_soon(self._watch_signals, signals)
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
-            await control.start(serve_control, self.options.control, command_table(self), self.events)
+            await control.start(self._serve_control)
             options = self.options
             mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
+            kept = (
+                KeptMount(self.store, is_demanded=options.is_resilient)
+                if self.store.is_on or self.store.has_mount
+                else None
+            )
             async with (
                 self.inbound.listening(),
                 open_lane(
-                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads
+                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads, kept
                 ) as self.mount,
                 trio.open_nursery() as nursery,
             ):
+                self.inheritance.serves()
                 nursery.start_soon(self._watch_mount)
                 nursery.start_soon(self.doubts.watch)
                 await nursery.start(self.outbound.run)
@@ -186,14 +202,26 @@ class Daemon:
                 await nursery.start(self.inbound.run)
                 self.inheritance.keep()
                 self._ready.set()
+                self.store.ready()
                 log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
                 try:
                     await self._stop.wait()
+                    if self.upgrade.is_agreed:
+                        self._control_scope.cancel()
+                        await self._control_ended.wait()
+                        await self.upgrade.leave()
                 finally:
                     with trio.CancelScope(shield=True):
                         await self._wind_down()
                 nursery.cancel_scope.cancel()
             control.cancel_scope.cancel()
+
+    async def _serve_control(self, task_status: trio.TaskStatus[None]) -> None:
+        with self._control_scope:
+            await serve_control(
+                self.options.control, command_table(self), self.events, self.store, task_status=task_status
+            )
+        self._control_ended.set()
 
     async def wait_ready(self) -> None:
         """Wait until migrations can be started: the control socket is there before the mount is whole."""
@@ -217,8 +245,16 @@ class Daemon:
             self.events.emit("SHUTDOWN", schema.ShutdownEvent(reason=cause))
             self._stop.set()
 
+    def give_way(self, info: schema.UpgradeInfo) -> None:
+        """Leave the mount to the successor that was agreed with; returns at once."""
+        self.events.emit("X_FUSEMIG_UPGRADE", info)
+        self.stop_reason = "upgrade"
+        self._stop.set()
+
     async def _wind_down(self) -> None:
         """Bring migrations to an end and the images to the disk, within deadlines."""
+        if self._stop.is_set():
+            self.store.ending()
         await self.outbound.wind_down()
         for served in self.disks.values():
             if served.disk is not None and served.disk.gate is Gate.CLOSED:

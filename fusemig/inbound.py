@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.security import Security
     from fusemig.served import ServedDisk
+    from fusemig.succession.fdstore import FdStore
     from fusemig.transport import ByteStream, Uri
     from fusemig.wire.native import DiskOffer
 
@@ -49,6 +50,7 @@ class Inbound:
         push_out: Callable[[ServedDisk], Awaitable[None]],
         show_size: Callable[[ServedDisk], Awaitable[None]],
         on_begin: Callable[[IncomingMigration], None],
+        store: FdStore | None = None,
     ) -> None:
         """Listen to nobody yet.
 
@@ -61,6 +63,7 @@ class Inbound:
             push_out: has the kernel write back and forget what it holds of a disk.
             show_size: has the kernel ask for the attributes of a disk anew.
             on_begin: hears of each migration as it begins.
+            store: keeps the listening socket for a successor of the daemon.
         """
         self._disks = disks
         self._incoming = incoming
@@ -70,6 +73,7 @@ class Inbound:
         self._push_out = push_out
         self._show_size = show_size
         self._on_begin = on_begin
+        self._store = store
         self.listener: Listener | None = None
         self.migration: IncomingMigration | None = None
         """The last one that began."""
@@ -104,7 +108,7 @@ class Inbound:
             return
         uri = parse_uri(self._incoming)
         self._security.check_listen(uri)
-        async with listening(uri) as self.listener:
+        async with listening(uri, self._store) as self.listener:
             yield
 
     async def listen(self, uri: Uri) -> None:
@@ -134,7 +138,7 @@ class Inbound:
         self._announcer.status(MigrationPhase.SETUP)
 
     async def _serve_listener(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with listening(uri) as self.listener:
+        async with listening(uri, self._store) as self.listener:
             task_status.started()
             await self.listener.serve(self._receive)
 

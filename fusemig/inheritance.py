@@ -12,21 +12,24 @@ stopped. Who may write a disk is in its epoch file, and what was sent in the map
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import structlog
 
 from fusemig.credentials import Endpoint
 from fusemig.errors import ConfigError, FusemigError, StateError
+from fusemig.handover.state import Mount, Parameters, ServedFile, State
+from fusemig.handover.state_memory import NAME, StateMemory
 from fusemig.phase import MigrationPhase
 from fusemig.qmp_objects import load, make_object
-from fusemig.succession.state import Mount, Parameters, ServedFile, State
 
 if TYPE_CHECKING:
     from fusemig.daemon import Daemon
-    from fusemig.succession.state import Outgoing
-    from fusemig.succession.state_memory import StateMemory
+    from fusemig.handover.state import Outgoing
+    from fusemig.succession.fdstore import FdStore
 
 log = structlog.get_logger(__name__)
 
@@ -34,32 +37,39 @@ log = structlog.get_logger(__name__)
 class Inheritance:
     """Of one daemon."""
 
-    def __init__(self, daemon: Daemon, memory: StateMemory | None) -> None:
-        """Look into ``memory``, which is None where nobody would succeed the daemon.
+    def __init__(self, daemon: Daemon, store: FdStore) -> None:
+        """Look into what ``store`` has of a predecessor, or have it keep an empty memory for a successor.
 
         Raises:
             StateError: what is in it cannot be read here.
         """
         self._daemon = daemon
-        self._memory = memory
-        self.found: State | None = None if memory is None else memory.read()
+        self._memory = _memory(store)
+        self.found: State | None = None if self._memory is None else self._memory.read()
         """What the daemon before this one left."""
+        self.pause_s: float | None = None
+        """How long guests waited for this daemon, where the one before it left for it; at most that."""
+
+    def close(self) -> None:
+        """Close the memory, which lives on in the store."""
+        if self._memory is not None:
+            self._memory.close()
 
     # What is left
 
-    def keep(self) -> None:
-        """Have a successor know what is known now; returns when it would.
+    def keep(self, left_s: float = 0.0) -> None:
+        """Have a successor know what is known now, and `State.left_s`; returns when it would.
 
         Raises:
             StateError: it has grown too large; a successor would find what was kept before.
         """
         if self._memory is not None:
-            self._memory.write(self.state())
+            self._memory.write(msgspec.structs.replace(self.state(), left_s=left_s))
 
-    def keep_anyhow(self) -> None:
+    def keep_anyhow(self, left_s: float = 0.0) -> None:
         """Do as `keep`, where a failure cannot be told to anybody."""
         try:
-            self.keep()
+            self.keep(left_s)
         except StateError as exc:
             log.error("a successor would not know the latest state", reason=str(exc))
 
@@ -82,7 +92,13 @@ class Inheritance:
             objects=tuple(security.described.values()),
             listening="" if listener is None else str(listener.uri),
             outgoing=self._left_outgoing or daemon.outbound.lasting,
+            n_predecessors=0 if self.found is None else self.found.n_predecessors + 1,
         )
+
+    def serves(self) -> None:
+        """Take note that guests are served, and how long they waited for it if the daemon before this one left."""
+        if self.found is not None and self.found.left_s:
+            self.pause_s = max(0.0, time.monotonic() - self.found.left_s)
 
     def _mount(self) -> Mount:
         options = self._daemon.options
@@ -154,6 +170,18 @@ class Inheritance:
     def _left_outgoing(self) -> Outgoing | None:
         """The migration that was found and is still to be taken up."""
         return self.found.outgoing if self.found is not None and self._daemon.outbound.migration is None else None
+
+
+def _memory(store: FdStore) -> StateMemory | None:
+    """Return the memory that goes from daemon to daemon; None where nobody comes after this one."""
+    inherited = store.take(NAME)
+    if inherited is not None:
+        return StateMemory(inherited)
+    if not store.is_on:
+        return None
+    memory = StateMemory.create()
+    store.keep(NAME, memory.fd)
+    return memory
 
 
 def _difference(then: Mount, now: Mount) -> str:

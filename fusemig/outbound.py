@@ -15,6 +15,7 @@ from fusemig.disk.tracked import Gate
 from fusemig.doubt import in_doubt
 from fusemig.epoch import Ownership
 from fusemig.errors import FusemigError, InDoubtError, MigrationError, StateError
+from fusemig.handover.state import Outgoing, Request
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.resume import ResumePoint
@@ -24,7 +25,6 @@ from fusemig.phase import MigrationPhase
 from fusemig.qmp import schema
 from fusemig.runtimes.move import GuestMove
 from fusemig.runtimes.options import make_runtime
-from fusemig.succession.state import Outgoing, Request
 from fusemig.transport import connect, parse_uri
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from fusemig.credentials import Credentials
     from fusemig.served import DiskSpec
+    from fusemig.succession.fdstore import FdStore
 
 
 log = structlog.get_logger(__name__)
@@ -48,10 +49,12 @@ class ServeRequest:
     tls_creds: Path | None
     tls_authz: tuple[str, ...]
     insecure: bool
+    resilient: bool
+    standby: bool
 
 
-async def serve_command(request: ServeRequest) -> None:
-    """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside.
+async def serve_command(request: ServeRequest, store: FdStore) -> None:
+    """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside; ``store`` is the way to a successor.
 
     Raises:
         FusemigError: it could not be started.
@@ -81,8 +84,9 @@ async def serve_command(request: ServeRequest) -> None:
         tls_identities=request.tls_authz,
         tls_client=tls_client,
         is_insecure=request.insecure,
+        is_resilient=request.resilient,
     )
-    await Daemon(options).run()
+    await Daemon(options, store).run()
 
 
 def _load_tls(request: ServeRequest) -> tuple[Credentials | None, Credentials | None]:

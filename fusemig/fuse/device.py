@@ -12,6 +12,7 @@ import array
 import ctypes
 import errno
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -109,6 +110,19 @@ def unmount(mountpoint: Path, *, lazily: bool = False) -> bool:
     if not _libc.umount2(os.fsencode(mountpoint), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0)):
         return True
     return ctypes.get_errno() in (errno.EINVAL, errno.ENOENT)
+
+
+def mounted_at(mountpoint: Path) -> int | None:
+    """Return the ``st_dev`` of our kind of file system at ``mountpoint``, without asking it; None if none is there."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        rest = fields[fields.index("-") + 1 :]
+        path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+        if path == os.fspath(mountpoint) and rest[0] == f"fuse.{NAME}":
+            major, minor = fields[2].split(":")
+            found = os.makedev(int(major), int(minor))  # the last one lies on top
+    return found
 
 
 def is_mounted(device_number: int) -> bool:

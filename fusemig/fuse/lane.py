@@ -20,8 +20,9 @@ Rules:
    write is not interruptible.
 5. A request is answered exactly once, on the descriptor that it was read from. `_held` decides who answers a held one:
    whoever takes it out.
-6. Nothing here outlives the process: a node id is an export's inode number, file handles are not looked at, and the
-   INIT request is kept (`init_request`) for a successor.
+6. Nothing here outlives the process: a node id is an export's inode number, and file handles are not looked at. A
+   request that a predecessor left unanswered comes again, with a bit more in its unique (`abi.UNIQUE_RESEND`); it is
+   like any other, and interrupts name it so too.
 
 The end for a successor (`leave`): the threads sleep in a read, and must take no further request, at once and without an
 answer to anybody. So they read from a number of their own, which comes to mean /dev/null, and a signal has them look
@@ -182,7 +183,6 @@ class DataLane:
         self._is_leaving = False
         self._threads: list[threading.Thread] = []
         self._counters = [_Counters() for _ in range(n_threads)]
-        self.init_request: bytes | None = None
         self._lock = threading.Lock()
         # Guarded by _lock:
         self._n_alive = n_threads
@@ -375,8 +375,6 @@ class DataLane:
         elif self._is_stopping and opcode not in abi.WITHOUT_REPLY:
             self._answer_error(unique, errno.ENOTCONN)
         elif opcode not in _ANSWERED_HERE:
-            if opcode == Opcode.INIT:
-                self.init_request = message
             self._count("forwarded")
             self._forward_to(opcode, unique, message)
         elif (export := self._exports.get(header.nodeid)) is None:

@@ -108,6 +108,7 @@ class SourceMigration(OutgoingMigration):
         self._resume = resume
         if resume is not None:
             self.session = resume.session
+            self._log = self._log.bind(migration=self.session[:8])
             self._disks = resume.disks
         self._attempt = 0
         self._attempt_scope = trio.CancelScope()

@@ -482,6 +482,24 @@ class Incoming(Result, frozen=True, kw_only=True):
     """Whether sources must prove who they are."""
 
 
+class Succession(Result, frozen=True, kw_only=True):
+    """Of a daemon that took over from another one."""
+
+    predecessors: int
+    """How many daemons served this mount before."""
+    predecessor: str
+    """The version of the last of them."""
+    pause_ms: float | UnsetType = UNSET
+    """How long guests waited at most, after an upgrade; absent after a crash."""
+
+
+class UpgradeInfo(Result, frozen=True, kw_only=True):
+    """``x-fusemig-upgrade``: the versions, before the one takes over from the other."""
+
+    running: str
+    installed: str
+
+
 class DaemonStatus(Result, frozen=True, kw_only=True):
     """``x-fusemig-status``."""
 
@@ -498,6 +516,8 @@ class DaemonStatus(Result, frozen=True, kw_only=True):
     """Requests answered EIO because of a bug of ours; the log has them."""
     incoming: Incoming | UnsetType = UNSET
     migration: MigrationInfo | UnsetType = UNSET
+    succession: Succession | UnsetType = UNSET
+    """Absent: this is the first daemon of its mount."""
 
 
 class Uuid(Result, frozen=True, kw_only=True):
@@ -569,6 +589,7 @@ EVENTS: Final[dict[str, type[Result] | None]] = {
     "STOP": None,
     "RESUME": None,
     "SHUTDOWN": ShutdownEvent,
+    "X_FUSEMIG_UPGRADE": UpgradeInfo,
 }
 """Every event and its data."""
 
@@ -610,6 +631,7 @@ COMMANDS: Final[dict[str, type[Arguments]]] = {
     "x-fusemig-status": NoArguments,
     "x-fusemig-estimate": Estimate,
     "x-fusemig-resolve": Resolve,
+    "x-fusemig-upgrade": NoArguments,
 }
 """Every command and its arguments. The server itself answers the first five."""
 
@@ -630,6 +652,7 @@ RESULTS: Final[dict[str, Any]] = {
     "query-migrate-capabilities": list[MigrationCapabilityStatus],
     "human-monitor-command": str,
     "x-fusemig-status": DaemonStatus,
+    "x-fusemig-upgrade": UpgradeInfo,
     "x-fusemig-estimate": EstimateInfo,
 }
 """What the commands return; those that are not here return the empty object."""

@@ -17,9 +17,7 @@ from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write
 from fusemig.disk.memory import MemoryDisk
 from fusemig.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.errors import ConfigError, RemoteProtocolError, StateError
-from fusemig.qmp.codec import RequestParser, decode_server_line, encode_request
-from fusemig.qmp.objects import ObjectAdd, ObjectType
-from fusemig.succession.state import (
+from fusemig.handover.state import (
     SLOT_SIZE,
     Mount,
     Outgoing,
@@ -31,6 +29,8 @@ from fusemig.succession.state import (
     encode_state,
     newest,
 )
+from fusemig.qmp.codec import RequestParser, decode_server_line, encode_request
+from fusemig.qmp.objects import ObjectAdd, ObjectType
 from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native, qemu_block, savevm
 

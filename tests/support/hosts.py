@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -126,6 +127,15 @@ class Qmp:
                 raise QmpRefusedError(message["error"]["desc"])
             else:
                 return message["return"]
+
+    def is_over(self) -> bool:
+        """Whether the daemon has closed the connection; nothing is read for that."""
+        if not select.select([self._socket], [], [], 0)[0]:
+            return False
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def event_names(self) -> list[str]:
         """Return the events so far, MIGRATION with its status."""
@@ -445,6 +455,10 @@ class Hosts:
         host = Host(name, self.directory / f"{name}{len(self._hosts)}", disks, **options)
         self._hosts.append(host)
         return host
+
+    def adopt(self, host: Host) -> None:
+        """Have a host stopped at the end of the test that was not made here."""
+        self._hosts.append(host)
 
     def start(self, name: str, disks: Mapping[str, Path], **options: Any) -> Host:
         """Prepare and start a host."""

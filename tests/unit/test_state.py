@@ -12,10 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusemig.errors import StateError
-from fusemig.qmp.objects import ObjectAdd, ObjectType
-from fusemig.qmp.schema import MigrationCapability
-from fusemig.succession import state as state_module
-from fusemig.succession.state import (
+from fusemig.handover import state as state_module
+from fusemig.handover.state import (
     MAX_DOCUMENT,
     SLOT_SIZE,
     VERSION,
@@ -31,7 +29,9 @@ from fusemig.succession.state import (
     newest,
     slot_of,
 )
-from fusemig.succession.state_memory import StateMemory
+from fusemig.handover.state_memory import StateMemory
+from fusemig.qmp.objects import ObjectAdd, ObjectType
+from fusemig.qmp.schema import MigrationCapability
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -126,6 +126,10 @@ class State(_Record, frozen=True, kw_only=True):
     listening: str = ""
     """Where the daemon listens for sources, as a URI with the port that it got; empty where it does not."""
     outgoing: Outgoing | None = None
+    n_predecessors: Natural = 0
+    """How many daemons served the mount before the one that wrote this."""
+    left_s: float = 0.0
+    """When that one stopped taking requests for its successor, on the clock of `Outgoing.began_s`; 0: it did not."""
     version: int = VERSION
 
 

@@ -6,10 +6,10 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from fusemig.errors import StateError
-from fusemig.succession.state import SLOT_SIZE, decode_state, encode_slot, encode_state, newest, slot_of
+from fusemig.handover.state import SLOT_SIZE, decode_state, encode_slot, encode_state, newest, slot_of
 
 if TYPE_CHECKING:
-    from fusemig.succession.state import State
+    from fusemig.handover.state import State
 
 NAME: Final = "state"
 """Of the descriptor in the store."""
@@ -19,7 +19,7 @@ class StateMemory:
     """Two slots of a memfd, of which one always holds a whole document once there was one."""
 
     def __init__(self, fd: int) -> None:
-        """Use a descriptor, which is the caller's to close.
+        """Own a descriptor.
 
         Raises:
             StateError: what is in it is damaged.
@@ -70,3 +70,7 @@ class StateMemory:
         while done < len(slot):
             done += os.pwrite(self.fd, slot[done:], at + done)
         self._generation, self._document = generation, document
+
+    def close(self) -> None:
+        """Close the descriptor; others of the same memory stay."""
+        os.close(self.fd)
