@@ -194,7 +194,6 @@ class Daemon:
                 ) as self.mount,
                 trio.open_nursery() as nursery,
             ):
-                self.inheritance.serves()
                 nursery.start_soon(self._watch_mount)
                 nursery.start_soon(self.doubts.watch)
                 await nursery.start(self.outbound.run)

@@ -12,7 +12,6 @@ stopped. Who may write a disk is in its epoch file, and what was sent in the map
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ import structlog
 
 from fusemig.credentials import Endpoint
 from fusemig.errors import ConfigError, FusemigError, StateError
+from fusemig.fuse.lane_mount import DataLaneMount
 from fusemig.handover.state import Mount, Parameters, ServedFile, State
 from fusemig.handover.state_memory import NAME, StateMemory
 from fusemig.phase import MigrationPhase
@@ -47,8 +47,6 @@ class Inheritance:
         self._memory = _memory(store)
         self.found: State | None = None if self._memory is None else self._memory.read()
         """What the daemon before this one left."""
-        self.pause_s: float | None = None
-        """How long guests waited for this daemon, where the one before it left for it; at most that."""
 
     def close(self) -> None:
         """Close the memory, which lives on in the store."""
@@ -95,10 +93,13 @@ class Inheritance:
             n_predecessors=0 if self.found is None else self.found.n_predecessors + 1,
         )
 
-    def serves(self) -> None:
-        """Take note that guests are served, and how long they waited for it if the daemon before this one left."""
-        if self.found is not None and self.found.left_s:
-            self.pause_s = max(0.0, time.monotonic() - self.found.left_s)
+    @property
+    def pause_s(self) -> float | None:
+        """How long no request was taken, where the daemon before this one left for it; None: it did not, or not yet."""
+        mount = self._daemon.mount
+        if self.found is None or not self.found.left_s or not isinstance(mount, DataLaneMount):
+            return None
+        return max(0.0, mount.started_s - self.found.left_s)
 
     def _mount(self) -> Mount:
         options = self._daemon.options

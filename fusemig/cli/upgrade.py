@@ -41,7 +41,7 @@ async def upgrade_command(socket: Path, as_json: bool) -> None:
         print_json(result)
         return
     print(
-        f"fusemig: {result['from']} was succeeded by {result['to']}; guests waited {result['pause-ms']:.1f} ms at most",
+        f"fusemig: {result['from']} was succeeded by {result['to']}; guests waited {result['pause-ms']:.1f} ms",
         file=sys.stderr,
     )
 

@@ -237,6 +237,8 @@ class DataLaneMount(BaseMount):
         self._link = MetadataLink(device_fd, None if kept is None else self._keep_init)
         self._lane = DataLane(device_fd, exports, self._link.forward, n_threads=n_threads, ended=self._lane_ended)
         self._metadata_ended = trio.Event()
+        self.started_s = 0.0
+        """When requests about data were first taken (`time.monotonic`)."""
 
     def _keep_init(self, request: bytes, flags: int) -> None:
         assert self._kept is not None
@@ -307,6 +309,7 @@ class DataLaneMount(BaseMount):
             self._link.close()
             raise
         self._lane.start()
+        self.started_s = time.monotonic()
 
     def _ask_again(self) -> None:
         """Adopt the mount: INIT to pyfuse3, and to us again what the kernel has no answer to."""

@@ -490,7 +490,7 @@ class Succession(Result, frozen=True, kw_only=True):
     predecessor: str
     """The version of the last of them."""
     pause_ms: float | UnsetType = UNSET
-    """How long guests waited at most, after an upgrade; absent after a crash."""
+    """How long no request was taken, after an upgrade; absent after a crash."""
 
 
 class UpgradeInfo(Result, frozen=True, kw_only=True):
