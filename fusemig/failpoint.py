@@ -38,6 +38,9 @@ NAMES: Final = frozenset(
         "after-one-owner",
         "after-owner",
         "after-taken-sent",
+        # before anything is sent
+        "after-welcome",
+        "before-welcome",
         # a mount that outlives its daemon
         "after-mount",
         "after-init-kept",

@@ -31,6 +31,7 @@ from fusemig.errors import (
     RemoteProtocolError,
     TransportError,
 )
+from fusemig.failpoint import reach
 from fusemig.migration.commit import OutgoingHandoff
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
@@ -163,6 +164,7 @@ class SourceMigration(OutgoingMigration):
             decoder = native.Decoder(native.FROM_DESTINATION, preface=False)
             link = self._link = NativeLink(stream, decoder, self._pool)
             welcome = await self._handshake(link, records)
+            reach("after-welcome")
             try:
                 await self._find_what_to_send(link, welcome, records)
                 self._reader = PassReader(self._disks, self._pool)

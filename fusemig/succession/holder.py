@@ -226,6 +226,9 @@ class Holder:
 
     def _end(self) -> int:
         """Let everything go; return the exit code."""
+        for pid in filter(None, (self.standby, self.candidate)):  # they own nothing, and may still be starting
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         self._drop_standby()
         self._drop_candidate()
         is_mounted = "fuse" in self.stored

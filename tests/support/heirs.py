@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from support.hosts import Host, wait_until
@@ -43,17 +44,39 @@ class ResilientHost(Host):
             self._forget_qmp()
         return super().qmp
 
+    def _patiently(self, command: str) -> Any:
+        """Run a command that changes nothing, of whichever daemon answers."""
+
+        def ask() -> Any:
+            with suppress(OSError):
+                return self.qmp.execute(command)
+
+        return wait_until(ask, f"an answer of {self.name}")
+
+    def status(self) -> dict[str, Any]:
+        """Return ``x-fusemig-status``, also while one daemon follows the other."""
+        status: dict[str, Any] = self._patiently("x-fusemig-status")
+        return status
+
+    def migration(self) -> dict[str, Any]:
+        """Return ``query-migrate``, likewise."""
+        info: dict[str, Any] = self._patiently("query-migrate")
+        return info
+
     @property
     def daemon(self) -> int:
         """The process that serves now."""
         pid: int = self.status()["pid"]
         return pid
 
-    def lose(self) -> None:
-        """Kill the daemon, and wait for the next."""
+    def kill_daemon(self) -> None:
+        """End the daemon as a crash would; its mount stays."""
         pid = self.daemon
-        os.kill(pid, signal.SIGKILL)
         self.killed.add(pid)
+        os.kill(pid, signal.SIGKILL)
+
+    def wait_for_successor(self) -> None:
+        """Wait until another one answers than those that were killed."""
         wait_until(lambda: self.daemon not in self.killed, f"a successor of {self.name}")
 
     def n_daemons(self) -> int:
@@ -95,9 +118,13 @@ class BusyGuest:
         except OSError as exc:
             self.error = exc
 
+    def stop(self) -> None:
+        """Let it end."""
+        self._is_over.set()
+
     def end(self) -> None:
         """End it; it must not wait for ever."""
-        self._is_over.set()
+        self.stop()
         self._thread.join(40)
         assert not self._thread.is_alive(), "a write was never answered"
 
