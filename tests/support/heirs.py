@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from support.hosts import Host, wait_until
@@ -47,11 +46,15 @@ class ResilientHost(Host):
     def _patiently(self, command: str) -> Any:
         """Run a command that changes nothing, of whichever daemon answers."""
 
-        def ask() -> Any:
-            with suppress(OSError):
-                return self.qmp.execute(command)
+        def ask() -> list[Any] | None:
+            try:
+                return [self.qmp.execute(command)]
+            except OSError:
+                self._forget_qmp()  # what it said last may still be unread
+                return None
 
-        return wait_until(ask, f"an answer of {self.name}")
+        (answer,) = wait_until(ask, f"an answer of {self.name}")
+        return answer
 
     def status(self) -> dict[str, Any]:
         """Return ``x-fusemig-status``, also while one daemon follows the other."""

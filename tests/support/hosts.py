@@ -129,13 +129,16 @@ class Qmp:
                 return message["return"]
 
     def is_over(self) -> bool:
-        """Whether the daemon has closed the connection; nothing is read for that."""
-        if not select.select([self._socket], [], [], 0)[0]:
-            return False
-        try:
-            return not self._socket.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return True
+        """Whether the daemon has closed the connection; what it said before is kept."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def hear_out(self) -> None:
+        """Read events until the daemon has closed the connection."""
+        with suppress(OSError):
+            while True:
+                self.events.append(self._receive())
 
     def event_names(self) -> list[str]:
         """Return the events so far, MIGRATION with its status."""
