@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.fuse
 
 SIZE = 12 * MIB
+GUESTS = ("--allow-guest-commands",)
 IN_CI = {
     ("source", "after-welcome"),
     ("source", "after-prepared-received"),
@@ -172,3 +173,40 @@ def test_killed_in_a_phase(migrating: Callable[..., Move], killed: str, phase: s
     assert after["total-time"] > before["total-time"]
     assert after["x-fusemig"]["reconnects"] >= 1
     assert after["x-fusemig"]["session"] == before["x-fusemig"]["session"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            {"x-fusemig-pause-command": "true", "x-fusemig-resume-command": "true"},
+            "the daemon was restarted while a guest was to move with the disks, which stay here: see that the guest",
+        ),
+        (
+            {"x-fusemig-wire": "qemu"},
+            "the daemon was restarted, and a migration on QEMU's wire cannot go on; the disks",
+        ),
+    ],
+    ids=["guest", "QEMU's wire"],
+)
+def test_what_cannot_go_on_is_told(hosts: Hosts, arguments: dict[str, str], reason: str) -> None:
+    """As failed, with the next step; and the disks are the source's to write."""
+    image, copy = (hosts.directory / name for name in ("vda.img", "vda.copy"))
+    source = ResilientHost("source", hosts.directory / "s", {"vda": write_random(image, SIZE)}, options=GUESTS)
+    hosts.adopt(source)
+    source.start()
+    copy.touch()
+    os.truncate(copy, SIZE)  # which QEMU's wire does not say
+    destination = hosts.start("destination", {"vda": copy}, incoming="tcp:127.0.0.1:0", wire="auto")
+    source.set_parameters(max_bandwidth=MIB)
+    source.qmp.execute("migrate", {"uri": destination.uri, "blk": True, **arguments})
+    source.wait_phase("bulk")
+    source.kill_daemon()
+    source.wait_for_successor()
+    info = wait_until(lambda: (told := source.migration()).get("status") == "failed" and told, "what is told")
+    assert info["error-desc"].startswith(reason)
+    assert "; migrate again" in info["error-desc"] or ", then migrate again" in info["error-desc"]
+    pwrite(source.file(), b"stays here")
+    source.kill_daemon()
+    source.wait_for_successor()
+    assert "status" not in source.migration(), "it is told once"
