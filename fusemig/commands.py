@@ -101,7 +101,9 @@ class _Commands:
         nodes = [block_node(served) for served in self._daemon.disks.values()]
         return [node for node in nodes if node is not None]
 
-    def query_migrate(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationInfo:
+    async def query_migrate(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationInfo:
+        if self._daemon.inheritance.left_outgoing is not None:
+            await self._daemon.wait_ready()  # else it would seem that the migration is gone
         return migration_info(self._daemon)
 
     def query_migrate_parameters(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationParameters:

@@ -89,7 +89,7 @@ class Inheritance:
             capabilities=tuple(sorted(daemon.outbound.capabilities)),
             objects=tuple(security.described.values()),
             listening="" if listener is None else str(listener.uri),
-            outgoing=self._left_outgoing or daemon.outbound.lasting,
+            outgoing=self.left_outgoing or daemon.outbound.lasting,
             n_predecessors=0 if self.found is None else self.found.n_predecessors + 1,
         )
 
@@ -156,7 +156,7 @@ class Inheritance:
 
     async def take_up(self) -> None:
         """Go on with the outgoing migration of the daemon before this one, if it left one."""
-        left = self._left_outgoing
+        left = self.left_outgoing
         if left is None:
             return
         outbound, request = self._daemon.outbound, left.request
@@ -168,7 +168,7 @@ class Inheritance:
         outbound.take_up(left, tls)
 
     @property
-    def _left_outgoing(self) -> Outgoing | None:
+    def left_outgoing(self) -> Outgoing | None:
         """The migration that was found and is still to be taken up."""
         return self.found.outgoing if self.found is not None and self._daemon.outbound.migration is None else None
 

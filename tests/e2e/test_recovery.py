@@ -175,6 +175,21 @@ def test_killed_in_a_phase(migrating: Callable[..., Move], killed: str, phase: s
     assert after["x-fusemig"]["session"] == before["x-fusemig"]["session"]
 
 
+def test_the_command_follows_from_daemon_to_daemon(migrating: Callable[..., Move]) -> None:
+    """`fusemig migrate` shows the successor's migration, and its exit code is that one's."""
+    move = migrating()
+    move.source.set_parameters(max_bandwidth=8 * MIB)
+    command = move.source.start_command("migrate", move.destination.uri, "--progress", "none", "--downtime-limit", "2s")
+    move.source.wait_phase("bulk")
+    move.source.kill_daemon()
+    move.source.wait_for_successor()
+    move.source.set_parameters(max_bandwidth=0)
+    move.finish()
+    done = command.finish()
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.startswith("fusemig: completed in ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
