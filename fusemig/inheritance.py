@@ -44,13 +44,15 @@ class Inheritance:
             StateError: what is in it cannot be read here.
         """
         self._daemon = daemon
+        self._store = store
         self._memory = _memory(store)
         self.found: State | None = None if self._memory is None else self._memory.read()
         """What the daemon before this one left."""
 
     def close(self) -> None:
-        """Close the memory, which lives on in the store."""
+        """Close the memory, which lives on in the store if anybody comes after this daemon."""
         if self._memory is not None:
+            self._store.release(NAME)
             self._memory.close()
 
     # What is left

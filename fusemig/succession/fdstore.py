@@ -14,8 +14,8 @@ Names, and who keeps them:
 Rules:
 
 1. What is kept is in the store when `keep` returns: the datagram is queued, whatever becomes of this process.
-2. `release` forgets only when the daemon ends in order, or when it has no mount that outlives it: a successor that
-   fails while it starts must not take away what the next one needs.
+2. `release` forgets what was inherited only when the daemon ends in order, or when it has no mount that outlives it: a
+   successor that fails while it starts must not take away what the next one needs, and leaves nothing of its own.
 3. Without a store everything here does nothing, and says so by `is_on`.
 """
 
@@ -66,6 +66,7 @@ class FdStore:
         """Own the ``inherited`` descriptors and the ``channel``, a connected datagram socket, if there is one."""
         self._inherited = dict(inherited or {})
         self._channel = channel
+        self._own: set[str] = set()
         self._is_ending = False
         self.has_mount = "fuse" in self._inherited
         """Whether there is a mount that outlives this process, inherited or our own."""
@@ -90,6 +91,7 @@ class FdStore:
 
     def keep(self, name: str, descriptor: int) -> None:
         """Have a duplicate of ``descriptor`` outlive this process under ``name``, which must not be kept already."""
+        self._own.add(name)
         self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [descriptor])
 
     def forget(self, name: str) -> None:
@@ -102,8 +104,8 @@ class FdStore:
         return self._is_ending or not self.has_mount or self._channel is None
 
     def release(self, name: str) -> None:
-        """Forget it, if nobody comes after us."""
-        if self.is_last:
+        """Forget it, if nobody comes after us, or if it was not there before us."""
+        if self.is_last or name in self._own:
             self.forget(name)
 
     def keep_sockets(self, prefix: str, sockets: Iterable[HasDescriptor]) -> None:

@@ -31,7 +31,7 @@ IN_CI = {
     ("source", "after-one-handed-off"),
     ("source", "after-commit-sent"),
     ("destination", "before-welcome"),
-    ("destination", "after-prepared-sent"),
+    ("destination", "after-prepared"),
     ("destination", "after-one-owner"),
 }
 """The others are for the nightly run: each costs four starts of a daemon."""

@@ -40,7 +40,7 @@ class ResilientHost(Host):
     def qmp(self) -> Qmp:
         """A connection to the daemon that serves now."""
         if self._qmp is not None and self._qmp.is_over():
-            self._forget_qmp()
+            self.forget_qmp()
         return super().qmp
 
     def _patiently(self, command: str) -> Any:
@@ -50,7 +50,7 @@ class ResilientHost(Host):
             try:
                 return [self.qmp.execute(command)]
             except OSError:
-                self._forget_qmp()  # what it said last may still be unread
+                self.forget_qmp()  # what it said last may still be unread
                 return None
 
         (answer,) = wait_until(ask, f"an answer of {self.name}")

@@ -389,7 +389,7 @@ class Host:
     def kill(self) -> None:
         """End the daemon as a crash would, and clear its mount away."""
         assert self._daemon is not None
-        self._forget_qmp()
+        self.forget_qmp()
         self._daemon.process.kill()
         self._daemon.process.wait(DEADLINE_S)
         self._stop_watchdog()
@@ -410,7 +410,7 @@ class Host:
         """End the daemon with SIGTERM; return its exit code. Idempotent."""
         for command in self._commands:
             command.end()
-        self._forget_qmp()
+        self.forget_qmp()
         if self._daemon is None:
             return 0
         process = self._daemon.process
@@ -430,7 +430,8 @@ class Host:
             self.problems.append(f"{self.name} logged a traceback:\n{self.log()}")
         return process.returncode
 
-    def _forget_qmp(self) -> None:
+    def forget_qmp(self) -> None:
+        """Disconnect from the control socket: the daemon at the other end is going."""
         if self._qmp is not None:
             self._qmp.close()
             self._qmp = None
