@@ -80,6 +80,8 @@ class Holder:
         self.standby_at: float | None = None
         self.candidate = 0
         self.candidate_socket: socket.socket | None = None
+        self.retired: socket.socket | None = None
+        """Of a standby whose place a candidate took; it ends when this is closed."""
         self.last_code = 1
         self.signals, self.signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.notifications = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -155,6 +157,7 @@ class Holder:
         if said.get("FDSTOREREMOVE") == "1" and name in self.stored:
             os.close(self.stored.pop(name))
         if said.get("READY") == "1":
+            self._drop_retired()
             self.is_ready, self.since = True, time.monotonic()
             if self.has_standby and not self.standby:
                 self.standby_at = self.since + STANDBY_DELAY_S
@@ -164,7 +167,8 @@ class Holder:
             self._drop_candidate()
             self.candidate_socket, self.candidate = self._fork_waiting([descriptors[0]])
         if said.get("X_FUSEMIG_HANDOVER") == "1" and self.candidate_socket is not None:
-            self._drop_standby()
+            self._drop_retired()
+            self.retired = self.standby_socket  # its end would cost time while guests wait
             self.standby, self.standby_socket = self.candidate, self.candidate_socket
             self.candidate, self.candidate_socket = 0, None
 
@@ -281,6 +285,11 @@ class Holder:
             self.standby_socket.close()  # which tells it
             self.standby_socket = None
         self.standby = 0
+
+    def _drop_retired(self) -> None:
+        if self.retired is not None:
+            self.retired.close()
+            self.retired = None
 
     def _drop_candidate(self) -> None:
         """End who was to succeed by an upgrade."""

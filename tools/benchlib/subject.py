@@ -61,6 +61,7 @@ class Daemon:
         lane: str | None = None,
         incoming: str = "",
         prefix: Sequence[str] = (),
+        options: Sequence[str] = (),
     ) -> None:
         """Start it and wait until it is ready; it ends with the stage.
 
@@ -78,6 +79,7 @@ class Daemon:
             words += ["--disk", f"{name}={path}"]
         words += ["--incoming", incoming] if incoming else []
         words += ["--lane", lane] if lane else []
+        words += options
         self.program: Program = stage.start(*words)
         self._last = self.mountpoint / list(disks)[-1]
         self.program.wait_ready(self._is_ready, _READY_S)
