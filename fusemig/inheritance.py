@@ -137,7 +137,7 @@ class Inheritance:
         if mount != state.mount:
             raise ConfigError(
                 f"the mount at {state.mount.mountpoint} lives on and was made with other options "
-                f"({_difference(state.mount, mount)}): start `fusemig serve` with those, or unmount it first"
+                f"({difference(state.mount, mount)}): start `fusemig serve` with those, or unmount it first"
             )
         if state.is_stopped:
             daemon.pause.hold()
@@ -187,7 +187,7 @@ def _memory(store: FdStore) -> StateMemory | None:
     return memory
 
 
-def _difference(then: Mount, now: Mount) -> str:
+def difference(then: Mount, now: Mount) -> str:
     """Name what differs first, as it was."""
     if Path(then.mountpoint) != Path(now.mountpoint):
         return f"MOUNTPOINT {then.mountpoint}"
