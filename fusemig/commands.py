@@ -54,6 +54,7 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "migrate": commands.migrate,
         "migrate_cancel": commands.migrate_cancel,
         "migrate-continue": commands.migrate_continue,
+        "migrate-start-postcopy": commands.migrate_start_postcopy,
         "migrate-incoming": commands.migrate_incoming,
         "migrate-pause": commands.migrate_pause,
         "migrate-set-parameters": commands.migrate_set_parameters,
@@ -129,7 +130,7 @@ class _Commands:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
         for name, is_asked in (
             ("inc", arguments.inc),
-            (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is not schema.Mode.PRECOPY),
+            (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is schema.Mode.MIRROR),
             ("x-fusemig-compress", arguments.x_fusemig_compress is not UNSET),
         ):
             if is_asked:
@@ -145,6 +146,11 @@ class _Commands:
         guest = guest_options(arguments, are_commands_allowed=self._daemon.options.allow_guest_commands)
         if guest is not None and is_qemu:
             raise CommandError("a guest moves with its disks over the native wire only: leave 'x-fusemig-wire' out")
+        is_postcopy = arguments.x_fusemig_mode is schema.Mode.POSTCOPY
+        if is_postcopy and is_qemu:
+            raise CommandError("post-copy goes over the native wire only: QEMU's cannot fetch")
+        if is_postcopy and guest is not None:
+            raise CommandError("post-copy moves disks only: leave the guest out, or migrate with mode 'precopy'")
         reconnect = arguments.x_fusemig_reconnect
         if is_qemu and (arguments.resume or reconnect is not UNSET):
             raise CommandError("'resume' and 'x-fusemig-reconnect' do not go with QEMU's wire: leave them out")
@@ -167,12 +173,16 @@ class _Commands:
             is_insecure=arguments.x_fusemig_insecure,
             is_resumed=arguments.resume,
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
+            is_postcopy=is_postcopy,
         )
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
         if self._daemon.outbound.migration is not None and self._daemon.outbound.is_migrating:
             self._daemon.outbound.migration.cancel()
+
+    def migrate_start_postcopy(self, _session: Session, _arguments: schema.NoArguments) -> None:
+        self._daemon.outbound.start_postcopy()
 
     def migrate_continue(self, _session: Session, arguments: schema.MigrateContinue) -> None:
         outgoing = self._daemon.outbound.migration

@@ -17,6 +17,7 @@ from fusemig.epoch import Ownership
 from fusemig.errors import FusemigError, InDoubtError, MigrationError, StateError
 from fusemig.handover.state import Outgoing, Request
 from fusemig.migration.commit import SourceDisk
+from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import SourceMigration
@@ -118,6 +119,7 @@ class Outbound:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what `migrate` starts, until cancelled; `wind_down` comes first."""
         async with trio.open_nursery() as self._nursery:
+            self._lend_on()
             task_status.started()
             await trio.sleep_forever()
 
@@ -139,6 +141,7 @@ class Outbound:
         is_insecure: bool = False,
         is_resumed: bool = False,
         reconnect_limit_s: float = 0.0,
+        is_postcopy: bool = False,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
@@ -153,6 +156,7 @@ class Outbound:
             is_insecure: plain text may cross the network.
             is_resumed: go on with the migration of these disks that was interrupted last.
             reconnect_limit_s: as `MigrationParameters` has it.
+            is_postcopy: as `MigrationParameters` has it.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -177,6 +181,7 @@ class Outbound:
             is_insecure=is_insecure,
             is_resumed=is_resumed,
             reconnect_limit_s=reconnect_limit_s,
+            is_postcopy=is_postcopy,
         )
         new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume)
         self._secured[uri] = secure
@@ -202,6 +207,7 @@ class Outbound:
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
         )
         self.parameters.reconnect_limit_s = request.reconnect_limit_s
+        self.parameters.is_postcopy = request.is_postcopy
         self._announcer.begin()
         self._request, self._began_s, self._has_sent = request, time.monotonic(), request.is_resumed
         self.migration = new(
@@ -233,7 +239,7 @@ class Outbound:
         if migration is None or request is None or migration.phase in _DONE_WITH:
             return None
         return Outgoing(
-            request=request,
+            request=msgspec.structs.replace(request, is_postcopy=self.parameters.is_postcopy),
             session=migration.session,
             began_s=self._began_s,
             has_sent=self._has_sent,
@@ -258,6 +264,8 @@ class Outbound:
             if Ownership.HANDED_OFF in states:
                 self._interrupted = left
                 self.stand_for(left, MigrationPhase.IN_DOUBT, InDoubtError(_KILLED_IN_HANDOFF))
+            elif Ownership.LENDING in states:
+                self.stand_for(left, MigrationPhase.POSTCOPY)  # `_lend_on` goes on with it
             elif states == {Ownership.RELEASED}:
                 self.stand_for(left, MigrationPhase.COMPLETED)
             else:
@@ -295,6 +303,21 @@ class Outbound:
         self._began_s, self._has_sent = left.began_s, left.has_sent
         migration.elapsed_before_s = max(0.0, time.monotonic() - left.began_s)
 
+    def start_postcopy(self) -> None:
+        """Have the migration that runs hand over at once.
+
+        Raises:
+            StateError: none runs, or it cannot be done with it.
+        """
+        migration = self.migration
+        if not isinstance(migration, SourceMigration) or not migration.may_start_postcopy:
+            raise StateError(
+                "postcopy can only be started during a migration over the native wire, before its hand-off and without "
+                "a guest"
+            )
+        self.parameters.is_postcopy = True
+        self._on_change()
+
     async def dial(self, uri_text: str) -> ByteStream:
         """Connect as the migration to this URI did, or as the rules are now if that was before a restart."""
         uri = parse_uri(uri_text)
@@ -331,6 +354,10 @@ class Outbound:
                 )
             if served.busy:
                 raise StateError(f"disk '{served.name}' is busy: {served.busy}")
+            if served.loan is not None:
+                raise StateError(
+                    f"disk '{served.name}' is not all here yet: it can be migrated when its own migration has completed"
+                )
             if not served.is_writable:
                 raise StateError(f"disk '{served.name}' is read-only here, so there is nothing to hand off")
             if served.image is not None and served.image.io_error is not None:
@@ -347,7 +374,34 @@ class Outbound:
                 served.busy = ""
                 # A daemon that listens gets the disk back into the image that it released.
                 served.is_waiting = self._is_destination and served.ownership is Ownership.RELEASED
+            self._lend_on()
             self._on_over()
+
+    def _lend_on(self) -> None:
+        """Go on lending what a destination took over and does not have all of; for disks that nobody lends now."""
+        lent: dict[str, list[ServedDisk]] = {}
+        for served in self._disks.values():
+            record = served.epoch_file.record
+            if record is not None and record.state is Ownership.LENDING and not served.busy:
+                lent.setdefault(record.session, []).append(served)
+        assert self._nursery is not None
+        for disks in lent.values():
+            for served in disks:
+                served.busy = "its destination fetches from here what it lacks"
+            self._nursery.start_soon(self._lend, disks)
+
+    async def _lend(self, lent: Sequence[ServedDisk]) -> None:
+        record = lent[0].epoch_file.record
+        assert record is not None
+        disks = [LentDisk(served.name, served.disk.image, served.epoch_file) for served in lent if served.disk]
+        try:
+            await Lending(disks, partial(self.dial, record.peer), trio.to_thread.run_sync).run()
+        finally:
+            for served in lent:
+                served.busy = ""
+                served.look_again(is_destination=self._is_destination)
+        if self.migration is not None and self.migration.phase is MigrationPhase.POSTCOPY:  # a former daemon's
+            self.migration.settle(is_handed_off=True)
 
     def settled(self, settled: Sequence[ServedDisk], *, is_by_hand: bool) -> None:
         """Have the rest of the daemon follow disks of which it is known again who owns them.
@@ -356,6 +410,7 @@ class Outbound:
         """
         for served in settled:
             served.look_again(is_destination=self._is_destination)
+        self._lend_on()
         if any(served.disk is not None and served.disk.gate is Gate.OPEN for served in settled):
             self._announcer.writable_again()
         migration = self.migration

@@ -96,6 +96,8 @@ class Request(_Record, frozen=True, kw_only=True):
     is_insecure: bool = False
     is_resumed: bool = False
     reconnect_limit_s: Seconds = 0.0
+    is_postcopy: bool = False
+    """To be handed over at once; also if that was said later."""
 
 
 class Outgoing(_Record, frozen=True, kw_only=True):

@@ -115,13 +115,15 @@ class PassReader:
         self._sequence = 0
         self._disk_index = 0
         self._chunk = 0
+        self._only_holes = False
         self._zeros: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
         self._open: _OpenFrame | None = None
 
-    def begin_pass(self) -> None:
-        """Put the cursor back to the first chunk of the first disk."""
+    def begin_pass(self, *, only_holes: bool = False) -> None:
+        """Put the cursor back to the first chunk of the first disk; leave all that is dirty if ``only_holes``."""
         self._disk_index = 0
         self._chunk = 0
+        self._only_holes = only_holes
 
     def read_batch(self, limit_bytes: int) -> Batch | None:
         """Return frames of about ``limit_bytes``, or None at the end of the pass.
@@ -136,7 +138,7 @@ class PassReader:
             disk = self._disks[self._disk_index]
             if disk.holes:
                 self._send_holes(disk, batch)
-            taken = disk.tracking.take_next(self._chunk)
+            taken = None if self._only_holes else disk.tracking.take_next(self._chunk)
             if taken is None:
                 self._close_frames(batch)
                 self._disk_index += 1

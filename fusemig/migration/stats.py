@@ -28,6 +28,8 @@ class MigrationParameters:
     """Wait for `proceed` when converged."""
     freeze_deadline_s: float = FREEZE_DEADLINE_S
     taken_deadline_s: float = TAKEN_DEADLINE_S
+    is_postcopy: bool = False
+    """Hand over now, and let the destination fetch what it lacks."""
     reconnect_limit_s: float = 0.0
     """How long to try to get a lost connection back, in seconds without progress; 0: not at all."""
 
@@ -98,5 +100,7 @@ class MigrationStatistics:
     """How often the connection was lost and made again."""
     kept_bytes: int = 0
     """What the destination had of an interrupted migration and need not be sent again."""
+    is_postcopy: bool = False
+    """Whether the hand-off comes, or came, before everything was sent."""
     waiting: str = ""
     """Why there is no connection at the moment."""

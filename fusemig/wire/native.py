@@ -34,7 +34,7 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from fusemig.errors import LocalProtocolError, RemoteProtocolError
-from fusemig.units import CHUNK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
+from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 from fusemig.wire.base import StepDecoder
 
 if TYPE_CHECKING:
@@ -79,10 +79,23 @@ class FrameType(IntEnum):
     HAVE = 24  # destination: what it holds of some chunks
     JOURNALED = 25  # destination: every frame up to `sequence` is durable and journaled
     KEPT = 26  # source: which of the chunks of a HAVE are equal here
+    MISSING = 48  # source, before FINAL: what it did not send and the destination has to fetch
+    LEND = 49  # source, instead of HELLO: fetch from here what you lack of the disks that you took
+    FETCH = 50  # destination: send a run of blocks, now
+    WHOLE = 51  # destination: it has everything, durably
 
 
 RESUME: Final = "resume"
 """The feature of a side that can go on after a lost connection: it knows HAVE, JOURNALED and what belongs to them."""
+
+POSTCOPY: Final = "postcopy"
+"""The feature of a side that can hand a disk over, or take it, before all of it was sent."""
+MAX_RUNS: Final = 2048
+"""Most runs of a MISSING."""
+MAX_DISK_RUNS: Final = 1 << 20
+"""Most runs in all MISSING of a disk."""
+MAX_FETCH_BLOCKS: Final = CHUNK_SIZE // BLOCK_SIZE
+"""Most blocks of a FETCH."""
 
 HAVE_VALUES: Final = 8192
 """Most chunks of a HAVE that carries values of the digest, 8 bytes each."""
@@ -250,6 +263,40 @@ class Kept(msgspec.Struct, frozen=True):
     """64-bit values of the digest, little-endian; 0: it is not equal."""
 
 
+class Missing(msgspec.Struct, frozen=True):
+    """Blocks that the destination lacks or has an older version of; all MISSING of a disk come in ascending order."""
+
+    disk: int
+    """Its place in the offer."""
+    runs: list[tuple[int, int]]
+    """First 4 KiB block and the one after the last of each run; at most `MAX_RUNS`."""
+
+
+class Lend(msgspec.Struct, frozen=True):
+    """The first message of a source whose destination fetches from it; WELCOME, WHOLE or REFUSE is the answer."""
+
+    version: int
+    session: str
+    """The migration that handed the disks over."""
+    disks: list[AskedDisk]
+    """Known by their place here from now on."""
+
+
+class Fetch(msgspec.Struct, frozen=True):
+    """Send the 4 KiB blocks ``first`` to ``stop - 1`` of a disk in one frame, which may tell of more zeros than that.
+
+    They are answered in the order in which they come.
+    """
+
+    disk: int
+    first: int
+    stop: int
+
+
+class Whole(msgspec.Struct, frozen=True):
+    """The destination needs the source no more."""
+
+
 class Journaled(msgspec.Struct, frozen=True):
     """Every frame up to ``sequence`` is durable, and will be known to be after a crash of the destination."""
 
@@ -280,6 +327,10 @@ Message = (
     | Have
     | Journaled
     | Kept
+    | Missing
+    | Lend
+    | Fetch
+    | Whole
 )
 
 _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
@@ -300,6 +351,10 @@ _MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
     FrameType.HAVE: Have,
     FrameType.JOURNALED: Journaled,
     FrameType.KEPT: Kept,
+    FrameType.MISSING: Missing,
+    FrameType.LEND: Lend,
+    FrameType.FETCH: Fetch,
+    FrameType.WHOLE: Whole,
 }
 _TYPE_OF: Final = {message: frame_type for frame_type, message in _MESSAGE_TYPES.items()}
 _DECODERS: Final = {frame_type: msgspec.json.Decoder(message) for frame_type, message in _MESSAGE_TYPES.items()}
@@ -317,6 +372,8 @@ FROM_SOURCE: Final = frozenset(
         FrameType.ABORT,
         FrameType.ASK,
         FrameType.KEPT,
+        FrameType.MISSING,
+        FrameType.LEND,
     }
 )
 FROM_DESTINATION: Final = frozenset(FrameType) - FROM_SOURCE | {FrameType.ABORT}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from fusemig.disk.base import Disk
+    from fusemig.migration.borrow import Loan
     from fusemig.migration.resume import ResumePoint
     from fusemig.phase import MigrationPhase
     from fusemig.wire.native import DiskOffer
@@ -112,6 +113,9 @@ class Side:
             for record in [file.record]
             if record is not None and (record.session == session or record.image_id in image_ids)
         ]
+
+    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
+        raise PeerRefusedError("nothing is borrowed here")
 
     def let_go(self, disks: Sequence[RecalledDisk]) -> None:
         self.busy = False

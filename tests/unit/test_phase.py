@@ -25,9 +25,11 @@ ALLOWED = {
     (P.PRE_SWITCHOVER, P.FROZEN),
     (P.FROZEN, P.COMMITTED),
     (P.FROZEN, P.DIRTY),
-    *((P.NONE, found) for found in (P.IN_DOUBT, P.COMPLETED, P.FAILED)),
+    *((P.NONE, found) for found in (P.POSTCOPY, P.IN_DOUBT, P.COMPLETED, P.FAILED)),
     (P.COMMITTED, P.COMPLETED),
     (P.COMMITTED, P.IN_DOUBT),
+    (P.COMMITTED, P.POSTCOPY),
+    (P.POSTCOPY, P.COMPLETED),
     (P.IN_DOUBT, P.COMPLETED),
     (P.IN_DOUBT, P.FAILED),
     (P.CANCELLING, P.CANCELLED),
@@ -42,6 +44,7 @@ PATHS: dict[MigrationPhase, list[MigrationPhase]] = {
     P.CANCELLED: [P.SETUP, P.CANCELLING, P.CANCELLED],
     P.FAILED: [P.SETUP, P.FAILED],
     P.IN_DOUBT: [*WAY[:6], P.IN_DOUBT],
+    P.POSTCOPY: [*WAY[:6], P.POSTCOPY],
     **{phase: WAY[: number + 1] for number, phase in enumerate(WAY)},
 }
 
@@ -80,6 +83,7 @@ def test_what_a_phase_means(phase: MigrationPhase) -> None:
         "active",
         "pre-switchover",
         "device",
+        "postcopy-active",
         "completed",
         "failed",
         "cancelling",
@@ -96,5 +100,5 @@ def test_from_the_commit_on_only_a_doubt_leads_back() -> None:
             if old is here and new not in reachable:
                 reachable.add(new)
                 frontier.append(new)
-    assert reachable == {P.COMMITTED, P.COMPLETED, P.IN_DOUBT, P.FAILED}
+    assert reachable == {P.COMMITTED, P.POSTCOPY, P.COMPLETED, P.IN_DOUBT, P.FAILED}
     assert {old for old, new in ALLOWED if new is P.FAILED and old in reachable} == {P.IN_DOUBT}
