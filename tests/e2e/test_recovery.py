@@ -225,3 +225,17 @@ def test_what_cannot_go_on_is_told(hosts: Hosts, arguments: dict[str, str], reas
     source.kill_daemon()
     source.wait_for_successor()
     assert "status" not in source.migration(), "it is told once"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("killed", ["source", "destination"])
+def test_killed_during_post_copy(migrating: Callable[..., Move], killed: str) -> None:
+    """Both sides go on fetching and lending, and the source tells the end of it."""
+    move = migrating()
+    move.begin()
+    move.source.qmp.execute("migrate-start-postcopy")
+    host = {"source": move.source, "destination": move.destination}[killed]
+    wait_until(lambda: move.source.phase() in ("postcopy", "completed"), "the hand-over")
+    host.kill_daemon()
+    host.wait_for_successor()
+    move.finish()

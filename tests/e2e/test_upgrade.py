@@ -115,7 +115,9 @@ def test_a_guest_notices_nothing_and_clients_are_told(host: ResilientHost, guest
     wait_until(lambda: guest.n_written > first + 50, "further writes")
 
 
-@pytest.mark.parametrize("n_upgrades", [2, pytest.param(50, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "n_upgrades", [2, *(pytest.param(10, marks=pytest.mark.nightly, id=f"batch {n}") for n in range(5))]
+)
 def test_fio_verifies_across_upgrades(host: ResilientHost, n_upgrades: int) -> None:
     """Random writes, direct and buffered, with fdatasync, each read back and compared."""
     host.start()
@@ -125,7 +127,7 @@ def test_fio_verifies_across_upgrades(host: ResilientHost, n_upgrades: int) -> N
         ("buffered", 8, "--bs=64k", "--fdatasync=16"),
     ):
         fixed = ("--rw=randwrite", "--verify=crc32c", "--verify_backlog=64", "--verify_fatal=1", "--time_based")
-        where = (f"--filename={host.file()}", f"--offset={offset}m", "--size=8m", f"--runtime={4 + n_upgrades * 2}")
+        where = (f"--filename={host.file()}", f"--offset={offset}m", "--size=8m", "--runtime=90")
         command = ["fio", f"--name={name}", "--allow_file_create=0", *where, *fixed, *options]
         jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     pauses = []
