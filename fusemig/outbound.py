@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 import uuid
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 import structlog
 import trio
 
+from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.tracked import Gate
 from fusemig.doubt import in_doubt
 from fusemig.epoch import Ownership
 from fusemig.errors import FusemigError, InDoubtError, MigrationError, StateError
 from fusemig.handover.state import Outgoing, Request
-from fusemig.migration.commit import SourceDisk
+from fusemig.migration.commit import Route, SourceDisk
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.resume import ResumePoint
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from fusemig.announcer import Announcer
     from fusemig.credentials import Credentials
+    from fusemig.epoch import EpochRecord
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.pause import Pause
     from fusemig.runtimes.options import GuestOptions
@@ -183,7 +186,11 @@ class Outbound:
             reconnect_limit_s=reconnect_limit_s,
             is_postcopy=is_postcopy,
         )
-        new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume)
+        new = (
+            partial(QemuSource, machine=machine)
+            if is_qemu
+            else partial(SourceMigration, resume=resume, route=_route(request))
+        )
         self._secured[uri] = secure
         if self.migration is not None and (resume is None or not resume.disks):
             self.migration.forget()
@@ -201,7 +208,13 @@ class Outbound:
         for served in chosen:
             assert served.disk is not None
             lent.append(
-                SourceDisk(served.disk, served.epoch_file, partial(self._pause.push_out, served), served.dirty_file)
+                SourceDisk(
+                    served.disk,
+                    served.epoch_file,
+                    partial(self._pause.push_out, served),
+                    served.dirty_file,
+                    served.count_allocated,
+                )
             )
         self.parameters.pause_before_switchover = (
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
@@ -212,7 +225,7 @@ class Outbound:
         self._request, self._began_s, self._has_sent = request, time.monotonic(), request.is_resumed
         self.migration = new(
             lent,
-            partial(self.dial, request.uri),
+            partial(self._dial, parse_uri(request.uri)),
             self.parameters,
             trio.to_thread.run_sync,
             self._on_phase,
@@ -291,7 +304,13 @@ class Outbound:
         resume = self._resume_point(chosen) if may_be_there else None
         if not request.reconnect_limit_s:
             request = msgspec.structs.replace(request, reconnect_limit_s=RECONNECT_LIMIT_S)
-        new = partial(SourceMigration, resume=resume, n_reconnects=left.n_reconnects, waiting=_RESTARTED)
+        new = partial(
+            SourceMigration,
+            resume=resume,
+            route=_route(request),
+            n_reconnects=left.n_reconnects,
+            waiting=_RESTARTED,
+        )
         migration = self._make(new, request, chosen)
         self._count_from(left, migration)
         if left.may_switch_over:
@@ -302,6 +321,23 @@ class Outbound:
     def _count_from(self, left: Outgoing, migration: OutgoingMigration) -> None:
         self._began_s, self._has_sent = left.began_s, left.has_sent
         migration.elapsed_before_s = max(0.0, time.monotonic() - left.began_s)
+
+    async def dial(self, record: EpochRecord) -> ByteStream:
+        """Connect as the migration of this record did: as is known of it, or as it left behind before a restart.
+
+        Raises:
+            FusemigError: there is no connection, or not by the rules as they are now.
+        """
+        uri = parse_uri(record.peer)
+        if uri not in self._secured:
+            given = None
+            if record.tls_creds:
+                given = await trio.to_thread.run_sync(load_credentials, Path(record.tls_creds), Endpoint.CLIENT)
+            self._secured[uri] = self._security.outgoing(uri, given, record.tls_hostname)
+        return await self._dial(uri)
+
+    async def _dial(self, uri: Uri) -> ByteStream:
+        return await self._secured[uri](await connect(uri, CONNECT_DEADLINE_S))
 
     def start_postcopy(self) -> None:
         """Have the migration that runs hand over at once.
@@ -317,12 +353,6 @@ class Outbound:
             )
         self.parameters.is_postcopy = True
         self._on_change()
-
-    async def dial(self, uri_text: str) -> ByteStream:
-        """Connect as the migration to this URI did, or as the rules are now if that was before a restart."""
-        uri = parse_uri(uri_text)
-        secure = self._secured.get(uri) or self._security.outgoing(uri)
-        return await secure(await connect(uri, CONNECT_DEADLINE_S))
 
     def _resume_point(self, chosen: Sequence[ServedDisk]) -> ResumePoint:
         """Return where a migration of these disks was interrupted: as the last one knows, or the maps, or unknown."""
@@ -395,7 +425,7 @@ class Outbound:
         assert record is not None
         disks = [LentDisk(served.name, served.disk.image, served.epoch_file) for served in lent if served.disk]
         try:
-            await Lending(disks, partial(self.dial, record.peer), trio.to_thread.run_sync).run()
+            await Lending(disks, partial(self.dial, record), trio.to_thread.run_sync).run()
         finally:
             for served in lent:
                 served.busy = ""
@@ -439,3 +469,8 @@ class Outbound:
     def _on_pass(self, number: int) -> None:
         self._on_change()  # it may have its connection back
         self._announcer.pass_begins(number)
+
+
+def _route(request: Request) -> Route:
+    """Return how the destination of a migration is talked to, for whoever asks it later."""
+    return Route(request.tls_directory, request.tls_hostname)

@@ -6,8 +6,9 @@
     hand-off              OutgoingHandoff: FINAL, PREPARED, COMMIT, TAKEN
 
 The order of things is `fusemig.migration.outgoing`'s. When a migration fails, the tracker still knows what the
-destination does not hold: `resume_point`. A connection that is lost is made again, with pauses that grow, until there
-was no progress for as long as the parameters allow. Guests notice nothing of it; in the switchover, they go on first.
+destination does not hold: `resume_point`. A connection that is lost, or over which damaged bytes came, whichever side
+noticed, is made again, with pauses that grow, until there was no progress for as long as the parameters allow. Guests
+notice nothing of it; in the switchover, they go on first.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fusemig.errors import (
     TransportError,
 )
 from fusemig.failpoint import reach
-from fusemig.migration.commit import OutgoingHandoff
+from fusemig.migration.commit import NO_ROUTE, OutgoingHandoff
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from fusemig.epoch import EpochRecord
-    from fusemig.migration.commit import SourceDisk
+    from fusemig.migration.commit import Route, SourceDisk
     from fusemig.migration.link import Offload
     from fusemig.migration.resume import Reconciliation
     from fusemig.migration.stats import MigrationParameters, MigrationStatistics
@@ -69,6 +70,10 @@ MAX_LOST_SWITCHOVERS: Final = 3
 """Connections that may be lost while guests' writes wait: each costs the guests a pause."""
 
 _SENDING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
+
+_CONNECTION_ERRORS: Final = (TransportError, PeerBusyError, RemoteProtocolError)
+"""What another connection may be free of. Once bytes came damaged, nothing that follows them can be told from garbage:
+what was sent and is not known to be durable is sent again, over a connection that begins anew."""
 
 
 class SourceMigration(OutgoingMigration):
@@ -86,6 +91,7 @@ class SourceMigration(OutgoingMigration):
         on_pass: Callable[[int], None] = lambda _number: None,
         count_requests: Callable[[], int] = lambda: 0,
         resume: ResumePoint | None = None,
+        route: Route = NO_ROUTE,
         *,
         n_reconnects: int = 0,
         waiting: str = "",
@@ -101,6 +107,7 @@ class SourceMigration(OutgoingMigration):
             on_pass: called at the start of each pass with its number, from 1.
             count_requests: tells how many requests guests have ever made; the bulk phase makes room for them.
             resume: where an earlier migration of the same disks was interrupted, to go on from there.
+            route: how the destination is talked to, for whoever has to ask it later.
             n_reconnects: how often it got its connection back before, in another daemon.
             waiting: why it has none now; "" for one that begins.
         """
@@ -131,7 +138,7 @@ class SourceMigration(OutgoingMigration):
         # What the connections before this one sent, and what of it was taken back:
         self._earlier_wire_bytes = 0
         self._earlier_acknowledged_bytes = 0
-        self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload)
+        self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload, route)
         self._pool = BufferPool()
         self._sender = PassSender(self._pool, count_requests)
         # Set by the receiver:
@@ -144,7 +151,7 @@ class SourceMigration(OutgoingMigration):
             with trio.CancelScope() as self._attempt_scope:
                 try:
                     await self._migrate_once(records)
-                except (TransportError, PeerBusyError) as exc:
+                except _CONNECTION_ERRORS as exc:
                     self._failure = self._failure or exc
                 else:
                     break
@@ -209,7 +216,14 @@ class SourceMigration(OutgoingMigration):
 
     async def _handshake(self, link: NativeLink, records: Sequence[EpochRecord]) -> native.Welcome:
         offers = [
-            native.DiskOffer(lent.disk.name, lent.disk.size, record.image_id, record.epoch, self._resume is not None)
+            native.DiskOffer(
+                lent.disk.name,
+                lent.disk.size,
+                record.image_id,
+                record.epoch,
+                self._resume is not None,
+                await self._offload(lent.count_allocated),
+            )
             for lent, record in zip(self._lent, records, strict=True)
         ]
         features = [native.RESUME, native.POSTCOPY]
@@ -286,7 +300,7 @@ class SourceMigration(OutgoingMigration):
         while True:
             event = await link.receive()
             if isinstance(event, native.Abort):
-                raise MigrationError(f"{link.peer} aborted the migration: {event.reason}")
+                raise self._aborted(event)
             if not isinstance(event, native.Have):
                 raise RemoteProtocolError(f"{link.peer} sent {type(event).__name__} where HAVE was due")
             if event.disk == -1:
@@ -342,7 +356,7 @@ class SourceMigration(OutgoingMigration):
             super()._give_up_in_flight()
 
     def _may_reconnect(self, failure: FusemigError) -> bool:
-        if not isinstance(failure, TransportError | PeerBusyError) or self._is_cancel_requested:
+        if not isinstance(failure, _CONNECTION_ERRORS) or self._is_cancel_requested:
             return False
         if self._parameters.reconnect_limit_s <= 0:
             return False
@@ -357,7 +371,7 @@ class SourceMigration(OutgoingMigration):
 
     def _may_begin_again(self, failure: FusemigError) -> bool:
         """Tell whether to try again what has not got as far as sending: not an address where nobody ever was."""
-        if isinstance(failure, AuthenticationError):
+        if isinstance(failure, AuthenticationError | RemoteProtocolError):
             return False
         if isinstance(failure, PeerBusyError):
             # It may not have noticed yet that the connection which is gone on with is gone.
@@ -464,9 +478,13 @@ class SourceMigration(OutgoingMigration):
                 case native.Journaled():
                     self._sender.journaled(event.sequence)
                 case native.Abort():
-                    raise MigrationError(f"{link.peer} aborted the migration: {event.reason}")
+                    raise self._aborted(event)
                 case _:
                     raise RemoteProtocolError(f"{link.peer} sent {type(event).__name__} during a pass")
+
+    def _aborted(self, abort: native.Abort) -> FusemigError:
+        reason = f"{self._peer} aborted the migration: {abort.reason}"
+        return ConnectionLostError(reason) if abort.is_damaged else MigrationError(reason)
 
     def _acknowledge(self, sequence: int) -> None:
         sender = self._sender
