@@ -28,11 +28,9 @@ GUESTS = ("--allow-guest-commands",)
 IN_CI = {
     ("source", "after-welcome"),
     ("source", "after-prepared-received"),
-    ("source", "after-one-handed-off"),
     ("source", "after-commit-sent"),
     ("destination", "before-welcome"),
     ("destination", "after-prepared"),
-    ("destination", "after-one-owner"),
 }
 """The others are for the nightly run: each costs four starts of a daemon."""
 POINTS = {

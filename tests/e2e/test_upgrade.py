@@ -151,7 +151,7 @@ def test_fio_verifies_across_upgrades(host: ResilientHost, n_upgrades: int) -> N
     [
         ("", READS_2, r"fusemig 9\.9 cannot take over: .* is of version 1, and fusemig 9\.9 reads version 2"),
         (WRITES_2, "", r"cannot take over: .* is of version 2, and fusemig .* reads version 1: install"),
-        ("", IS_BROKEN, r"the installed fusemig ended before it answered"),
+        pytest.param("", IS_BROKEN, r"the installed fusemig ended before it answered", marks=pytest.mark.nightly),
     ],
     ids=["a later one", "an earlier one", "a broken one"],
 )
@@ -195,7 +195,7 @@ def test_without_a_holder_there_is_no_upgrade(hosts: Hosts, place: Path) -> None
     pwrite(plain.file(), b"it goes on")
 
 
-@pytest.mark.parametrize("side", ["source", "destination"])
+@pytest.mark.parametrize("side", ["source", pytest.param("destination", marks=pytest.mark.nightly)])
 def test_a_migration_goes_on_after_the_upgrade_of_either_side(hosts: Hosts, place: Path, side: str) -> None:
     """Interrupted and resumed, with nothing lost."""
     source = ResilientHost("source", place / "s", {"vda": write_random(place / "vda.img", SIZE)})
@@ -230,7 +230,7 @@ class Parked:
         return not self._thread.is_alive()
 
 
-@pytest.mark.parametrize("how", ["crash", "upgrade"])
+@pytest.mark.parametrize("how", ["crash", pytest.param("upgrade", marks=pytest.mark.nightly)])
 def test_what_was_stopped_stays_stopped(host: ResilientHost, how: str) -> None:
     """The operator's `stop` holds from the successor's first request on: a parked write is not made until `cont`."""
     host.start()
