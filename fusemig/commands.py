@@ -17,7 +17,7 @@ from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.credentials import Endpoint
 from fusemig.daemon_info import daemon_status, io_error, run_state
 from fusemig.epoch import Ownership, Side
-from fusemig.errors import ConfigError
+from fusemig.errors import ConfigError, StateError
 from fusemig.estimate import estimate
 from fusemig.migration.order import Order
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
@@ -70,6 +70,7 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "x-fusemig-status": commands.status,
         "x-fusemig-estimate": commands.estimate,
         "x-fusemig-resolve": commands.resolve,
+        "x-fusemig-upgrade": commands.upgrade,
         "x-fusemig-ask": commands.ask,
     }
     return {name: Command(schema.COMMANDS[name], function) for name, function in functions.items()}
@@ -105,7 +106,9 @@ class _Commands:
         nodes = [block_node(served) for served in self._daemon.disks.values()]
         return [node for node in nodes if node is not None]
 
-    def query_migrate(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationInfo:
+    async def query_migrate(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationInfo:
+        if self._daemon.inheritance.left_outgoing is not None:
+            await self._daemon.wait_ready()  # else it would seem that the migration is gone
         return migration_info(self._daemon)
 
     def query_migrate_parameters(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationParameters:
@@ -206,6 +209,7 @@ class _Commands:
         if outgoing is None or QMP_STATUS[phase] != arguments.state:
             raise CommandError(f"Migration not in expected state: {QMP_STATUS[phase]}")
         outgoing.proceed()
+        self._daemon.inheritance.keep()
 
     async def migrate_incoming(self, _session: Session, arguments: schema.MigrateIncoming) -> None:
         try:
@@ -214,6 +218,7 @@ class _Commands:
             raise ConfigError(f"unknown migration protocol: {arguments.uri}: {exc}") from exc
         await self._daemon.wait_ready()
         await self._daemon.inbound.listen(uri)
+        self._daemon.inheritance.keep()
 
     def migrate_pause(self, _session: Session, _arguments: schema.NoArguments) -> None:
         raise CommandError(
@@ -241,12 +246,20 @@ class _Commands:
             security.tls_hostname = arguments.tls_hostname
         if not isinstance(arguments.tls_authz, UnsetType):
             security.tls_authz = arguments.tls_authz
+        self._daemon.inheritance.keep()
 
     async def object_add(self, _session: Session, arguments: objects.ObjectAdd) -> None:
-        self._daemon.security.add(arguments.id, await make_object(arguments))
+        security = self._daemon.security
+        security.add(arguments, await make_object(arguments))
+        try:
+            self._daemon.inheritance.keep()
+        except StateError:
+            security.remove(arguments.id)
+            raise
 
     def object_del(self, _session: Session, arguments: objects.ObjectDel) -> None:
         self._daemon.security.remove(arguments.id)
+        self._daemon.inheritance.keep()
 
     def migrate_set_capabilities(self, _session: Session, arguments: schema.MigrateSetCapabilities) -> None:
         if self._daemon.outbound.is_migrating:
@@ -260,12 +273,14 @@ class _Commands:
             (self._daemon.outbound.capabilities.add if one.state else self._daemon.outbound.capabilities.discard)(
                 one.capability
             )
+        self._daemon.inheritance.keep()
 
     async def stop(self, _session: Session, _arguments: schema.NoArguments) -> None:
         daemon = self._daemon
         was_running = run_state(daemon) is schema.RunState.RUNNING
 
         def on_stopped() -> None:
+            daemon.inheritance.keep()
             if was_running:
                 daemon.events.emit("STOP")
 
@@ -281,6 +296,7 @@ class _Commands:
         if state is schema.RunState.POSTMIGRATE or not daemon.pause.is_on:
             raise CommandError(_why_guests_may_not_write(daemon))
         daemon.pause.lift()
+        daemon.inheritance.keep()
         if run_state(daemon) is schema.RunState.RUNNING:
             daemon.events.emit("RESUME")
 
@@ -306,6 +322,13 @@ class _Commands:
             disks,
             None if isinstance(limit, UnsetType) else limit / 1000,
         )
+
+    async def upgrade(self, session: Session, _arguments: schema.NoArguments) -> schema.UpgradeInfo:
+        log.info("asked to upgrade", pid=session.pid, uid=session.uid)
+        await self._daemon.wait_ready()
+        info = await self._daemon.upgrade.agree()
+        self._daemon.give_way(info)
+        return info
 
     async def ask(self, _session: Session, arguments: schema.Ask) -> None:
         self._check_disks(arguments.disks)
@@ -342,6 +365,17 @@ class _Queries:
 
     def migration(self) -> schema.MigrationInfo:
         return migration_info(self._daemon)
+
+
+def _succession(daemon: Daemon) -> schema.Succession | UnsetType:
+    found, pause_s = daemon.inheritance.found, daemon.inheritance.pause_s
+    if found is None:
+        return UNSET
+    return schema.Succession(
+        predecessors=found.n_predecessors + 1,
+        predecessor=found.software,
+        pause_ms=UNSET if pause_s is None else pause_s * 1000,
+    )
 
 
 def _status(daemon: Daemon) -> schema.StatusInfo:

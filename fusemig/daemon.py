@@ -18,7 +18,7 @@ or read-only, so no write is parked when the file system is unmounted, and the i
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -40,17 +40,20 @@ from fusemig.fuse.preflight import MountOptions
 from fusemig.heat import EPOCH_S
 from fusemig.http_server import serve_http
 from fusemig.inbound import Inbound
+from fusemig.inheritance import Inheritance
 from fusemig.listener import listening
 from fusemig.metrics import PATH, Metrics, check_address
 from fusemig.migration.arrival import IncomingWire
-from fusemig.notify import Notifier
 from fusemig.outbound import Outbound
 from fusemig.pause import Pause
 from fusemig.qmp import schema
 from fusemig.security import Security
 from fusemig.served import ServedDisk
+from fusemig.succession.fdstore import FdStore
+from fusemig.succession.mount import KeptMount
 from fusemig.supervision import ask_mount, supervise
 from fusemig.transport import parse_uri
+from fusemig.upgrade import Upgrade
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -102,15 +105,21 @@ class ServeOptions:
     """That may be an address which other hosts reach."""
     heeds_signals: bool = True
     """SIGTERM and SIGINT ask for an orderly end; else they are left to the program that this is a part of."""
+    is_resilient: bool = False
+    """The mount must be one that can outlive this process."""
 
 
 class Daemon:
     """A serving daemon; `run` is its life."""
 
-    def __init__(self, options: ServeOptions, notifier: Notifier | None = None) -> None:
-        """Keep the options, and whom to tell how it stands; nothing is opened yet."""
+    def __init__(self, options: ServeOptions, store: FdStore | None = None) -> None:
+        """Keep the options; nothing is opened yet. ``store`` has what a predecessor left, and keeps it for the next.
+
+        Raises:
+            StateError: what a predecessor left cannot be read here.
+        """
         self.options = options
-        self._notifier = Notifier() if notifier is None else notifier
+        self.store = FdStore() if store is None else store
         self.disks: dict[str, ServedDisk] = {}
         self.security = Security(
             options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
@@ -127,6 +136,7 @@ class Daemon:
             self._count_requests,
             self._show_outgoing,
             self._note_outgoing_over,
+            lambda: self.inheritance.keep_anyhow(),
             is_destination=options.incoming is not None,
         )
         self.inbound = Inbound(
@@ -139,6 +149,7 @@ class Daemon:
             self._show_size,
             self._show_incoming,
             self.totals.incoming_over,
+            self.store,
         )
         self.doubts = Doubts(self.disks, self.outbound.dial, self.outbound.settled)
         self.shown: OutgoingMigration | IncomingMigration | None = None
@@ -147,6 +158,10 @@ class Daemon:
         self.metrics: Listener | None = None
         """Where metrics are asked for."""
         self.stop_reason = ""
+        self.inheritance = Inheritance(self, self.store)
+        self.upgrade = Upgrade(self)
+        self._control_scope = trio.CancelScope()
+        self._control_ended = trio.Event()
         self._exports = Exports()
         self._ready = trio.Event()
         self._stop = trio.Event()
@@ -157,8 +172,9 @@ class Daemon:
         Raises:
             FusemigError: it could not be started, and why.
         """
-        with ExitStack() as images:
+        with closing(self.store), closing(self.inheritance), ExitStack() as images:
             self._open_disks(images)
+            await self.inheritance.restore()
             try:
                 await self._serve()
             except BaseExceptionGroup as group:
@@ -169,9 +185,14 @@ class Daemon:
             raise ConfigError("no disk to serve: give at least one --disk NAME=PATH")
         is_incoming = self.options.incoming is not None
         for spec in self.options.disks:
-            served = ServedDisk(spec, self._exports, self.options.state_dir, is_incoming=is_incoming)
+            served = ServedDisk(spec, self._exports, self.options.state_dir, is_incoming=is_incoming, store=self.store)
             images.callback(served.close)
             self.disks[served.name] = served
+        if self.store.has_mount and self.store.untaken("image-"):
+            raise ConfigError(
+                f"an image that guests of {self.options.mountpoint} have open is not at its place any more: put back "
+                "what was moved or replaced, or give the mount up"
+            )
 
     async def _serve(self) -> None:
         # Heard from before the mount until after it, so that no signal ends us with the mount left behind.
@@ -186,31 +207,42 @@ class Daemon:
             if signals is not None:
                 control.start_soon(self._watch_signals, signals)
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
-            await control.start(serve_control, self.options.control, command_table(self), self.events)
+            await control.start(self._serve_control)
             if self.options.metrics is not None:
                 await control.start(self._serve_metrics, parse_uri(self.options.metrics))
             options = self.options
             mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
+            kept = (
+                KeptMount(self.store, is_demanded=options.is_resilient)
+                if self.store.is_on or self.store.has_mount
+                else None
+            )
             async with (
                 self.inbound.listening(),
                 open_lane(
-                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads
+                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads, kept
                 ) as self.mount,
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._watch_mount)
                 nursery.start_soon(
-                    supervise, self._notifier, partial(daemon_status, self), partial(ask_mount, options.mountpoint)
+                    supervise, self.store.notifier, partial(daemon_status, self), partial(ask_mount, options.mountpoint)
                 )
                 nursery.start_soon(self.doubts.watch)
                 nursery.start_soon(self._watch_heat)
                 await nursery.start(self.outbound.run)
+                await self.inheritance.take_up()
                 await nursery.start(self.inbound.run)
+                self.inheritance.keep()
                 self._ready.set()
-                self._notifier.send("READY=1")
+                self.store.ready()
                 log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
                 try:
                     await self._stop.wait()
+                    if self.upgrade.is_agreed:
+                        self._control_scope.cancel()
+                        await self._control_ended.wait()
+                        await self.upgrade.leave()
                 finally:
                     with trio.CancelScope(shield=True):
                         await self._wind_down()
@@ -224,6 +256,13 @@ class Daemon:
             log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
             task_status.started()
             await serve_http(self.metrics, {PATH: metrics.page})
+
+    async def _serve_control(self, task_status: trio.TaskStatus[None]) -> None:
+        with self._control_scope:
+            await serve_control(
+                self.options.control, command_table(self), self.events, self.store, task_status=task_status
+            )
+        self._control_ended.set()
 
     async def wait_ready(self) -> None:
         """Wait until migrations can be started: the control socket is there before the mount is whole."""
@@ -251,14 +290,21 @@ class Daemon:
         """Ask for an orderly end; returns at once."""
         if not self._stop.is_set():
             self.stop_reason = reason
-            self._notifier.send("STOPPING=1")
             causes = [cause for cause in schema.ShutdownCause if cause == reason]
             cause = causes[0] if causes else schema.ShutdownCause.HOST_SIGNAL  # QAPI knows no unmount
             self.events.emit("SHUTDOWN", schema.ShutdownEvent(reason=cause))
             self._stop.set()
 
+    def give_way(self, info: schema.UpgradeInfo) -> None:
+        """Leave the mount to the successor that was agreed with; returns at once."""
+        self.events.emit("X_FUSEMIG_UPGRADE", info)
+        self.stop_reason = "upgrade"
+        self._stop.set()
+
     async def _wind_down(self) -> None:
         """Bring migrations to an end and the images to the disk, within deadlines."""
+        if self._stop.is_set():
+            self.store.ending()
         await self.outbound.wind_down()
         for served in self.disks.values():
             if served.loan is not None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.security import Security
     from fusemig.served import ServedDisk
+    from fusemig.succession.fdstore import FdStore
     from fusemig.transport import ByteStream, Uri
     from fusemig.wire.native import DiskOffer
 
@@ -56,6 +57,7 @@ class Inbound:
         show_size: Callable[[ServedDisk], Awaitable[None]],
         on_begin: Callable[[IncomingMigration], None],
         on_over: Callable[[IncomingMigration], None],
+        store: FdStore | None = None,
     ) -> None:
         """Listen to nobody yet.
 
@@ -69,6 +71,7 @@ class Inbound:
             show_size: has the kernel ask for the attributes of a disk anew.
             on_begin: hears of each migration as it begins.
             on_over: hears of it again when it has ended.
+            store: keeps the listening socket for a successor of the daemon.
         """
         self._disks = disks
         self._incoming = incoming
@@ -79,6 +82,7 @@ class Inbound:
         self._show_size = show_size
         self._on_begin = on_begin
         self._on_over = on_over
+        self._store = store
         self.listener: Listener | None = None
         self.migration: IncomingMigration | None = None
         """The last one that began."""
@@ -92,6 +96,11 @@ class Inbound:
     def is_destination(self) -> bool:
         """Whether disks may come here."""
         return self._incoming is not None
+
+    def listen_at(self, uri_text: str) -> None:
+        """Have `listening` take an address that a daemon before this one was given, or had got; before that."""
+        if self._incoming is not None:
+            self._incoming = uri_text
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what `listen` starts, and what comes to the listener that was opened before, until cancelled."""
@@ -110,7 +119,7 @@ class Inbound:
             return
         uri = parse_uri(self._incoming)
         self._security.check_listen(uri)
-        async with listening(uri) as self.listener:
+        async with listening(uri, self._store) as self.listener:
             yield
 
     async def listen(self, uri: Uri) -> None:
@@ -140,7 +149,7 @@ class Inbound:
         self._announcer.status(MigrationPhase.SETUP)
 
     async def _serve_listener(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with listening(uri) as self.listener:
+        async with listening(uri, self._store) as self.listener:
             task_status.started()
             await self.listener.serve(self._receive)
 

@@ -48,7 +48,10 @@ class Notifier:
             self._channel.sendmsg([text.encode()], ancillary, socket.MSG_NOSIGNAL)
         except OSError as exc:
             self.close()
-            log.warning("the service manager is told nothing any more", reason=exc.strerror)
+            log.warning(
+                "the service manager or holder is gone: nothing that it keeps outlives this daemon any more",
+                reason=exc.strerror,
+            )
 
     def close(self) -> None:
         """Tell nobody any more; idempotent."""

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fusemig.disk.journal import ReceiptJournal
     from fusemig.disk.room import Room
     from fusemig.fuse.export import Export, Exports
+    from fusemig.succession.fdstore import FdStore
     from fusemig.wire.native import DiskOffer
 
 log = structlog.get_logger(__name__)
@@ -79,12 +80,21 @@ def parse_disk(text: str, read_only: Collection[str]) -> DiskSpec:
 class ServedDisk:
     """An image, its guest's side, its epoch file and the file of the mount."""
 
-    def __init__(self, spec: DiskSpec, exports: Exports, state_dir: Path | None, *, is_incoming: bool) -> None:
-        """Open the image, unless it is still to come, and export it.
+    def __init__(
+        self,
+        spec: DiskSpec,
+        exports: Exports,
+        state_dir: Path | None,
+        *,
+        is_incoming: bool,
+        store: FdStore | None = None,
+    ) -> None:
+        """Open the image, unless it is still to come, and export it; ``store`` keeps its files for a successor.
 
         Raises:
             ConfigError: the image, its epoch file or the name cannot be used as asked; nothing is left open.
         """
+        self._store = store
         self.name = spec.name
         self.path = spec.path
         self.base = spec.base
@@ -237,7 +247,7 @@ class ServedDisk:
 
     def _open_dirty_file(self, image: RawDisk | OverlayFile, disk: TrackedDisk) -> DirtyFile | None:
         try:
-            return open_dirty_file(disk, self._dirty_path, boot_id(), image.stat)
+            return open_dirty_file(disk, self._dirty_path, boot_id(), image.stat, self._store)
         except (StateError, DiskError):
             disk.close()
             raise
@@ -259,10 +269,12 @@ class ServedDisk:
                     f" that (--disk {self.name}={self.path},base=BASE), or delete {self._map_path} if the image is"
                     " another one now"
                 )
-            return RawDisk(self.name, self.path, read_only=self.is_read_only)
+            return RawDisk(self.name, self.path, read_only=self.is_read_only, store=self._store, role="image")
         if not self.is_waiting and self.ownership is not None and not _exists(self.path):
             raise ConfigError(f"overlay {self.path} of disk '{self.name}' is missing: restore it, and its map with it")
-        return OverlayFile(self.name, self.path, self.base, self._map_path, read_only=self.is_read_only)
+        return OverlayFile(
+            self.name, self.path, self.base, self._map_path, read_only=self.is_read_only, store=self._store
+        )
 
     def check_offer(self, offer: DiskOffer) -> None:
         """Raise `PeerRefusedError` unless this disk can be received as offered; changes nothing."""

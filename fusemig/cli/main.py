@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ class _Time(click.ParamType[float]):
             self.fail(str(exc), param, ctx)
 
 
+class _Mountpoint(click.ParamType[Path]):
+    """A path that is not looked at: if it is a mount to be taken over, nobody answers there yet (click.Path stats)."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(value)
+
+
 SOCKET = click.argument("socket", type=click.Path(path_type=Path))
 
 
@@ -56,7 +66,7 @@ def cli() -> None:
 
 
 @cli.command(cls=ConfiguredCommand)
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=_Mountpoint())
 @click.option(
     "--disk",
     "disks",
@@ -112,6 +122,10 @@ def cli() -> None:
 @click.option("--metrics", metavar="URI", help="Answer Prometheus at tcp:127.0.0.1:PORT or unix:PATH, path /metrics.")
 @click.option("--metrics-insecure", is_flag=True, help="Let other hosts read the metrics, in plain text.")
 @click.option(
+    "--resilient", is_flag=True, help="Keep the mount when the daemon dies, and start another: guests only wait."
+)
+@click.option("--standby", is_flag=True, help="With --resilient: have the next daemon wait warm, for a shorter pause.")
+@click.option(
     "--log-format",
     type=click.Choice(["console", "json"]),
     default="console",
@@ -125,9 +139,18 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
     Ready when MOUNTPOINT/NAME can be stat'ed. Unmounts on SIGTERM and SIGINT.
     """
     set_up_logs(log_format, log_level)
-    from fusemig.cli.serve import ServeRequest, serve_command  # pyfuse3 is only needed here
+    if options["resilient"] or options["standby"]:
+        from fusemig.cli.resilient import hold
 
-    sys.exit(run(serve_command, ServeRequest(**options)))
+        hold(options["mountpoint"], options["lane"], is_resilient=options["resilient"], has_standby=options["standby"])
+    from fusemig.cli.serve import ServeRequest, serve_command  # pyfuse3 is only needed here
+    from fusemig.handover.agreement import answer
+    from fusemig.succession.fdstore import open_store
+
+    if not answer(os.environ):  # a candidate of an upgrade
+        sys.exit(EXIT_CODES["failed"])
+    store = open_store(os.environ)  # where a standby waits, with everything loaded
+    sys.exit(run(serve_command, ServeRequest(**options), store))
 
 
 @cli.command(cls=ConfiguredCommand)
@@ -250,6 +273,20 @@ def continue_(socket: Path) -> None:
     from fusemig.cli.status import continue_command
 
     sys.exit(run(continue_command, socket))
+
+
+@cli.command()
+@SOCKET
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def upgrade(socket: Path, as_json: bool) -> None:
+    """Have the fusemig that is installed now take over from the daemon at SOCKET; guests only wait a moment.
+
+    The daemon must have been started with --resilient. It goes on as if nothing had happened if the new version cannot
+    take over.
+    """
+    from fusemig.cli.upgrade import upgrade_command
+
+    sys.exit(run(upgrade_command, socket, as_json))
 
 
 @cli.command()

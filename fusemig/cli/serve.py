@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,6 @@ from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
 from fusemig.fuse.lanes import Lane
 from fusemig.migration.arrival import IncomingWire
-from fusemig.notify import open_notifier
 from fusemig.served import parse_disk
 
 if TYPE_CHECKING:
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
 
     from fusemig.credentials import Credentials
     from fusemig.served import DiskSpec
+    from fusemig.succession.fdstore import FdStore
 
 
 log = structlog.get_logger(__name__)
@@ -52,10 +51,12 @@ class ServeRequest:
     insecure: bool
     metrics: str | None
     metrics_insecure: bool
+    resilient: bool
+    standby: bool
 
 
-async def serve_command(request: ServeRequest) -> None:
-    """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside.
+async def serve_command(request: ServeRequest, store: FdStore) -> None:
+    """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside; ``store`` is the way to a successor.
 
     Raises:
         FusemigError: it could not be started.
@@ -87,9 +88,9 @@ async def serve_command(request: ServeRequest) -> None:
         is_insecure=request.insecure,
         metrics=request.metrics,
         are_metrics_public=request.metrics_insecure,
+        is_resilient=request.resilient,
     )
-    with closing(open_notifier(os.environ)) as notifier:
-        await Daemon(options, notifier).run()
+    await Daemon(options, store).run()
 
 
 def _load_tls(request: ServeRequest) -> tuple[Credentials | None, Credentials | None]:

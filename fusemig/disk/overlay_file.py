@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fusemig.disk.base import Disk
+    from fusemig.succession.fdstore import FdStore
 
 _ZEROS: Final = bytes(CHUNK_SIZE)
 _YOUNG_NS: Final = 2_000_000_000
@@ -38,7 +39,16 @@ _YOUNG_NS: Final = 2_000_000_000
 class OverlayFile(OverlayDisk):
     """An overlay in files: an image, its map and a base."""
 
-    def __init__(self, name: str, path: Path, base_path: Path, map_path: Path, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        base_path: Path,
+        map_path: Path,
+        *,
+        read_only: bool = False,
+        store: FdStore | None = None,
+    ) -> None:
         """Open and lock ``path`` over ``base_path``.
 
         An overlay that does not exist is made, as large as its base; so is the map of an image without any data
@@ -59,13 +69,14 @@ class OverlayFile(OverlayDisk):
                     f"overlay {path} of disk '{name}' is missing and its map {map_path} is there: restore the image, "
                     "or delete the map too to begin anew"
                 )
-            self._raw = opened.enter_context(RawDisk(name, path, read_only=read_only))
+            image = RawDisk(name, path, read_only=read_only, store=store, role="image")
+            self._raw = opened.enter_context(image)
             if not self._raw.is_regular:
                 raise ConfigError(f"overlay {path} of disk '{name}' is a device: an overlay is a file")
             if not map_path.exists():
                 self._make_map(map_path, base, base_path)
-            store = opened.enter_context(RawDisk(name, map_path, read_only=read_only))
-            allocation = AllocationMap(store, self._raw.size, boot_id())
+            map_file = opened.enter_context(RawDisk(name, map_path, read_only=read_only, store=store))
+            allocation = AllocationMap(map_file, self._raw.size, boot_id())
             stamp = _check_base(base, base_path, path, allocation)
             super().__init__(self._raw, base, allocation)
             if not read_only:

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Final
 from fusemig.disk.base import Disk, Extent
 from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError, DiskError
+from fusemig.succession.fdstore import identity
 from fusemig.units import BLOCK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fusemig.disk.base import Buffer
+    from fusemig.succession.fdstore import FdStore
 
 _F_OFD_SETLK: Final = 37
 _FALLOC_FL_KEEP_SIZE: Final = 1
@@ -39,8 +41,13 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class RawDisk(Disk):
     """An open, locked image."""
 
-    def __init__(self, name: str, path: Path, *, read_only: bool = False) -> None:
+    def __init__(
+        self, name: str, path: Path, *, read_only: bool = False, store: FdStore | None = None, role: str = "file"
+    ) -> None:
         """Open and lock ``path``.
+
+        With a ``store`` the lock outlives this process, as ``role``, until the disk is closed in order: nobody else
+        gets the image while a successor of ours may come for it. A descriptor that a predecessor left so is used.
 
         Raises:
             ConfigError: it does not exist, is no file or block device, is a link, has a size that is no multiple of
@@ -49,7 +56,10 @@ class RawDisk(Disk):
         self.name = name
         self.path = path
         self.read_only = read_only
-        self._fd = _open_image(name, path, read_only=read_only)
+        self._store = store
+        inherited = None if store is None else store.take(_kept_as(role, path))
+        self._fd = _open_image(name, path, read_only=read_only) if inherited is None else inherited
+        self._kept_as = f"{role}-{identity(self._fd)}"
         self._flush_error: DiskError | None = None
         self._close_lock = threading.Lock()
         try:
@@ -58,6 +68,8 @@ class RawDisk(Disk):
             self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
             self._is_memory = _file_system_of(self._fd) in _MEMORY_FILE_SYSTEMS
             self._has_nowait = self._probe_nowait()
+            if store is not None and inherited is None:
+                store.keep(self._kept_as, self._fd)
         except BaseException:
             os.close(self._fd)
             raise
@@ -201,6 +213,8 @@ class RawDisk(Disk):
         """Close the image, which unlocks it; idempotent."""
         with self._close_lock:
             if self._fd >= 0:
+                if self._store is not None:
+                    self._store.release(self._kept_as)
                 os.close(self._fd)
                 self._fd = -1
 
@@ -226,6 +240,15 @@ def create_image(path: Path, size: int) -> None:
         raise ConfigError(f"cannot make image {path} {size} bytes large: {exc.strerror}") from exc
     finally:
         os.close(fd)
+
+
+def _kept_as(role: str, path: Path) -> str:
+    """Return the name under which the descriptor of ``path`` is kept, if it is; empty if there is no such file."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return ""
+    return f"{role}-{status.st_dev:x}-{status.st_ino:x}"
 
 
 def _open_image(name: str, path: Path, *, read_only: bool) -> int:

@@ -195,6 +195,7 @@ class DestinationMigration(IncomingMigration):
 
     async def _receive_all(self, receipt: Receipt) -> None:
         await receipt.open()
+        reach("before-welcome")
         features = [native.POSTCOPY, *([native.RESUME] if receipt.is_kept else [])]
         await self._link.send_message(native.Welcome(native.VERSION, features, receipt.resumption, receipt.covered))
         await receipt.tell(self._link)

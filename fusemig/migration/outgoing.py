@@ -88,6 +88,8 @@ class OutgoingMigration(ABC):
         self.error: FusemigError | None = None
         self.guest: MovingGuest = NoGuest()
         """The guest that moves with the disks; set before `run`."""
+        self.elapsed_before_s = 0.0
+        """How long the daemons before this one ran it; set before `run`."""
         self._handoff: Handoff
         self._lent = disks
         self._connect = connect
@@ -188,7 +190,25 @@ class OutgoingMigration(ABC):
         """
         if self._machine.phase is not MigrationPhase.PRE_SWITCHOVER:
             raise StateError(f"Migration not in expected state: {self._machine.phase.value}")
+        self.allow_switchover()
+
+    @property
+    def may_switch_over(self) -> bool:
+        """Whether somebody has let it go on from pre-switchover, or beforehand."""
+        return self._proceed.is_set()
+
+    def allow_switchover(self) -> None:
+        """Have it not wait at pre-switchover."""
         self._proceed.set()
+
+    def stand_for(self, phase: MigrationPhase, error: FusemigError | None) -> None:
+        """Be what has become of a migration that another daemon ran and that does not go on here; instead of `run`."""
+        self.started_at = trio.current_time() - self.elapsed_before_s
+        self.error = error
+        self._enter(phase)
+        if self.is_over:
+            self._ended_at = trio.current_time()
+        self._over.set()
 
     async def wind_down(self) -> None:
         """Call the migration off if that is still possible, and wait for its end; for the daemon's own end."""
@@ -221,7 +241,7 @@ class OutgoingMigration(ABC):
         Cancellation: before the commit the gates are open again when this returns; from the commit on it is shielded
         until TAKEN came or its deadline passed.
         """
-        self.started_at = trio.current_time()
+        self.started_at = trio.current_time() - self.elapsed_before_s
         self._enter(MigrationPhase.SETUP)
         try:
             await self._migrate_with_guest()

@@ -6,9 +6,9 @@
     hand-off              OutgoingHandoff: FINAL, PREPARED, COMMIT, TAKEN
 
 The order of things is `fusemig.migration.outgoing`'s. When a migration fails, the tracker still knows what the
-destination does not hold: `resume_point`. A connection that is lost before the freeze is made again, with pauses that
-grow, until there was no progress for as long as the parameters allow; guests notice nothing of it. So is one over which
-damaged bytes came, whichever side noticed.
+destination does not hold: `resume_point`. A connection that is lost, or over which damaged bytes came, whichever side
+noticed, is made again, with pauses that grow, until there was no progress for as long as the parameters allow. Guests
+notice nothing of it; in the switchover, they go on first.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fusemig.errors import (
     RemoteProtocolError,
     TransportError,
 )
+from fusemig.failpoint import reach
 from fusemig.migration.commit import NO_ROUTE, OutgoingHandoff
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
@@ -66,12 +67,14 @@ FIRST_RETRY_S: Final = 0.25
 MAX_RETRY_S: Final = 10.0
 
 
+MAX_LOST_SWITCHOVERS: Final = 3
+"""Connections that may be lost while guests' writes wait: each costs the guests a pause."""
+
+_SENDING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
+
 _CONNECTION_ERRORS: Final = (TransportError, PeerBusyError, RemoteProtocolError)
 """What another connection may be free of. Once bytes came damaged, nothing that follows them can be told from garbage:
 what was sent and is not known to be durable is sent again, over a connection that begins anew."""
-
-_RECONNECTING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
-"""When a lost connection is made again: not before anything was sent, and not with guests' writes waiting."""
 
 
 class SourceMigration(OutgoingMigration):
@@ -90,6 +93,9 @@ class SourceMigration(OutgoingMigration):
         count_requests: Callable[[], int] = lambda: 0,
         resume: ResumePoint | None = None,
         route: Route = NO_ROUTE,
+        *,
+        n_reconnects: int = 0,
+        waiting: str = "",
     ) -> None:
         """Prepare as `OutgoingMigration` does.
 
@@ -103,6 +109,8 @@ class SourceMigration(OutgoingMigration):
             count_requests: tells how many requests guests have ever made; the bulk phase makes room for them.
             resume: where an earlier migration of the same disks was interrupted, to go on from there.
             route: how the destination is talked to, for whoever has to ask it later.
+            n_reconnects: how often it got its connection back before, in another daemon.
+            waiting: why it has none now; "" for one that begins.
         """
         super().__init__(disks, connect, parameters, offload, on_phase, on_pass)
         self._count_requests = count_requests
@@ -110,6 +118,7 @@ class SourceMigration(OutgoingMigration):
         self._resume = resume
         if resume is not None:
             self.session = resume.session
+            self._log = self._log.bind(migration=self.session[:8])
             self._disks = resume.disks
         self._attempt = 0
         self._attempt_scope = trio.CancelScope()
@@ -119,9 +128,11 @@ class SourceMigration(OutgoingMigration):
         self._lending: Lending | None = None
         self._stalled_since: float | None = None
         self._n_retries = 0
-        self._n_reconnects = 0
+        self._n_reconnects = n_reconnects
+        self._n_lost_switchovers = 0
+        self._was_connected = False
         self._kept_bytes = 0
-        self._waiting = ""
+        self._waiting = waiting
         self._missing_bytes = 0
         """What the destination was told to fetch."""
         self._lending_scope = trio.CancelScope()
@@ -151,6 +162,8 @@ class SourceMigration(OutgoingMigration):
             if not self._may_reconnect(failure):
                 raise failure
             self._failure = None
+            if self._machine.phase is MigrationPhase.FROZEN:
+                await self._go_on()
             await self._put_off(failure)
             self._renew()
         if self._handoff.is_loan:
@@ -162,10 +175,12 @@ class SourceMigration(OutgoingMigration):
         self._is_reconciled = False
         stream = await self._connect()
         self._peer = stream.peer
+        self._was_connected = True
         try:
             decoder = native.Decoder(native.FROM_DESTINATION, preface=False)
             link = self._link = NativeLink(stream, decoder, self._pool)
             welcome = await self._handshake(link, records)
+            reach("after-welcome")
             try:
                 await self._find_what_to_send(link, welcome, records)
                 self._reader = PassReader(self._disks, self._pool)
@@ -350,9 +365,32 @@ class SourceMigration(OutgoingMigration):
             return False  # it may stand still: it is better off running on here
         phase = self._machine.phase
         if phase is MigrationPhase.SETUP:
-            # The destination may not have noticed yet that the connection which is gone on with is gone.
-            return self._resume is not None and isinstance(failure, PeerBusyError)
-        return phase in _RECONNECTING and self._can_resume
+            return self._may_begin_again(failure)
+        if phase is MigrationPhase.FROZEN:
+            return self._can_resume and self._handoff.may_thaw and self._n_lost_switchovers < MAX_LOST_SWITCHOVERS
+        return phase in _SENDING and self._can_resume
+
+    def _may_begin_again(self, failure: FusemigError) -> bool:
+        """Tell whether to try again what has not got as far as sending: not an address where nobody ever was."""
+        if isinstance(failure, AuthenticationError | RemoteProtocolError):
+            return False
+        if isinstance(failure, PeerBusyError):
+            # It may not have noticed yet that the connection which is gone on with is gone.
+            return self._resume is not None or bool(self._waiting)
+        return self._was_connected or bool(self._waiting)
+
+    async def _go_on(self) -> None:
+        """Let the guests go on: the destination was lost in the switchover, which is tried again when it is back."""
+        self._n_lost_switchovers += 1
+        await self._handoff.call_off()
+        self._thaw()
+        if self._is_cancel_requested:  # meanwhile
+            raise self._cancelled_error()
+        self._frozen_at = None
+        self._missing_bytes = 0
+        self._enter(MigrationPhase.DIRTY)
+        self._handoff = OutgoingHandoff(self._lent, self.session, self._parameters, self._offload)
+        await self._handoff.own_records()
 
     async def _put_off(self, failure: FusemigError) -> None:
         """Wait before the next try.
@@ -508,7 +546,7 @@ class SourceMigration(OutgoingMigration):
     @property
     def may_start_postcopy(self) -> bool:
         """Whether the hand-off may still be made to come at once."""
-        return self._machine.phase in (MigrationPhase.SETUP, *_RECONNECTING) and not self.guest.is_moving
+        return self._machine.phase in (MigrationPhase.SETUP, *_SENDING) and not self.guest.is_moving
 
     async def _tell_missing(self, link: NativeLink) -> None:
         """Tell the destination what it has to fetch, if there is anything."""

@@ -547,6 +547,24 @@ class MigrationTotals(Result, frozen=True, kw_only=True):
     frozen_within: list[FrozenWithin] = field(default_factory=list)
 
 
+class Succession(Result, frozen=True, kw_only=True):
+    """Of a daemon that took over from another one."""
+
+    predecessors: int
+    """How many daemons served this mount before."""
+    predecessor: str
+    """The version of the last of them."""
+    pause_ms: float | UnsetType = UNSET
+    """How long no request was taken, after an upgrade; absent after a crash."""
+
+
+class UpgradeInfo(Result, frozen=True, kw_only=True):
+    """``x-fusemig-upgrade``: the versions, before the one takes over from the other."""
+
+    running: str
+    installed: str
+
+
 class DaemonStatus(Result, frozen=True, kw_only=True):
     """``x-fusemig-status``."""
 
@@ -566,6 +584,8 @@ class DaemonStatus(Result, frozen=True, kw_only=True):
     totals: MigrationTotals
     metrics: str | UnsetType = UNSET
     """Where Prometheus is answered, with the port as bound."""
+    succession: Succession | UnsetType = UNSET
+    """Absent: this is the first daemon of its mount."""
 
 
 class Uuid(Result, frozen=True, kw_only=True):
@@ -612,6 +632,7 @@ EVENTS: Final[dict[str, type[Result] | None]] = {
     "STOP": None,
     "RESUME": None,
     "SHUTDOWN": ShutdownEvent,
+    "X_FUSEMIG_UPGRADE": UpgradeInfo,
 }
 """Every event and its data."""
 
@@ -654,6 +675,7 @@ COMMANDS: Final[dict[str, type[Arguments]]] = {
     "x-fusemig-status": NoArguments,
     "x-fusemig-estimate": Estimate,
     "x-fusemig-resolve": Resolve,
+    "x-fusemig-upgrade": NoArguments,
     "x-fusemig-ask": Ask,
 }
 """Every command and its arguments. The server itself answers the first five."""
@@ -675,6 +697,7 @@ RESULTS: Final[dict[str, Any]] = {
     "query-migrate-capabilities": list[MigrationCapabilityStatus],
     "human-monitor-command": str,
     "x-fusemig-status": DaemonStatus,
+    "x-fusemig-upgrade": UpgradeInfo,
     "x-fusemig-estimate": estimate.EstimateInfo,
 }
 """What the commands return; those that are not here return the empty object."""

@@ -18,8 +18,21 @@ from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.memory import MemoryDisk
 from fusemig.epoch import EpochFile, EpochRecord, Ownership
-from fusemig.errors import AuthenticationError, ConfigError, RemoteProtocolError
+from fusemig.errors import AuthenticationError, ConfigError, RemoteProtocolError, StateError
+from fusemig.handover.state import (
+    SLOT_SIZE,
+    Mount,
+    Outgoing,
+    Request,
+    ServedFile,
+    State,
+    decode_state,
+    encode_slot,
+    encode_state,
+    newest,
+)
 from fusemig.qmp.codec import RequestParser, decode_server_line, encode_request
+from fusemig.qmp.objects import ObjectAdd, ObjectType
 from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native, qemu_block, savevm
 
@@ -139,6 +152,15 @@ def overlay_map(data: bytes) -> None:
         found.close()
 
 
+def state_memory(data: bytes) -> None:
+    """What the daemon before left: two slots, or (behind a zero byte) a document by itself."""
+    with suppress(StateError):
+        if data[:1] == b"\0":
+            decode_state(data[1:])
+        else:
+            newest([data[:SLOT_SIZE], data[SLOT_SIZE : 2 * SLOT_SIZE]])
+
+
 def credentials(data: bytes) -> None:
     """The files of a credentials directory, one after the other; what is loaded proves something, or is refused."""
     with tempfile.TemporaryDirectory(prefix="fusemig-fuzz-", dir=_fast()) as name:
@@ -171,6 +193,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "qmp-answers": qmp_answers,
     "epoch-file": epoch_file,
     "overlay-map": overlay_map,
+    "state-memory": state_memory,
     "credentials": credentials,
 }
 
@@ -209,6 +232,14 @@ def seeds() -> dict[str, list[bytes]]:
         for epoch in range(2):
             file.write(EpochRecord(state=Ownership.OWNER, image_id="1" * 32, epoch=epoch))
         epoch_bytes = file.path.read_bytes()
+    state = encode_state(
+        State(
+            software="1",
+            mount=Mount(mountpoint="/mnt", files=(ServedFile(name="vda", inode=2, path="/a.img"),)),
+            objects=(ObjectAdd(qom_type=ObjectType.AUTHZ_SIMPLE, id="z", identity="CN=a"),),
+            outgoing=Outgoing(request=Request(uri="unix:/there", disks=("vda",)), session="0" * 32, began_s=1.5),
+        )
+    )
     bare = struct.pack(">HBBHHQQQII", native.MAGIC, 3, 1, 0, 2, 1, 0, 512, 1024, 0)
     return {
         "native-from-source": [
@@ -227,6 +258,7 @@ def seeds() -> dict[str, list[bytes]]:
             b'{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}',
         ],
         "epoch-file": [epoch_bytes],
+        "state-memory": [b"\0" + state, encode_slot(state, 1)],
         "credentials": [
             BETWEEN_FILES.join([_pem("CERTIFICATE"), _pem("CERTIFICATE"), _pem("PRIVATE KEY"), _pem("X509 CRL")]),
             b"",

@@ -19,6 +19,7 @@ from benchlib.rows_dirty import row_d1, row_d2, row_d3
 from benchlib.rows_forecast import row_f1, row_f2
 from benchlib.rows_mount import row_m1, row_m2, row_m3, row_m4
 from benchlib.rows_scale import row_s1, row_s2
+from benchlib.rows_succession import row_u1
 from benchlib.settings import Settings
 from benchlib.subject import why_missing
 from benchlib.versions import versions
@@ -42,6 +43,7 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
     "F2": row_f2,
     "S1": row_s1,
     "S2": row_s2,
+    "U1": row_u1,
 }
 
 
