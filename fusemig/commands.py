@@ -14,6 +14,7 @@ from msgspec import UNSET, UnsetType
 
 from fusemig import __version__
 from fusemig.block_info import block_info, block_node, block_stats, served_disk
+from fusemig.compression import parse_compression
 from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.credentials import Endpoint
 from fusemig.disk.tracked import Gate
@@ -106,6 +107,7 @@ class _Commands:
     def query_migrate_parameters(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationParameters:
         parameters = self._daemon.outbound.parameters
         return schema.MigrationParameters(
+            block_incremental=bool(parameters.block_incremental),
             max_bandwidth=parameters.max_bandwidth,
             downtime_limit=round(parameters.downtime_limit_s * 1000),
             tls_creds=self._daemon.security.tls_creds,
@@ -125,9 +127,7 @@ class _Commands:
         if arguments.blk is False:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
         for name, is_asked in (
-            ("inc", arguments.inc),
             (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is not schema.Mode.PRECOPY),
-            ("x-fusemig-compress", arguments.x_fusemig_compress is not UNSET),
         ):
             if is_asked:
                 raise CommandError(f"'{name}' is not supported by version {__version__}: leave it out")
@@ -145,6 +145,17 @@ class _Commands:
         reconnect = arguments.x_fusemig_reconnect
         if is_qemu and (arguments.resume or reconnect is not UNSET):
             raise CommandError("'resume' and 'x-fusemig-reconnect' do not go with QEMU's wire: leave them out")
+        if is_qemu and (arguments.inc is not UNSET or arguments.x_fusemig_compress is not UNSET):
+            raise CommandError("'inc' and 'x-fusemig-compress' do not go with QEMU's wire: leave them out")
+        incremental = self._daemon.outbound.parameters.block_incremental
+        if not isinstance(arguments.inc, UnsetType):
+            incremental = arguments.inc
+        compression_level = None
+        if not isinstance(arguments.x_fusemig_compress, UnsetType):
+            try:
+                compression_level = parse_compression(arguments.x_fusemig_compress)
+            except ConfigError as exc:
+                raise ConfigError(f"Parameter 'x-fusemig-compress': {exc}") from exc
         try:
             parse_uri(arguments.uri)
         except ConfigError as exc:
@@ -164,6 +175,8 @@ class _Commands:
             is_insecure=arguments.x_fusemig_insecure,
             is_resumed=arguments.resume,
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
+            incremental=incremental,
+            compression_level=compression_level,
         )
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
@@ -194,13 +207,14 @@ class _Commands:
 
     def migrate_set_parameters(self, _session: Session, arguments: schema.MigrateSetParameters) -> None:
         for name, is_asked in (
-            ("block-incremental", bool(arguments.block_incremental)),
             ("multifd-channels", arguments.multifd_channels not in (UNSET, 2)),
             ("multifd-compression", arguments.multifd_compression not in (UNSET, schema.Compression.NONE)),
             ("multifd-zstd-level", arguments.multifd_zstd_level not in (UNSET, 1)),
         ):
             if is_asked:
                 raise CommandError(f"Parameter '{name}' is not supported by fusemig {__version__}: leave it out")
+        if not isinstance(arguments.block_incremental, UnsetType):
+            self._daemon.outbound.parameters.block_incremental = arguments.block_incremental
         if not isinstance(arguments.max_bandwidth, UnsetType):
             self._daemon.outbound.parameters.max_bandwidth = arguments.max_bandwidth
         if not isinstance(arguments.downtime_limit, UnsetType):

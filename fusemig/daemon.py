@@ -26,6 +26,7 @@ from fusemig.announcer import Announcer
 from fusemig.commands import command_table
 from fusemig.control import EventHub, serve_control
 from fusemig.disk.tracked import Gate
+from fusemig.disk.zeroes import DetectZeroes
 from fusemig.doubt import Doubts
 from fusemig.errors import ConfigError, FusemigError
 from fusemig.fuse.export import Exports
@@ -80,6 +81,7 @@ class ServeOptions:
     tls_client: Credentials | None = None
     """What proves this source where a migration brings no credentials of its own."""
     is_insecure: bool = False
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     """Plain text may cross the network."""
 
 
@@ -143,7 +145,13 @@ class Daemon:
             raise ConfigError("no disk to serve: give at least one --disk NAME=PATH")
         is_incoming = self.options.incoming is not None
         for spec in self.options.disks:
-            served = ServedDisk(spec, self._exports, self.options.state_dir, is_incoming=is_incoming)
+            served = ServedDisk(
+                spec,
+                self._exports,
+                self.options.state_dir,
+                is_incoming=is_incoming,
+                detect_zeroes=self.options.detect_zeroes,
+            )
             images.callback(served.close)
             self.disks[served.name] = served
 

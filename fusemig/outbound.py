@@ -105,6 +105,8 @@ class Outbound:
         is_insecure: bool = False,
         is_resumed: bool = False,
         reconnect_limit_s: float = 0.0,
+        incremental: bool | None = None,
+        compression_level: int | None = None,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
@@ -119,6 +121,8 @@ class Outbound:
             is_insecure: plain text may cross the network.
             is_resumed: go on with the migration of these disks that was interrupted last.
             reconnect_limit_s: as `MigrationParameters` has it.
+            incremental: as `MigrationParameters` has it.
+            compression_level: as `MigrationParameters` has it.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -139,15 +143,15 @@ class Outbound:
         lent = []
         for served in chosen:
             assert served.disk is not None
-            lent.append(
-                SourceDisk(served.disk, served.epoch_file, partial(self._pause.push_out, served), served.dirty_file)
-            )
-
+            push_out = partial(self._pause.push_out, served)
+            lent.append(SourceDisk(served.disk, served.epoch_file, push_out, served.dirty_file, served.stamp))
         self._secured[uri] = secure
         self.parameters.pause_before_switchover = (
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
         )
         self.parameters.reconnect_limit_s = reconnect_limit_s
+        self.parameters.incremental = incremental
+        self.parameters.compression_level = compression_level
         self._announcer.begin()
         new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume)
         self.migration = new(

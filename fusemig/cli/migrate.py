@@ -43,7 +43,7 @@ class MigrateRequest:
     wire: str = "native"
     machine: str | None = None
     compress: str | None = None
-    incremental: bool = False
+    incremental: bool | None = None
     resume: bool = False
     reconnect: float = DEFAULT_RECONNECT_S
     guest: str | None = None
@@ -71,8 +71,8 @@ class MigrateRequest:
             arguments["x-fusemig-machine"] = self.machine
         if self.compress is not None:
             arguments["x-fusemig-compress"] = self.compress
-        if self.incremental:
-            arguments["inc"] = True
+        if self.incremental is not None:
+            arguments["inc"] = self.incremental
         if self.resume:
             arguments["resume"] = True
         if self.reconnect and self.wire == "native":

@@ -29,10 +29,12 @@ from fusemig.units import BLOCK_SIZE, mask_runs
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fusemig.disk.allocation import AllocationMap
+    from fusemig.disk.allocation import AllocationMap, BaseIdentity
     from fusemig.disk.base import Buffer
 
 _SHIFT: Final = BLOCK_SIZE.bit_length() - 1
+_COPY_STEP: Final = 1 << 20
+"""Bytes of the base that are copied at a time."""
 _ZERO_STEP: Final = 1 << 30
 """Bytes that are zeroed under one claim."""
 
@@ -56,6 +58,11 @@ class OverlayDisk(Disk):
         self._claims_changed = threading.Condition()
         self._claims: list[tuple[int, int]] = []  # guarded by _claims_changed
         self._flush_error: DiskError | None = None
+
+    @property
+    def shared_base(self) -> BaseIdentity:
+        """Which base this lies over, as it was seen when it was opened."""
+        return self._allocation.base
 
     # Reading
 
@@ -221,6 +228,19 @@ class OverlayDisk(Disk):
         """
         self._allocation.forget()
         self.image.write_zeroes(0, self.size)
+
+    def copy_base(self, offset: int, length: int) -> None:
+        """Make a range of whole blocks read as its base; blocks that the overlay holds stay its own, as copies.
+
+        Raises:
+            DiskError: a store failed.
+        """
+        buffer = memoryview(bytearray(min(length, _COPY_STEP)))
+        for start, n in list(self.allocated(offset, length)):
+            for at in range(start, start + n, _COPY_STEP):
+                part = buffer[: min(_COPY_STEP, start + n - at)]
+                self._read_base(part, at)
+                self.image.pwrite(part, at)
 
     # Allocation
 

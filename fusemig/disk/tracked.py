@@ -33,6 +33,7 @@ import structlog
 
 from fusemig.bitmap import ChunkBitmap
 from fusemig.disk.base import Disk
+from fusemig.disk.zeroes import DetectZeroes, is_zero_blocks
 from fusemig.errors import DiskError, GateClosedError
 from fusemig.tracker import ChunkTracker
 from fusemig.units import CHUNK_SIZE, chunks_of, n_chunks
@@ -62,6 +63,7 @@ class Gate(Enum):
     """It is answered EROFS: the disk is not (yet, or no longer) ours to write."""
 
 
+_OFF: Final = DetectZeroes.OFF
 _OPEN: Final = Gate.OPEN
 """Every write looks at it twice, and a member of an enumeration is found slowly."""
 
@@ -85,9 +87,10 @@ class TrackedDisk(Disk):
     The migration reads and writes `image`, the layer below, directly: its own traffic is neither gated nor marked.
     """
 
-    def __init__(self, image: Disk, *, gate: Gate = Gate.OPEN) -> None:
+    def __init__(self, image: Disk, *, gate: Gate = Gate.OPEN, detect_zeroes: DetectZeroes = DetectZeroes.OFF) -> None:
         """Lay the guest's side over ``image``; `close` closes the image too."""
         self.image = image
+        self._detect_zeroes = detect_zeroes
         self.name = image.name
         self._lock = threading.Lock()
         self._drained = threading.Condition(self._lock)
@@ -141,6 +144,12 @@ class TrackedDisk(Disk):
         """Ask the image."""
         return self.image.pwrite_may_sleep(offset, length)
 
+    def write_may_sleep(self, data: Buffer, offset: int) -> bool:
+        """Tell whether writing ``data`` may wait: as the image says, and always where it becomes a zeroing."""
+        if self._detect_zeroes is not _OFF and is_zero_blocks(data, offset):
+            return True
+        return self.image.pwrite_may_sleep(offset, len(data))
+
     def pwrite(self, data: Buffer, offset: int) -> None:
         """Admit, mark, write, mark again.
 
@@ -151,7 +160,12 @@ class TrackedDisk(Disk):
         length = len(data)
         n_taken = self._admit(offset, length)
         try:
-            self.image.pwrite(data, offset)
+            if self._detect_zeroes is _OFF or not is_zero_blocks(data, offset):
+                self.image.pwrite(data, offset)
+            elif self._detect_zeroes is DetectZeroes.UNMAP:
+                self.image.write_zeroes(offset, length)
+            else:
+                self.image.zero_allocated(offset, length)
         finally:
             self._end(offset, length, n_taken)
 

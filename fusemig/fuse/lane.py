@@ -299,7 +299,7 @@ class DataLane:
                         and (disk := export.disk) is not None
                         and not export.read_only
                         and offset + size <= disk.size
-                        and not disk.pwrite_may_sleep(offset, size)
+                        and not disk.write_may_sleep(body[:size], offset)
                     ):
                         disk.pwrite(body[:size], offset)
                         export.mtime_ns = time_ns()
@@ -388,7 +388,7 @@ class DataLane:
             n_written=length,
             is_durable=bool(request.flags & os.O_DSYNC),  # O_SYNC contains O_DSYNC
         )
-        if disk.pwrite_may_sleep(request.offset, length):
+        if disk.write_may_sleep(copy, request.offset):
             self._hand_over(self._pools[export.inode].io, header.unique, partial(self._make, change))
         else:
             self._make(change)

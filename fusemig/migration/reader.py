@@ -3,7 +3,9 @@
 A pass walks the disks in order and each disk's dirty chunks in ascending order from a cursor that a new pass resets. A
 chunk's dirty bits are cleared, and it is put in flight, before it is read (rule 2 of `fusemig.tracker`); a chunk that
 is still in flight is left for the next pass. A whole chunk becomes one frame; the dirty blocks of several chunks share
-frames of at most one chunk of payload. What reads as zeros becomes an extent of a ZERO frame.
+frames of at most one chunk of payload. What reads as zeros becomes an extent of a ZERO frame; what is a hole by now is
+not even read, so a destination gets no block that the source has not. A whole chunk that was sent before with the same
+bytes, as the disk's digest knows, is not sent again.
 
 One call runs at a time, so frames are numbered, hashed into the disk's digest and sent in one order.
 """
@@ -16,21 +18,23 @@ from typing import TYPE_CHECKING, Final
 from xxhash import xxh3_64_intdigest
 
 from fusemig.digest import DiskDigest
+from fusemig.disk.base import Extent
+from fusemig.disk.overlay import OverlayDisk
+from fusemig.disk.zeroes import is_zero
 from fusemig.errors import DiskError, MigrationError
 from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, chunk_mask, mask_extents, n_blocks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from fusemig.disk.base import Buffer
+    from fusemig.compression import Packer
+    from fusemig.disk.base import Buffer, Disk
     from fusemig.disk.tracked import TrackedDisk, Tracking
     from fusemig.migration.link import BufferPool
 
 ZERO_SHARE: Final = 16
 """A chunk of zeros is read and not sent: this many of them are a batch."""
-_ZEROS: Final = bytes(CHUNK_SIZE)
-_ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 
 
 class OutgoingDisk:
@@ -42,7 +46,12 @@ class OutgoingDisk:
         self.disk = disk
         self.tracking = tracking
         self.digest = DiskDigest(disk.size)
+        self.is_thin = False
+        """Whether the destination has the base that this disk lies over, so that only the overlay's blocks go."""
         self.holes: list[tuple[int, int]] = []
+        """What reads as zeros and is to be said so."""
+        self.bases: list[tuple[int, int]] = []
+        """What reads as the shared base and is to be said so."""
         self.allocated_bytes = 0
         self.sent_bytes = 0
         """Payload bytes taken for sending, zeros included."""
@@ -53,19 +62,51 @@ class OutgoingDisk:
         Tracking must have begun before, so that a write into a hole is not missed: it is marked, and sent after the
         hole.
         """
-        size, end = self.disk.size, 0
-        for extent in self.disk.image.extents(0, size):
+        self._scan(0, self.disk.size)
+        self.allocated_bytes = self.tracking.dirty_bytes
+
+    def say_again(self, offset: int, length: int) -> None:
+        """Have a range said once more of which nothing was ever written but zeros, or the base."""
+        if self.is_thin:
+            self._scan(offset, length)
+        else:
+            _extend(self.holes, offset, length)
+
+    def _scan(self, offset: int, length: int) -> None:
+        """Mark what a range holds, and note the rest as holes or as the base's."""
+        image, end = self.disk.image, offset + length
+        if not self.is_thin:
+            self._scan_extents(image, offset, length)
+            return
+        assert isinstance(image, OverlayDisk)
+        at = offset
+        for start, n in image.allocated(offset, length):
+            _extend(self.bases, at, start - at)
+            self._scan_extents(image.image, start, n)
+            at = start + n
+        _extend(self.bases, at, end - at)
+
+    def _scan_extents(self, image: Disk, offset: int, length: int) -> None:
+        at, limit = offset, offset + length
+        for extent in image.extents(offset, length):
             if not extent.is_data:
                 continue
             first = extent.offset - extent.offset % BLOCK_SIZE
-            stop = min(n_blocks(extent.offset + extent.length) * BLOCK_SIZE, size)
+            stop = min(n_blocks(extent.offset + extent.length) * BLOCK_SIZE, limit)
             self.tracking.mark(first, stop - first)
-            if first > end:
-                self.holes.append((end, first - end))
-            end = max(end, stop)
-        if end < size:
-            self.holes.append((end, size - end))
-        self.allocated_bytes = self.tracking.dirty_bytes
+            _extend(self.holes, at, first - at)
+            at = max(at, stop)
+        _extend(self.holes, at, limit - at)
+
+
+def _extend(extents: list[tuple[int, int]], offset: int, length: int) -> None:
+    """Add a range at the end of a list of them, if there is anything to add."""
+    if length <= 0:
+        return
+    if extents and sum(extents[-1]) == offset:
+        extents[-1] = (extents[-1][0], extents[-1][1] + length)
+    else:
+        extents.append((offset, length))
 
 
 @dataclass(frozen=True)
@@ -108,10 +149,13 @@ class _OpenFrame:
 class PassReader:
     """Reads passes over a fixed list of disks."""
 
-    def __init__(self, disks: Sequence[OutgoingDisk], pool: BufferPool) -> None:
-        """Read for ``disks``, in this order."""
+    def __init__(self, disks: Sequence[OutgoingDisk], pool: BufferPool, packer: Packer | None = None) -> None:
+        """Read for ``disks``, in this order; compress with ``packer``, if there is one."""
         self._disks = disks
         self._pool = pool
+        self._packer = packer
+        self.unchanged_bytes = 0
+        """Bytes that were dirty and turned out to be what was sent last."""
         self._sequence = 0
         self._disk_index = 0
         self._chunk = 0
@@ -124,7 +168,7 @@ class PassReader:
         self._chunk = 0
 
     def read_batch(self, limit_bytes: int) -> Batch | None:
-        """Return frames of about ``limit_bytes``, or None at the end of the pass.
+        """Return frames of about ``limit_bytes``, perhaps none of them, or None at the end of the pass.
 
         Chunks that read as zeros share a frame and count for a `ZERO_SHARE` of their length.
 
@@ -134,7 +178,7 @@ class PassReader:
         batch = Batch()
         while batch.cost_bytes < limit_bytes and self._disk_index < len(self._disks):
             disk = self._disks[self._disk_index]
-            if disk.holes:
+            if disk.bases or disk.holes:
                 self._send_holes(disk, batch)
             taken = disk.tracking.take_next(self._chunk)
             if taken is None:
@@ -153,33 +197,65 @@ class PassReader:
                 disk.tracking.restore(chunk)
                 raise MigrationError(f"{exc}; the disk stays here: mend its image, then migrate again") from exc
         self._close_frames(batch)
-        return batch if batch.frames else None
+        return batch if batch.frames or batch.cost_bytes else None
 
     def _send_holes(self, disk: OutgoingDisk, batch: Batch) -> None:
+        bases, disk.bases = disk.bases, []
+        for at in range(0, len(bases), native.MAX_EXTENTS):
+            self._add_bare(disk, bases[at : at + native.MAX_EXTENTS], [], batch, is_base=True)
         holes, disk.holes = disk.holes, []
         for at in range(0, len(holes), native.MAX_EXTENTS):
-            self._add_zero(disk, holes[at : at + native.MAX_EXTENTS], [], batch)
+            self._add_bare(disk, holes[at : at + native.MAX_EXTENTS], [], batch)
 
     def _read_chunk(self, disk: OutgoingDisk, chunk: int, batch: Batch) -> None:
         offset, length = chunk * CHUNK_SIZE, chunk_length(chunk, disk.disk.size)
+        # Asked anew for each chunk, after its bits were taken: an older answer might be from before a write.
+        parts = list(_split(disk.disk.image, offset, length))
+        if len(parts) > 1:
+            # As zeros first: a whole chunk has to get a fresh value at both ends, whatever the destination had there.
+            self._add_bare(disk, [(offset, length)], [], batch)
+            self._read_parts(disk, chunk, [part for part in parts if part.is_data], batch)
+            return
+        if not parts[0].is_data:
+            self._note_zero_chunk(disk, chunk, offset, length, batch)
+            return
         buffer = self._pool.take()
         view = memoryview(buffer)[:length]
         disk.disk.image.pread_into(view, offset)
+        if is_zero(view):
+            self._pool.give_back(buffer)
+            self._note_zero_chunk(disk, chunk, offset, length, batch)
+            return
+        batch.cost_bytes += length
+        content_hash = xxh3_64_intdigest(view)
+        if content_hash == disk.digest.value_of(chunk):
+            # Sent as it is, and acknowledged: a chunk in flight is not taken. Memory for this is the digest's own.
+            self._pool.give_back(buffer)
+            disk.tracking.acknowledge([chunk])
+            self.unchanged_bytes += length
+            return
         disk.sent_bytes += length
         batch.disk_bytes += length
-        batch.cost_bytes += length
-        # A comparison of bytearray with bytes ends at the first difference, and else runs at memory speed.
-        if (buffer if length == CHUNK_SIZE else bytes(view)) == _ZEROS[:length]:
-            self._pool.give_back(buffer)
-            batch.cost_bytes -= length - length // ZERO_SHARE
-            self._note_zeros(disk, chunk, [(offset, length)], batch)
-            return
-        self._add_data(disk, [(offset, length)], [chunk], view, xxh3_64_intdigest(view), batch)
+        self._add_data(disk, [(offset, length)], [chunk], view, content_hash, batch)
         batch.payloads.append(buffer)
 
+    def _note_zero_chunk(self, disk: OutgoingDisk, chunk: int, offset: int, length: int, batch: Batch) -> None:
+        disk.sent_bytes += length
+        batch.disk_bytes += length
+        batch.cost_bytes += length // ZERO_SHARE
+        self._note_zeros(disk, chunk, [(offset, length)], batch)
+
     def _read_blocks(self, disk: OutgoingDisk, chunk: int, mask: int, batch: Batch) -> None:
-        extents = list(mask_extents(mask, chunk, disk.disk.size))
-        total = sum(length for _, length in extents)
+        parts: list[Extent] = []
+        for offset, length in mask_extents(mask, chunk, disk.disk.size):
+            if length == BLOCK_SIZE:
+                parts.append(Extent(offset, length, is_data=True))
+            else:
+                parts += _split(disk.disk.image, offset, length)
+        self._read_parts(disk, chunk, parts, batch)
+
+    def _read_parts(self, disk: OutgoingDisk, chunk: int, extents: list[Extent], batch: Batch) -> None:
+        total = sum(extent.length for extent in extents)
         frame = self._open
         if frame is None or frame.length + total > CHUNK_SIZE or len(frame.extents) + len(extents) > native.MAX_EXTENTS:
             self._close_data(batch)
@@ -188,10 +264,11 @@ class PassReader:
         zeros: list[tuple[int, int]] = []
         image, view = disk.disk.image, frame.view
         try:
-            for offset, length in extents:
+            for offset, length, is_data in extents:
                 part = view[frame.length : frame.length + length]
-                image.pread_into(part, offset)
-                if not part[0] and not part[-1] and _is_zero(part):
+                if is_data:
+                    image.pread_into(part, offset)
+                if not is_data or is_zero(part):
                     zeros.append((offset, length))
                 else:
                     frame.extents.append((offset, length))
@@ -240,7 +317,7 @@ class PassReader:
     def _close_zeros(self, disk: OutgoingDisk, batch: Batch) -> None:
         extents, chunks = self._zeros.pop(disk.index, ([], []))
         if extents:
-            self._add_zero(disk, extents, chunks, batch)
+            self._add_bare(disk, extents, chunks, batch)
 
     def _add_data(
         self,
@@ -252,22 +329,49 @@ class PassReader:
         batch: Batch,
     ) -> None:
         self._sequence += 1
-        head = native.encode_data(disk.index, self._sequence, extents, payload_hash, len(payload))
+        packed = None if self._packer is None else self._packer.pack(payload)
+        content: Buffer = payload if packed is None else packed
+        encode = native.encode_data if packed is None else native.encode_packed
+        head = encode(disk.index, self._sequence, extents, payload_hash, len(content))
         disk.digest.apply_data(extents, payload_hash)
-        batch.buffers += [head, payload]
+        batch.buffers += [head, content]
         batch.frames.append(SentFrame(self._sequence, disk, chunks, len(payload)))
-        batch.wire_bytes += len(head) + len(payload)
+        batch.wire_bytes += len(head) + len(content)
 
-    def _add_zero(self, disk: OutgoingDisk, extents: list[tuple[int, int]], chunks: list[int], batch: Batch) -> None:
+    def _add_bare(
+        self,
+        disk: OutgoingDisk,
+        extents: list[tuple[int, int]],
+        chunks: list[int],
+        batch: Batch,
+        *,
+        is_base: bool = False,
+    ) -> None:
+        """Add a frame without bytes: of zeros, or of the shared base."""
         self._sequence += 1
-        head = native.encode_zero(disk.index, self._sequence, extents)
-        disk.digest.apply_zero(extents)
+        head = (native.encode_base if is_base else native.encode_zero)(disk.index, self._sequence, extents)
+        (disk.digest.apply_base if is_base else disk.digest.apply_zero)(extents)
         batch.buffers.append(head)
         covered = sum(length for _, length in extents) if chunks else 0
         batch.frames.append(SentFrame(self._sequence, disk, chunks, covered))
         batch.wire_bytes += len(head)
 
 
-def _is_zero(part: memoryview) -> bool:
-    # A memoryview compares at 0.4 GB/s, its copy as bytes at 30.
-    return bytes(part) == (_ZERO_BLOCK if len(part) == BLOCK_SIZE else _ZEROS[: len(part)])
+def _split(image: Disk, offset: int, length: int) -> Iterator[Extent]:
+    """Yield the data and the holes of a range of whole blocks, in order and without gaps."""
+    at, end = offset, offset + length
+    for extent in image.extents(offset, length):
+        if extent.is_data:
+            continue
+        first = n_blocks(extent.offset) * BLOCK_SIZE
+        stop = extent.offset + extent.length
+        if stop < end:
+            stop -= stop % BLOCK_SIZE
+        if stop <= first:
+            continue
+        if first > at:
+            yield Extent(at, first - at, is_data=True)
+        yield Extent(first, stop - first, is_data=False)
+        at = stop
+    if at < end:
+        yield Extent(at, end - at, is_data=True)
