@@ -8,37 +8,21 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.memory import MemoryDisk
-from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.epoch import Ownership
 from fusemig.errors import ConnectionLostError, PeerRefusedError
 from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
+from support.overlays import lay_over
 from support.pair import Pair
 
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from support.pair import Side
-
 SIZE = 12 * CHUNK_SIZE + 1536
 BASE_SIZE = 10 * CHUNK_SIZE
 BASE = random.Random(1).randbytes(BASE_SIZE)
-
-
-def lay_over(side: Side, content: bytes, gate: Gate) -> OverlayDisk:
-    """Give a side a fresh overlay instead of its image."""
-    base, image = MemoryDisk("a", len(content)), MemoryDisk("a", SIZE)
-    base.content[:] = content
-    store = MemoryDisk("a", map_size(SIZE))
-    write_header(store, SIZE, BaseIdentity(size=len(content), digest=f"{hash(content):x}"))
-    overlay = OverlayDisk(image, base, AllocationMap(store, SIZE, "boot"))
-    side.images["a"] = image
-    side.disks["a"] = TrackedDisk(overlay, gate=gate)
-    side.dirty_files.clear()
-    return overlay
 
 
 class Over:
@@ -46,8 +30,8 @@ class Over:
 
     def __init__(self, tmp_path: Path, **parameters: Any) -> None:
         self.pair = Pair(tmp_path, {"a": SIZE}, **parameters)
-        self.there = lay_over(self.pair.destination, BASE, Gate.READ_ONLY)
-        self.here = lay_over(self.pair.source, BASE, Gate.OPEN)
+        self.there = lay_over(self.pair.destination, BASE, SIZE, Gate.READ_ONLY)
+        self.here = lay_over(self.pair.source, BASE, SIZE, Gate.OPEN)
         self.pair.renew()
         self.write(random.Random(2))
 
