@@ -16,6 +16,7 @@ from fusemig.cli.guest import lines as guest_lines
 from fusemig.cli.progress import make_display
 from fusemig.control_client import open_control
 from fusemig.errors import StateError
+from fusemig.units import format_size
 
 if TYPE_CHECKING:
     from fusemig.cli.progress import Display
@@ -175,8 +176,9 @@ def _disks_outcome(info: dict[str, Any], *, is_quiet: bool) -> int:
     if info["status"] == "completed":
         if not is_quiet:
             seconds = info["total-time"] / 1000
+            kept = f", {format_size(own['kept-bytes'])} kept" if own["kept-bytes"] else ""
             print(
-                f"fusemig: completed in {seconds:.2f} s, {own['pass']} passes, downtime {info['downtime']} ms",
+                f"fusemig: completed in {seconds:.2f} s, {own['pass']} passes, downtime {info['downtime']} ms{kept}",
                 file=sys.stderr,
             )
         if own["wire"] == "qemu":

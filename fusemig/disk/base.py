@@ -72,6 +72,10 @@ class Disk(ABC):
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield the allocation of the range in ascending order without gaps; data where the store cannot tell."""
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Tell whether a range is known to be a hole, at the cost of one call whatever is allocated elsewhere."""
+        return False
+
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill ``buffer`` if that is only a memory copy; return False, having promised nothing, if it may sleep."""
         return False

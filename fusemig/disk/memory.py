@@ -47,6 +47,10 @@ class MemoryDisk(Disk):
         """Zero the range."""
         self.content[offset : offset + length] = bytes(length)
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Tell whether all of it is zero."""
+        return not self.content[offset : offset + length].strip(b"\0")
+
     def flush(self) -> None:
         """Count the call."""
         self.n_flushes += 1

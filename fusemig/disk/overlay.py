@@ -265,6 +265,11 @@ class OverlayDisk(Disk):
             at = start + n
         yield from self._base_extents(at, end - at)
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Ask the image where it holds the whole range; of others a guest's zeroing has made it hold them."""
+        first, stop = offset >> _SHIFT, offset + length + BLOCK_SIZE - 1 >> _SHIFT
+        return self._allocation.mask(first, stop) == (1 << (stop - first)) - 1 and self.image.is_hole(offset, length)
+
     def _base_extents(self, offset: int, length: int) -> Iterator[Extent]:
         n = min(length, max(0, self.base.size - offset))
         if n:

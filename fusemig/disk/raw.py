@@ -184,6 +184,11 @@ class RawDisk(Disk):
             at = min(self._seek(data, os.SEEK_HOLE, end), end)
             yield Extent(data, at - data, is_data=True)
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Ask for the next data only: to ask for the next hole may walk over all that lies before it."""
+        self._check_whole()
+        return self._seek(offset, os.SEEK_DATA, offset + length) >= offset + length
+
     def _check_whole(self) -> None:
         """Raise `DiskError` (EIO) if somebody has cut the image since it was opened."""
         if self.is_regular and (size := os.fstat(self._fd).st_size) < self.size:

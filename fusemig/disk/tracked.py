@@ -104,6 +104,7 @@ class TrackedDisk(Disk):
         self._n_taken = 0
         """Counts what makes marks disappear from a tracker, or a tracker appear without them."""
         self._written = ChunkBitmap(n_chunks(image.size))
+        self._zeroed = ChunkBitmap(n_chunks(image.size))
         self._maps: tuple[DirtyMap, ...] = ()
         self._noted_bits = bytearray((n_chunks(image.size) >> 3) + 1)
         """Chunks that `_written` and every one of `_maps` have, as bits; so that the usual case costs one look."""
@@ -163,6 +164,7 @@ class TrackedDisk(Disk):
             if self._detect_zeroes is _OFF or not is_zero_blocks(data, offset):
                 self.image.pwrite(data, offset)
             elif self._detect_zeroes is DetectZeroes.UNMAP:
+                self._note_zeroed(offset, length)
                 self.image.write_zeroes(offset, length)
             else:
                 self.image.zero_allocated(offset, length)
@@ -173,9 +175,19 @@ class TrackedDisk(Disk):
         """Admit, mark, zero, mark again; raises as `pwrite` does."""
         n_taken = self._admit(offset, length)
         try:
+            self._note_zeroed(offset, length)
             self.image.write_zeroes(offset, length)
         finally:
             self._end(offset, length, n_taken)
+
+    def _note_zeroed(self, offset: int, length: int) -> None:
+        touched = chunks_of(offset, length)
+        with self._lock:
+            self._zeroed.set_range(touched.start, touched.stop)
+
+    def was_zeroed(self, chunk: int) -> bool:
+        """Tell whether guests made holes in a chunk since the disk was opened; it may be full again."""
+        return self._zeroed[chunk]
 
     def flush(self) -> None:
         """Make finished writes durable; never gated, so that a frozen guest's fsync is answered."""

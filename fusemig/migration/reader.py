@@ -3,9 +3,9 @@
 A pass walks the disks in order and each disk's dirty chunks in ascending order from a cursor that a new pass resets. A
 chunk's dirty bits are cleared, and it is put in flight, before it is read (rule 2 of `fusemig.tracker`); a chunk that
 is still in flight is left for the next pass. A whole chunk becomes one frame; the dirty blocks of several chunks share
-frames of at most one chunk of payload. What reads as zeros becomes an extent of a ZERO frame; what is a hole by now is
-not even read, so a destination gets no block that the source has not. A whole chunk that was sent before with the same
-bytes, as the disk's digest knows, is not sent again.
+frames of at most one chunk of payload. What reads as zeros becomes an extent of a ZERO frame; where guests discarded or
+zeroed, holes are not even read and every block is looked at by itself, so a destination gets no block that the source
+has not. A whole chunk that was sent before with the same bytes, as the disk's digest knows, is not sent again.
 
 One call runs at a time, so frames are numbered, hashed into the disk's digest and sent in one order.
 """
@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_intdigest
 
+from fusemig.bitmap import ChunkBitmap
 from fusemig.digest import DiskDigest
-from fusemig.disk.base import Extent
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.zeroes import is_zero
 from fusemig.errors import DiskError, MigrationError
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, chunk_mask, mask_extents, n_blocks
+from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, chunk_mask, mask_extents, n_blocks, n_chunks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from fusemig.compression import Packer
     from fusemig.disk.base import Buffer, Disk
@@ -52,6 +52,7 @@ class OutgoingDisk:
         """What reads as zeros and is to be said so."""
         self.bases: list[tuple[int, int]] = []
         """What reads as the shared base and is to be said so."""
+        self._patchy = ChunkBitmap(n_chunks(disk.size))
         self.allocated_bytes = 0
         self.sent_bytes = 0
         """Payload bytes taken for sending, zeros included."""
@@ -64,6 +65,15 @@ class OutgoingDisk:
         """
         self._scan(0, self.disk.size)
         self.allocated_bytes = self.tracking.dirty_bytes
+
+    def mark_whole(self, first: int, stop: int) -> None:
+        """Have chunks sent as wholes, parts of which may be holes."""
+        self.tracking.mark_chunks(first, stop)
+        self._patchy.set_range(first, stop)
+
+    def is_patchy(self, chunk: int) -> bool:
+        """Tell whether a dirty chunk may have holes among the blocks that are to be sent."""
+        return self._patchy[chunk] or self.disk.was_zeroed(chunk)
 
     def say_again(self, offset: int, length: int) -> None:
         """Have a range said once more of which nothing was ever written but zeros, or the base."""
@@ -209,15 +219,14 @@ class PassReader:
 
     def _read_chunk(self, disk: OutgoingDisk, chunk: int, batch: Batch) -> None:
         offset, length = chunk * CHUNK_SIZE, chunk_length(chunk, disk.disk.size)
-        # Asked anew for each chunk, after its bits were taken: an older answer might be from before a write.
-        parts = list(_split(disk.disk.image, offset, length))
-        if len(parts) > 1:
+        if disk.is_patchy(chunk):
+            # Asked anew for each chunk, after its bits were taken: an older answer might be from before a write.
+            if disk.disk.image.is_hole(offset, length):
+                self._note_zero_chunk(disk, chunk, offset, length, batch)
+                return
             # As zeros first: a whole chunk has to get a fresh value at both ends, whatever the destination had there.
             self._add_bare(disk, [(offset, length)], [], batch)
-            self._read_parts(disk, chunk, [part for part in parts if part.is_data], batch)
-            return
-        if not parts[0].is_data:
-            self._note_zero_chunk(disk, chunk, offset, length, batch)
+            self._read_extents(disk, chunk, _blocks(offset, length), batch)
             return
         buffer = self._pool.take()
         view = memoryview(buffer)[:length]
@@ -246,36 +255,31 @@ class PassReader:
         self._note_zeros(disk, chunk, [(offset, length)], batch)
 
     def _read_blocks(self, disk: OutgoingDisk, chunk: int, mask: int, batch: Batch) -> None:
-        parts: list[Extent] = []
-        for offset, length in mask_extents(mask, chunk, disk.disk.size):
-            if length == BLOCK_SIZE:
-                parts.append(Extent(offset, length, is_data=True))
-            else:
-                parts += _split(disk.disk.image, offset, length)
-        self._read_parts(disk, chunk, parts, batch)
+        extents = list(mask_extents(mask, chunk, disk.disk.size))
+        if disk.is_patchy(chunk):
+            extents = [block for extent in extents for block in _blocks(*extent)]
+        self._read_extents(disk, chunk, extents, batch)
 
-    def _read_parts(self, disk: OutgoingDisk, chunk: int, extents: list[Extent], batch: Batch) -> None:
-        total = sum(extent.length for extent in extents)
+    def _read_extents(self, disk: OutgoingDisk, chunk: int, extents: list[tuple[int, int]], batch: Batch) -> None:
+        total = sum(length for _, length in extents)
         frame = self._open
         if frame is None or frame.length + total > CHUNK_SIZE or len(frame.extents) + len(extents) > native.MAX_EXTENTS:
             self._close_data(batch)
             frame = self._open = _OpenFrame(disk, self._pool.take())
-        undo = frame.length, len(frame.extents)
+        undo = frame.length, list(frame.extents)
         zeros: list[tuple[int, int]] = []
         image, view = disk.disk.image, frame.view
         try:
-            for offset, length, is_data in extents:
+            for offset, length in extents:
                 part = view[frame.length : frame.length + length]
-                if is_data:
-                    image.pread_into(part, offset)
-                if not is_data or is_zero(part):
+                image.pread_into(part, offset)
+                if is_zero(part):
                     zeros.append((offset, length))
                 else:
-                    frame.extents.append((offset, length))
+                    _extend(frame.extents, offset, length)
                     frame.length += length
         except DiskError:
-            frame.length = undo[0]
-            del frame.extents[undo[1] :]
+            frame.length, frame.extents = undo
             raise
         disk.sent_bytes += total
         batch.disk_bytes += total
@@ -357,21 +361,7 @@ class PassReader:
         batch.wire_bytes += len(head)
 
 
-def _split(image: Disk, offset: int, length: int) -> Iterator[Extent]:
-    """Yield the data and the holes of a range of whole blocks, in order and without gaps."""
-    at, end = offset, offset + length
-    for extent in image.extents(offset, length):
-        if extent.is_data:
-            continue
-        first = n_blocks(extent.offset) * BLOCK_SIZE
-        stop = extent.offset + extent.length
-        if stop < end:
-            stop -= stop % BLOCK_SIZE
-        if stop <= first:
-            continue
-        if first > at:
-            yield Extent(at, first - at, is_data=True)
-        yield Extent(first, stop - first, is_data=False)
-        at = stop
-    if at < end:
-        yield Extent(at, end - at, is_data=True)
+def _blocks(offset: int, length: int) -> list[tuple[int, int]]:
+    """Return the blocks of a range of whole ones, as offset and length."""
+    end = offset + length
+    return [(at, min(BLOCK_SIZE, end - at)) for at in range(offset, end, BLOCK_SIZE)]

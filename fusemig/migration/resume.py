@@ -149,7 +149,7 @@ class LivingReconciliation(Reconciliation):
         while first < stop:
             end = min(tracking.next_clean(first), stop)
             if end > first:
-                tracking.mark_chunks(first, end)  # of what is dirty in parts, the rest too
+                self._disk.mark_whole(first, end)  # of what is dirty in parts, the rest too
                 digest.forget(first, end)  # what was sent last may not have arrived
                 first = end
                 continue
@@ -162,7 +162,7 @@ class LivingReconciliation(Reconciliation):
             end = min(end, first + native.HAVE_HASHES)
             for chunk in range(first, end):
                 if digest.value_of(chunk):
-                    tracking.mark_chunks(chunk, chunk + 1)
+                    self._disk.mark_whole(chunk, chunk + 1)
                     digest.forget(chunk, chunk + 1)
                 else:
                     self._say_zeros(chunk, chunk + 1)
@@ -244,7 +244,7 @@ class ContentReconciliation(Reconciliation):
 def _make_whole(disk: OutgoingDisk, chunk: int) -> None:
     """Have a chunk sent as a whole if any of it is: the destination has a value of it that is not ours."""
     if disk.tracking.next_dirty(chunk) == chunk:
-        disk.tracking.mark_chunks(chunk, chunk + 1)
+        disk.mark_whole(chunk, chunk + 1)
 
 
 # The destination's side

@@ -208,7 +208,7 @@ class SourceMigration(OutgoingMigration):
             raise RemoteProtocolError(f"{link.peer} sent {type(answer).__name__} where an answer to HELLO was due")
         self._delta.check(link.peer, offers, answer)
         if self._packer is not None and native.ZSTD not in answer.features:
-            raise MigrationError(
+            raise PeerRefusedError(
                 f"{link.peer} cannot unpack what is compressed: upgrade fusemig there, or migrate without --compress"
             )
         return answer

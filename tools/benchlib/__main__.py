@@ -18,6 +18,7 @@ from benchlib.rows_bulk import row_b1, row_b2, row_b3
 from benchlib.rows_dirty import row_d1, row_d2, row_d3
 from benchlib.rows_mount import row_m1, row_m2, row_m3, row_m4
 from benchlib.rows_scale import row_s1, row_s2
+from benchlib.rows_thrift import row_t1, row_t2, row_t3
 from benchlib.settings import Settings
 from benchlib.subject import why_missing
 from benchlib.versions import versions
@@ -38,6 +39,9 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
     "D3": row_d3,
     "S1": row_s1,
     "S2": row_s2,
+    "T1": row_t1,
+    "T2": row_t2,
+    "T3": row_t3,
 }
 
 
