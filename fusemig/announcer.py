@@ -58,7 +58,9 @@ class Announcer:
 
     def incoming_phase(self, phase: MigrationPhase) -> None:
         """Tell a phase of a destination: whoever hears `completed` finds the disks writable."""
-        if phase is MigrationPhase.COMPLETED and not self._pause.is_on:
+        was_taken = self._last_status == QMP_STATUS[MigrationPhase.POSTCOPY]
+        is_taken = phase in (MigrationPhase.POSTCOPY, MigrationPhase.COMPLETED)
+        if is_taken and not was_taken and not self._pause.is_on:
             self._events.emit("RESUME")
         if QMP_STATUS[phase] != "device":
             self.status(phase)

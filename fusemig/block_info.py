@@ -81,6 +81,8 @@ def served_disk(served: ServedDisk) -> schema.ServedDisk:
         gate=Gate.READ_ONLY.value if disk is None else disk.gate.value,
         parked_writes=0 if disk is None else disk.parked_writes,
         read_only=served.is_read_only,
+        missing_bytes=0 if served.loan is None else served.loan.missing_bytes,
+        waiting_requests=0 if served.loan is None else served.loan.wants.n_waiting,
         io_error=served.image is not None and served.image.io_error is not None,
         dirty_bytes=0 if disk is None else min(disk.written_chunks * CHUNK_SIZE, disk.size),
         epoch=UNSET if record is None else record.epoch,

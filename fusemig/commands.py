@@ -55,6 +55,7 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "migrate": commands.migrate,
         "migrate_cancel": commands.migrate_cancel,
         "migrate-continue": commands.migrate_continue,
+        "migrate-start-postcopy": commands.migrate_start_postcopy,
         "migrate-incoming": commands.migrate_incoming,
         "migrate-pause": commands.migrate_pause,
         "migrate-set-parameters": commands.migrate_set_parameters,
@@ -127,7 +128,7 @@ class _Commands:
         if arguments.blk is False:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
         for name, is_asked in (
-            (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is not schema.Mode.PRECOPY),
+            (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is schema.Mode.MIRROR),
         ):
             if is_asked:
                 raise CommandError(f"'{name}' is not supported by version {__version__}: leave it out")
@@ -142,6 +143,11 @@ class _Commands:
         guest = guest_options(arguments, are_commands_allowed=self._daemon.options.allow_guest_commands)
         if guest is not None and is_qemu:
             raise CommandError("a guest moves with its disks over the native wire only: leave 'x-fusemig-wire' out")
+        is_postcopy = arguments.x_fusemig_mode is schema.Mode.POSTCOPY
+        if is_postcopy and is_qemu:
+            raise CommandError("post-copy goes over the native wire only: QEMU's cannot fetch")
+        if is_postcopy and guest is not None:
+            raise CommandError("post-copy moves disks only: leave the guest out, or migrate with mode 'precopy'")
         reconnect = arguments.x_fusemig_reconnect
         if is_qemu and (arguments.resume or reconnect is not UNSET):
             raise CommandError("'resume' and 'x-fusemig-reconnect' do not go with QEMU's wire: leave them out")
@@ -177,12 +183,16 @@ class _Commands:
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
             incremental=incremental,
             compression_level=compression_level,
+            is_postcopy=is_postcopy,
         )
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
         if self._daemon.outbound.migration is not None and self._daemon.outbound.is_migrating:
             self._daemon.outbound.migration.cancel()
+
+    def migrate_start_postcopy(self, _session: Session, _arguments: schema.NoArguments) -> None:
+        self._daemon.outbound.start_postcopy()
 
     def migrate_continue(self, _session: Session, arguments: schema.MigrateContinue) -> None:
         outgoing = self._daemon.outbound.migration

@@ -214,6 +214,9 @@ class Daemon:
         """Bring migrations to an end and the images to the disk, within deadlines."""
         await self.outbound.wind_down()
         for served in self.disks.values():
+            if served.loan is not None:
+                served.loan.wants.close()  # what waits for its source is answered EIO
+        for served in self.disks.values():
             if served.disk is not None and served.disk.gate is Gate.CLOSED:
                 # What was stopped is not written again: its parked writes are answered EROFS.
                 served.disk.set_gate(Gate.READ_ONLY if self.pause.is_on else Gate.OPEN)

@@ -15,6 +15,11 @@ every daemon that uses the file, not only by the one that created it.
     prepared     a destination's image, complete, not yet given         no: `serve --incoming` only
     handed-off   a source that said COMMIT and knows no more            no, until settled (`evidence_of`, `resolved`)
     released     a source whose disk lives elsewhere now                no
+    lending      released, and the destination still fetches from it    no
+    borrowing    owner, and parts of the image are at the source yet    yes: `serve --incoming` only
+
+The last two are of a post-copy migration (`fusemig.migration.lend`). A record that has to do with one is of version 2,
+so that a daemon which does not know them refuses the disk; all others are of version 1.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SLOT_SIZE: Final = 4096
-_VERSION: Final = 1
+_VERSION: Final = 2
+"""The latest that is understood."""
 
 
 class Ownership(Enum):
@@ -44,6 +50,8 @@ class Ownership(Enum):
     PREPARED = "prepared"
     HANDED_OFF = "handed-off"
     RELEASED = "released"
+    LENDING = "lending"
+    BORROWING = "borrowing"
 
 
 class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +72,19 @@ class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How many disks that migration moves together, as far as a source has handed off."""
     stamp: str = ""
     """With RELEASED, what the image was like then (`fusemig.disk.stamp`): while it is, it holds what was released."""
-    version: int = _VERSION
+    is_loan: bool = False
+    """Whether the destination takes the disk over before it has all of it: `owner` is `borrowing` then."""
+    version: int = 1
+
+    def handed_over(self) -> EpochRecord:
+        """Return what a source's record becomes when the destination has taken the disk."""
+        state = Ownership.LENDING if self.is_loan else Ownership.RELEASED
+        return msgspec.structs.replace(self, state=state)
+
+    def taken(self) -> EpochRecord:
+        """Return what a destination's record becomes when it takes the disk."""
+        state = Ownership.BORROWING if self.is_loan else Ownership.OWNER
+        return msgspec.structs.replace(self, state=state)
 
 
 class _Slot(msgspec.Struct, frozen=True):
@@ -76,7 +96,7 @@ class _Slot(msgspec.Struct, frozen=True):
 class _Versioned(msgspec.Struct, frozen=True):
     """All that a record of any version has to have."""
 
-    version: int = _VERSION
+    version: int = 1
 
 
 class _LaterVersionError(Exception):
@@ -147,6 +167,7 @@ class EpochFile:
         Raises:
             StateError: it could not be made durable; the former record counts, and on the disk either may be.
         """
+        record = msgspec.structs.replace(record, version=_version_of(record))
         counter = self._counter + 1
         raw = msgspec.json.encode(record)
         line = msgspec.json.encode(_Slot(counter, xxh3_64_hexdigest(raw, seed=counter), msgspec.Raw(raw)))
@@ -245,6 +266,7 @@ def resolved(record: EpochRecord | None, owner: Side) -> EpochRecord:
             (Ownership.HANDED_OFF, Side.SOURCE): (Ownership.OWNER, 2),
             (Ownership.HANDED_OFF, Side.DESTINATION): (Ownership.RELEASED, 0),
             (Ownership.RELEASED, Side.SOURCE): (Ownership.OWNER, 2),
+            (Ownership.LENDING, Side.SOURCE): (Ownership.OWNER, 2),
             (Ownership.PREPARED, Side.SOURCE): (Ownership.INCOMING, 0),
             (Ownership.PREPARED, Side.DESTINATION): (Ownership.OWNER, 0),
         }.get((state, owner))
@@ -254,7 +276,9 @@ def resolved(record: EpochRecord | None, owner: Side) -> EpochRecord:
     if record is None or change is None:
         raise StateError(f"there is nothing to resolve: {_UNDOUBTED[state]}")
     new_state, skipped = change
-    return msgspec.structs.replace(record, state=new_state, epoch=record.epoch + skipped)
+    if owner is Side.DESTINATION:
+        return record.handed_over() if new_state is Ownership.RELEASED else record.taken()
+    return msgspec.structs.replace(record, state=new_state, epoch=record.epoch + skipped, is_loan=False)
 
 
 _UNDOUBTED: Final = {
@@ -264,7 +288,14 @@ _UNDOUBTED: Final = {
     Ownership.PREPARED: "the state is 'prepared'",
     Ownership.HANDED_OFF: "the state is 'handed-off'",
     Ownership.RELEASED: "the state is 'released': the destination owns the disk already",
+    Ownership.LENDING: "the state is 'lending': the destination owns the disk already, and fetches it from here",
+    Ownership.BORROWING: "the state is 'borrowing': this side owns the disk already, and fetches it from its source",
 }
+
+
+def _version_of(record: EpochRecord) -> int:
+    """Return the earliest version that understands a record."""
+    return 2 if record.is_loan else 1
 
 
 def _parse(slot: bytes) -> tuple[int, EpochRecord] | None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import trio
 
+from fusemig.epoch import Ownership
 from fusemig.errors import FusemigError, PeerRefusedError, StateError
 from fusemig.listener import listening
 from fusemig.migration.arrival import greet
+from fusemig.migration.borrow import Loan
 from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.witness import RecalledDisk
 from fusemig.migration.writer import IncomingDisk
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from fusemig.transport import ByteStream, Uri
     from fusemig.wire.native import DiskOffer
 
+_TAKEN: Final = frozenset({Ownership.OWNER, Ownership.BORROWING})
 DEFER: Final = "defer"
 """For a URI: listen when QMP's `migrate-incoming` says where."""
 
@@ -75,6 +78,8 @@ class Inbound:
         """The last one that began."""
         self._n_rejected = 0
         self._is_listening = False
+        self._fetching: dict[str, trio.CancelScope] = {}
+        """The scope of the connection over which each migration's disks are fetched."""
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -228,6 +233,8 @@ class Inbound:
             served.epoch_file,
             partial(self._push_out, served),
             served.open_journal,
+            served.borrow,
+            served.end_loan,
             served.taken,
             is_as_released,
         )
@@ -238,6 +245,21 @@ class Inbound:
             served = self._disks[disk.disk.name]
             served.busy = ""
             served.is_waiting = not served.is_writable
+
+    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
+        """Return the disks of a migration that are to be fetched (`IncomingHost.loans`)."""
+        taken = {
+            record.image_id: served
+            for served in self._disks.values()
+            for record in [served.epoch_file.record]
+            if record is not None and record.session == session and record.state in _TAKEN
+        }
+        if not image_ids or any(image_id not in taken for image_id in image_ids):
+            raise PeerRefusedError("that migration did not bring these disks here")
+        if session in self._fetching:
+            self._fetching[session].cancel()  # its connection is dead, or about to be told
+        self._fetching[session] = scope
+        return [Loan(served.loan, served.repay) for served in map(taken.__getitem__, image_ids)]
 
     def recall(self, session: str, image_ids: Sequence[str], peer: str) -> list[RecalledDisk]:
         """Reserve every disk whose record names the migration or one of the images (`RecallHost.recall`)."""

@@ -13,6 +13,7 @@ from fusemig.doubt import in_doubt
 from fusemig.epoch import Ownership
 from fusemig.errors import InDoubtError, StateError
 from fusemig.migration.commit import SourceDisk
+from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import SourceMigration
@@ -84,6 +85,7 @@ class Outbound:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what `migrate` starts, until cancelled; `wind_down` comes first."""
         async with trio.open_nursery() as self._nursery:
+            self._lend_on()
             task_status.started()
             await trio.sleep_forever()
 
@@ -107,6 +109,7 @@ class Outbound:
         reconnect_limit_s: float = 0.0,
         incremental: bool | None = None,
         compression_level: int | None = None,
+        is_postcopy: bool = False,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
@@ -123,6 +126,7 @@ class Outbound:
             reconnect_limit_s: as `MigrationParameters` has it.
             incremental: as `MigrationParameters` has it.
             compression_level: as `MigrationParameters` has it.
+            is_postcopy: as `MigrationParameters` has it.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -152,6 +156,7 @@ class Outbound:
         self.parameters.reconnect_limit_s = reconnect_limit_s
         self.parameters.incremental = incremental
         self.parameters.compression_level = compression_level
+        self.parameters.is_postcopy = is_postcopy
         self._announcer.begin()
         new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume)
         self.migration = new(
@@ -170,6 +175,20 @@ class Outbound:
         for served in chosen:
             served.busy = f"it is being migrated to {uri}"
         self._nursery.start_soon(self._run_outgoing, self.migration, chosen)
+
+    def start_postcopy(self) -> None:
+        """Have the migration that runs hand over at once.
+
+        Raises:
+            StateError: none runs, or it cannot be done with it.
+        """
+        migration = self.migration
+        if not isinstance(migration, SourceMigration) or not migration.may_start_postcopy:
+            raise StateError(
+                "postcopy can only be started during a migration over the native wire, before its hand-off and without "
+                "a guest"
+            )
+        self.parameters.is_postcopy = True
 
     async def dial(self, uri_text: str) -> ByteStream:
         """Connect as the migration to this URI did, or as the rules are now if that was before a restart."""
@@ -207,6 +226,10 @@ class Outbound:
                 )
             if served.busy:
                 raise StateError(f"disk '{served.name}' is busy: {served.busy}")
+            if served.loan is not None:
+                raise StateError(
+                    f"disk '{served.name}' is not all here yet: it can be migrated when its own migration has completed"
+                )
             if not served.is_writable:
                 raise StateError(f"disk '{served.name}' is read-only here, so there is nothing to hand off")
             if served.image is not None and served.image.io_error is not None:
@@ -223,12 +246,38 @@ class Outbound:
                 served.busy = ""
                 # A daemon that listens gets the disk back into the image that it released.
                 served.is_waiting = self._is_destination and served.ownership is Ownership.RELEASED
+            self._lend_on()
             self._on_over()
+
+    def _lend_on(self) -> None:
+        """Go on lending what a destination took over and does not have all of; for disks that nobody lends now."""
+        lent: dict[str, list[ServedDisk]] = {}
+        for served in self._disks.values():
+            record = served.epoch_file.record
+            if record is not None and record.state is Ownership.LENDING and not served.busy:
+                lent.setdefault(record.session, []).append(served)
+        assert self._nursery is not None
+        for disks in lent.values():
+            for served in disks:
+                served.busy = "its destination fetches from here what it lacks"
+            self._nursery.start_soon(self._lend, disks)
+
+    async def _lend(self, lent: Sequence[ServedDisk]) -> None:
+        record = lent[0].epoch_file.record
+        assert record is not None
+        disks = [LentDisk(served.name, served.disk.image, served.epoch_file) for served in lent if served.disk]
+        try:
+            await Lending(disks, partial(self.dial, record.peer), trio.to_thread.run_sync).run()
+        finally:
+            for served in lent:
+                served.busy = ""
+                served.look_again(is_destination=self._is_destination)
 
     def settled(self, settled: Sequence[ServedDisk]) -> None:
         """Have the rest of the daemon follow disks of which it is known again who owns them."""
         for served in settled:
             served.look_again(is_destination=self._is_destination)
+        self._lend_on()
         if any(served.disk is not None and served.disk.gate is Gate.OPEN for served in settled):
             self._announcer.writable_again()
         migration = self.migration

@@ -4,6 +4,7 @@
                                     └──────────────────>┴─> FROZEN ─> COMMITTED ─> COMPLETED
     any before COMMITTED ─> CANCELLING ─> CANCELLED           COMMITTED ─> IN_DOUBT
     any before COMMITTED ─> FAILED                            IN_DOUBT ─> COMPLETED, FAILED (once that is known)
+    COMMITTED ─> POSTCOPY ─> COMPLETED
 
 Rule: from COMMITTED on the source never thaws by itself; before it, every way out thaws. `TRANSITIONS` is the whole
 truth and `PhaseMachine` refuses anything else.
@@ -34,6 +35,8 @@ class MigrationPhase(Enum):
     """The write gate is closed: last dirty blocks, digests."""
     COMMITTED = "committed"
     """HANDOFF is durable and COMMIT is on its way: the source waits for TAKEN."""
+    POSTCOPY = "postcopy"
+    """The destination owns the disks and fetches from the source what it lacks; both hosts are needed until it ends."""
     COMPLETED = "completed"
     """The destination owns the disks."""
     FAILED = "failed"
@@ -56,7 +59,8 @@ TRANSITIONS: Final[dict[MigrationPhase, frozenset[MigrationPhase]]] = {
     _P.DIRTY: frozenset({_P.PRE_SWITCHOVER, _P.FROZEN}),
     _P.PRE_SWITCHOVER: frozenset({_P.FROZEN}),
     _P.FROZEN: frozenset({_P.COMMITTED}),
-    _P.COMMITTED: frozenset({_P.COMPLETED, _P.IN_DOUBT}),
+    _P.COMMITTED: frozenset({_P.COMPLETED, _P.IN_DOUBT, _P.POSTCOPY}),
+    _P.POSTCOPY: frozenset({_P.COMPLETED}),
     _P.CANCELLING: frozenset({_P.CANCELLED}),
     _P.IN_DOUBT: frozenset({_P.COMPLETED, _P.FAILED}),
     _P.COMPLETED: frozenset(),
@@ -75,6 +79,7 @@ QMP_STATUS: Final[dict[MigrationPhase, str]] = {
     _P.PRE_SWITCHOVER: "pre-switchover",
     _P.FROZEN: "device",
     _P.COMMITTED: "device",
+    _P.POSTCOPY: "postcopy-active",
     _P.COMPLETED: "completed",
     _P.FAILED: "failed",
     _P.CANCELLING: "cancelling",

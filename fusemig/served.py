@@ -9,6 +9,8 @@ What a disk may do when the daemon starts is decided by its epoch file alone (`f
     incoming, prepared     refused: the image is incomplete   waits for a source
     released               read-only                          waits for a source (the disk may come back)
     handed-off             read-only: in doubt                read-only: in doubt
+    lending                read-only, and fetched from        read-only, and fetched from
+    borrowing              refused: its source cannot come    writable; what is missing is fetched from the source
 
 A disk with a base (``--disk NAME=OVERLAY,base=BASE``) has an image from the start: an overlay that does not exist is
 made (`fusemig.disk.overlay_file`). An overlay is never served without its base.
@@ -20,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import structlog
 
+from fusemig.disk import borrowed
 from fusemig.disk.allocation import boot_id
 from fusemig.disk.dirty_file import open_dirty_file
 from fusemig.disk.dirty_map import MapBase, Since
@@ -35,9 +39,10 @@ from fusemig.epoch import EpochFile, EpochRecord, Ownership, is_as_released
 from fusemig.errors import ConfigError, DiskError, PeerBusyError, PeerRefusedError, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from fusemig.disk.allocation import BaseIdentity
+    from fusemig.disk.borrowed import BorrowedDisk
     from fusemig.disk.dirty_file import DirtyFile
     from fusemig.disk.journal import ReceiptJournal
     from fusemig.fuse.export import Export, Exports
@@ -103,11 +108,16 @@ class ServedDisk:
         self._dirty_path = state_dir / f"{spec.path.name}.fusemig-dirty"
         self._journal_path = state_dir / f"{spec.path.name}.fusemig-journal"
         self._map_path = state_dir / f"{spec.path.name}.fusemig-map"
+        self._loan_path = state_dir / f"{spec.path.name}.fusemig-loan"
+        self._is_incoming = is_incoming
         self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in _RECEIVABLE
         """Whether a source may fill this disk."""
         self._is_held = False
+        self._past_loans: list[BorrowedDisk] = []
         self.image: RawDisk | OverlayFile | None = None
         self.disk: TrackedDisk | None = None
+        self.loan: BorrowedDisk | None = None
+        """The layer over the image of a disk that is not all here."""
         self.dirty_file: DirtyFile | None = None
         """What guests wrote since a migration began; None for a disk that cannot be written."""
         if not self.is_waiting or self.base is not None or _exists(spec.path):
@@ -135,6 +145,13 @@ class ServedDisk:
             return Gate.READ_ONLY
         if record is None or record.state is Ownership.OWNER:
             return Gate.OPEN
+        if record.state is Ownership.BORROWING:
+            if self._is_incoming:
+                return Gate.OPEN
+            raise ConfigError(
+                f"image {self.path} of disk '{self.name}' is not all here: the rest is at {record.peer or 'its source'}"
+                ", which comes to the address that it went to; serve it with --incoming again"
+            )
         if record.state in (Ownership.INCOMING, Ownership.PREPARED):
             raise ConfigError(
                 f"image {self.path} of disk '{self.name}' is incomplete: a migration from {record.peer or 'elsewhere'} "
@@ -153,15 +170,64 @@ class ServedDisk:
                 destination=record.peer,
             )
         else:
-            log.warning("read-only: the disk was handed off", disk=self.name, destination=record.peer)
+            lends = record.state is Ownership.LENDING
+            log.warning(
+                "read-only: the disk was handed off" + (", and its destination still fetches from here" * lends),
+                disk=self.name,
+                destination=record.peer,
+            )
         return Gate.READ_ONLY
 
     def _open(self, gate: Gate) -> None:
         self.image = self._open_image()
         self.disk = TrackedDisk(self.image, gate=gate, detect_zeroes=self._detect_zeroes)
+        record = self.epoch_file.record
+        if record is not None and record.is_loan and record.state in (Ownership.BORROWING, Ownership.PREPARED):
+            assert isinstance(self.image, RawDisk)
+            self._lay(borrowed.reopen(self.image, self._loan_path))
         self.disk.set_held(self._is_held)
         if not self.is_read_only:
             self.dirty_file = self._open_dirty_file(self.image, self.disk)
+
+    # A disk that is ours before all of it is here
+
+    def borrow(self, missing: Sequence[tuple[int, int]]) -> None:
+        """Take note that runs of blocks are to be fetched once the disk is ours (`IncomingDisk.borrow`)."""
+        assert isinstance(self.image, RawDisk)
+        self._lay(borrowed.borrow(self.image, self._loan_path, missing))
+
+    def _lay(self, loan: BorrowedDisk) -> None:
+        assert self.disk is not None
+        self.loan = loan
+        self.disk.replace_image(loan)
+
+    def end_loan(self) -> None:
+        """Be an ordinary image again (`IncomingDisk.end_loan`), whatever is missing."""
+        if self.loan is None:
+            return
+        assert self.disk is not None
+        assert self.image is not None
+        self.disk.replace_image(self.image)
+        self.loan.wants.close()
+        # Requests under way may still look at it, so it is closed with the image.
+        self._past_loans.append(self.loan)
+        self.loan = None
+        borrowed.forget(self._loan_path)
+
+    def repay(self) -> None:
+        """Make a disk of which everything has come an ordinary one, durably (`Loan.repay`); may sleep.
+
+        Raises:
+            DiskError: the store failed.
+            StateError: the epoch file cannot be written.
+        """
+        record = self.epoch_file.record
+        if self.loan is None or record is None or record.state is not Ownership.BORROWING:
+            return
+        assert not self.loan.missing_bytes
+        self.loan.flush()
+        self.epoch_file.write(msgspec.structs.replace(record, state=Ownership.OWNER, is_loan=False))
+        self.end_loan()
 
     def _open_dirty_file(self, image: RawDisk | OverlayFile, disk: TrackedDisk) -> DirtyFile | None:
         try:
@@ -322,6 +388,7 @@ class ServedDisk:
             state=Ownership.INCOMING, image_id=offer.image_id, epoch=offer.epoch + 1, session=session, peer=peer
         )
         self.epoch_file.write(record)
+        self.end_loan()
         if self.disk is None:
             create_image(self.path, offer.size)
             self._open(Gate.READ_ONLY)
@@ -334,13 +401,15 @@ class ServedDisk:
         if self.dirty_file is not None:
             self.dirty_file.close(is_synced=self._is_synced())
             self.dirty_file = None
+        for loan in (*self._past_loans, *((self.loan,) if self.loan is not None else ())):
+            loan.close()
         if self.disk is not None:
             self.disk.close()
 
     def _is_synced(self) -> bool:
         try:
-            assert self.image is not None
-            self.image.flush()
+            assert self.disk is not None
+            self.disk.image.flush()
         except DiskError:
             return False
         return True

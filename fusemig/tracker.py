@@ -36,6 +36,7 @@ from fusemig.units import (
     FULL_MASK,
     chunk_mask,
     mask_extents,
+    mask_runs,
     n_blocks,
     n_chunks,
 )
@@ -207,6 +208,22 @@ class ChunkTracker:
                 first = self._dirty.next_clear(stop)
             if chunk < self._dirty.n_bits:
                 yield from mask_extents(self._whole_mask(chunk) & ~self._masks[chunk], chunk, self.size)
+
+    def dirty_runs(self) -> Iterator[tuple[int, int]]:
+        """Yield ``(first, stop)`` of each run of dirty 4 KiB blocks, in ascending order; neighbours never touch."""
+        start = end = 0
+        chunk = self._dirty.next_set(0)
+        while chunk is not None:
+            for offset, count in mask_runs(self.dirty_mask(chunk)):
+                first = chunk * BLOCKS_PER_CHUNK + offset
+                if first != end:
+                    if end > start:
+                        yield start, end
+                    start = first
+                end = first + count
+            chunk = self._dirty.next_set(chunk + 1)
+        if end > start:
+            yield start, end
 
     def dirty_mask(self, chunk: int) -> int:
         """Return the mask of a chunk's dirty blocks."""

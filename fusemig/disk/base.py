@@ -84,6 +84,10 @@ class Disk(ABC):
         """Tell whether a write there may wait for the store (a cold, partly covered page) rather than only copy."""
         return True
 
+    def waits_for_peer(self, offset: int, length: int, *, is_write: bool) -> bool:
+        """Tell whether a request there must wait for bytes that are at another host yet, however long that takes."""
+        return False
+
     @property
     def io_error(self) -> DiskError | None:
         """The failed flush that made this disk untrustworthy, if one did."""

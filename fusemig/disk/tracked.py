@@ -171,6 +171,10 @@ class TrackedDisk(Disk):
         finally:
             self._end(offset, length, n_taken)
 
+    def waits_for_peer(self, offset: int, length: int, *, is_write: bool) -> bool:
+        """Ask the image."""
+        return self.image.waits_for_peer(offset, length, is_write=is_write)
+
     def write_zeroes(self, offset: int, length: int) -> None:
         """Admit, mark, zero, mark again; raises as `pwrite` does."""
         n_taken = self._admit(offset, length)
@@ -375,6 +379,10 @@ class TrackedDisk(Disk):
         """How many writes wait for the gate."""
         return len(self._parked)
 
+    def replace_image(self, image: Disk) -> None:
+        """Put another layer of the same bytes below; requests that are under way end in the former one."""
+        self.image = image
+
     # Persistent maps, for the migration and the daemon
 
     def attach_map(self, one: DirtyMap) -> None:
@@ -518,6 +526,11 @@ class Tracking:
         """Return the first chunk at or after ``start`` that is not dirty; beyond the disk where there is none."""
         with self._lock:
             return self._tracker.next_clean(start)
+
+    def dirty_runs(self) -> list[tuple[int, int]]:
+        """Return ``(first, stop)`` of each run of dirty 4 KiB blocks; for a closed gate, as it may take long."""
+        with self._lock:
+            return list(self._tracker.dirty_runs())
 
     def stop(self) -> None:
         """Detach from the disk; idempotent."""

@@ -61,6 +61,8 @@ MAX_READ: Final = 1 << 20
 """The kernel's default limit of 256 pages a request (fs.fuse.max_pages_limit), which the INIT reply keeps."""
 IO_THREADS: Final = 8
 """Reads and writes of one disk that may sleep at a time."""
+AWAY_THREADS: Final = 32
+"""Requests of one disk that may wait for another host at a time, apart from the others: it may be out of reach."""
 FLUSH_THREADS: Final = 2
 """Flushes of one disk that may sleep at a time, apart from the others: a flush may take long."""
 
@@ -137,6 +139,7 @@ class _Pools:
 
     def __init__(self, name: str) -> None:
         self.io = SleepPool(f"lane-{name}-io", IO_THREADS)
+        self.away = SleepPool(f"lane-{name}-away", AWAY_THREADS)
         self.flush = SleepPool(f"lane-{name}-flush", FLUSH_THREADS)
 
 
@@ -217,9 +220,10 @@ class DataLane:
             thread.join(max(0.0, deadline - time.monotonic()))
         if self.n_alive:
             return False
-        for pools in self._pools.values():  # first io: its jobs submit flushes
+        for pools in self._pools.values():  # first these: their jobs submit flushes
             pools.io.close()
-            is_idle = pools.io.join(deadline)
+            pools.away.close()
+            is_idle = pools.io.join(deadline) and pools.away.join(deadline)
             pools.flush.close()
             if not pools.flush.join(deadline) or not is_idle:
                 return False
@@ -358,7 +362,7 @@ class DataLane:
             self._answer(abi.reply(header.unique))
             return
         read = partial(self._read_slowly, disk, header.unique, request.offset, length)
-        self._hand_over(self._pools[export.inode].io, header.unique, read)
+        self._hand_over(self._pool(export, request.offset, length, is_write=False), header.unique, read)
 
     def _read_slowly(self, disk: TrackedDisk, unique: int, offset: int, length: int) -> None:
         reply = bytearray(abi.OUT_HEADER_SIZE + length)
@@ -389,7 +393,8 @@ class DataLane:
             is_durable=bool(request.flags & os.O_DSYNC),  # O_SYNC contains O_DSYNC
         )
         if disk.write_may_sleep(copy, request.offset):
-            self._hand_over(self._pools[export.inode].io, header.unique, partial(self._make, change))
+            pool = self._pool(export, request.offset, length, is_write=True)
+            self._hand_over(pool, header.unique, partial(self._make, change))
         else:
             self._make(change)
 
@@ -421,7 +426,8 @@ class DataLane:
             return
         make = partial(disk.write_zeroes, request.offset, length)
         change = _Change(export, disk, header.unique, header.pid, make, answer)
-        self._hand_over(self._pools[export.inode].io, header.unique, partial(self._make, change))
+        pool = self._pool(export, request.offset, length, is_write=True)
+        self._hand_over(pool, header.unique, partial(self._make, change))
 
     def _lseek(self, export: Export, header: InHeader, message: bytes) -> None:
         request = abi.parse_lseek(message)
@@ -443,6 +449,11 @@ class DataLane:
                 return
             at = disk.size  # there is a hole behind the end of every file
         self._answer(abi.LSEEK_REPLY.pack(abi.LSEEK_REPLY.size, 0, unique, at))
+
+    def _pool(self, export: Export, offset: int, length: int, *, is_write: bool) -> SleepPool:
+        pools = self._pools[export.inode]
+        waits = export.disk is not None and export.disk.waits_for_peer(offset, length, is_write=is_write)
+        return pools.away if waits else pools.io
 
     def _hand_over(self, pool: SleepPool, unique: int, request: Callable[[], None]) -> None:
         self._count("handed_over")

@@ -59,6 +59,8 @@ MAX_REQUEST_SIZE: Final = 1 << 20
 """The largest read or write of libfuse 3 (its FUSE_DEFAULT_MAX_PAGES_LIMIT of 256 pages)."""
 IO_THREADS: Final = 16
 """Threads that may sleep in reads and writes of one export at a time."""
+AWAY_THREADS: Final = 32
+"""Threads that may wait for another host in reads and writes of one export at a time, apart from the others."""
 FLUSH_THREADS: Final = 4
 """Threads that may sleep in fdatasync of one export at a time, apart from the others: a flush may take long."""
 
@@ -131,6 +133,7 @@ class DiskOperations(pyfuse3.Operations):
         self.enable_writeback_cache = write_back
         self._exports = exports
         self._io_limits = {export.inode: trio.CapacityLimiter(IO_THREADS) for export in exports}
+        self._away_limits = {export.inode: trio.CapacityLimiter(AWAY_THREADS) for export in exports}
         self._flush_limits = {export.inode: trio.CapacityLimiter(FLUSH_THREADS) for export in exports}
         self._n_handles = {export.inode: 0 for export in exports}
         self._read_buffer = memoryview(bytearray(MAX_REQUEST_SIZE))
@@ -408,7 +411,7 @@ class DiskOperations(pyfuse3.Operations):
             if disk.pread_nowait(buffer, off):
                 return buffer
         self._n_thread_requests += 1
-        limit = self._io_limits[fh]
+        limit = self._limit(fh, disk, off, length, is_write=False)
         return await trio.to_thread.run_sync(disk.pread, length, off, limiter=limit, abandon_on_cancel=True)
 
     @_guarded
@@ -436,9 +439,14 @@ class DiskOperations(pyfuse3.Operations):
         if disk.write_may_sleep(data, off):
             self._n_thread_requests += 1
             # Never abandoned: a write that outlives its mount could meet an image that was closed.
-            await trio.to_thread.run_sync(disk.pwrite, data, off, limiter=self._io_limits[fh])
+            limit = self._limit(fh, disk, off, len(data), is_write=True)
+            await trio.to_thread.run_sync(disk.pwrite, data, off, limiter=limit)
         else:
             disk.pwrite(data, off)
+
+    def _limit(self, fh: int, disk: TrackedDisk, off: int, length: int, *, is_write: bool) -> trio.CapacityLimiter:
+        waits = disk.waits_for_peer(off, length, is_write=is_write)
+        return self._away_limits[fh] if waits else self._io_limits[fh]
 
     async def _write_parked(self, fh: int, disk: TrackedDisk, data: bytes | memoryview, off: int) -> None:
         """Make a write that met a closed gate, each time the gate changes, until it is admitted or refused."""

@@ -66,6 +66,8 @@ class HandoffRecords:
         self._wire = wire
         self._offload = offload
         self._records: list[EpochRecord] = []
+        self.is_loan = False
+        """Whether the destination takes over before it has everything."""
 
     async def own(self) -> list[EpochRecord]:
         """Return the disks' records, giving one to each disk that never moved before.
@@ -112,7 +114,7 @@ class HandoffRecords:
             lent.epoch_file.assume(self._record(record, state, peer))
 
     def _record(self, own: EpochRecord, state: Ownership, peer: str) -> EpochRecord:
-        return EpochRecord(
+        record = EpochRecord(
             state=state,
             image_id=own.image_id,
             epoch=own.epoch,
@@ -120,7 +122,9 @@ class HandoffRecords:
             peer=peer,
             wire=self._wire,
             group=len(self._lent),
+            is_loan=self.is_loan and state is not Ownership.OWNER,
         )
+        return record.handed_over() if state is Ownership.RELEASED else record
 
 
 class OutgoingHandoff:
@@ -142,6 +146,15 @@ class OutgoingHandoff:
     def may_thaw(self) -> bool:
         """Whether the source may let guests write again."""
         return self._machine.may_thaw
+
+    @property
+    def is_loan(self) -> bool:
+        """Whether the destination takes over before it has everything; set before `prove`."""
+        return self._records.is_loan
+
+    @is_loan.setter
+    def is_loan(self, is_loan: bool) -> None:
+        self._records.is_loan = is_loan
 
     @property
     def is_committing(self) -> bool:

@@ -13,6 +13,7 @@ sends no disks; it is answered by `fusemig.migration.witness`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -20,9 +21,10 @@ import trio
 
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.epoch import Ownership
-from fusemig.errors import FusemigError, MigrationError, PeerBusyError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import DiskError, FusemigError, MigrationError, PeerBusyError, PeerRefusedError, RemoteProtocolError
 from fusemig.failpoint import reach
 from fusemig.handoff import DestinationEvent, DestinationHandoff, DestinationState
+from fusemig.migration.borrow import Borrowing
 from fusemig.migration.delta import DestinationDelta
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink, Need
@@ -31,7 +33,7 @@ from fusemig.migration.receiver import FrameReceiver
 from fusemig.migration.witness import Witness
 from fusemig.migration.writer import FrameWriter
 from fusemig.phase import MigrationPhase
-from fusemig.units import CHUNK_SIZE
+from fusemig.units import CHUNK_SIZE, n_blocks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -81,6 +83,9 @@ class DestinationMigration(IncomingMigration):
         self._progress = native.Progress(0, 0, 0)
         self._receipt: Receipt | None = None
         self._first: native.Event | None = None
+        self._to_fetch: list[list[tuple[int, int]]] = []
+        """For each disk the runs of blocks that a MISSING told of; empty unless one came."""
+        self._borrowing: Borrowing | None = None
 
     async def run(self) -> None:
         """Receive (`IncomingMigration.run`), or answer a source that asks who owns its disks.
@@ -93,6 +98,9 @@ class DestinationMigration(IncomingMigration):
                 self.is_question = True
                 self.session = self._first.session
                 await Witness(self._link, self._host, self._offload, self._on_taken).answer(self._first)
+                return
+            if isinstance(self._first, native.Lend) and not self._refusal:
+                await self._borrow(self._first)
                 return
         except FusemigError as exc:
             self.error = exc
@@ -107,13 +115,40 @@ class DestinationMigration(IncomingMigration):
             return await self._link.receive(HANDSHAKE_DEADLINE_S)
         raise RemoteProtocolError(f"{self.peer} did not say hello within {HANDSHAKE_DEADLINE_S:g} s")
 
+    async def _borrow(self, lend: native.Lend) -> None:
+        """Fetch what is missing of disks that are ours (`fusemig.migration.lend`).
+
+        Raises:
+            FusemigError: it was refused, or ended early; what is missing is fetched when the source comes again.
+        """
+        if lend.version != native.VERSION:
+            self._refusal = f"wire version {lend.version} offered, {native.VERSION} spoken here; upgrade one side"
+            await self._refuse(self._refusal)
+            raise PeerRefusedError(self._refusal)
+        try:
+            with trio.CancelScope() as scope:
+                loans = self._host.loans(lend.session, [disk.image_id for disk in lend.disks], scope)
+                self.session, self.is_loan = lend.session, True
+                self._log = self._log.bind(migration=self.session[:8])
+                self._enter(MigrationPhase.POSTCOPY)
+                self._borrowing = Borrowing(self._link, loans, self._pool, self._offload)
+                await self._borrowing.run()
+                self._enter(MigrationPhase.COMPLETED)
+        except PeerRefusedError as exc:
+            if not self.is_loan:
+                await self._refuse(str(exc))
+            raise
+        except DiskError as exc:
+            await self._say_aborted(exc)
+            raise
+
     def _on_taken(self) -> None:
         self._enter(MigrationPhase.COMPLETED)
 
     async def _meet(self) -> list[IncomingDisk]:
         if isinstance(self._first, native.Hello):
             return await self._claim(self._first)
-        if isinstance(self._first, native.Ask):
+        if isinstance(self._first, native.Ask | native.Lend):
             await self._refuse(self._refusal)
             raise PeerRefusedError(self._refusal)
         raise RemoteProtocolError(f"{self.peer} began with {type(self._first).__name__}")
@@ -160,7 +195,7 @@ class DestinationMigration(IncomingMigration):
         await receipt.open()
         delta = DestinationDelta(self._link, self.disks, receipt.hello.disks, self._offload)
         await self._lie_over_bases(receipt, delta)
-        features = [native.RESUME] if receipt.is_kept else []
+        features = [native.POSTCOPY, *([native.RESUME] if receipt.is_kept else [])]
         await self._link.send_message(
             native.Welcome(
                 native.VERSION,
@@ -227,6 +262,8 @@ class DestinationMigration(IncomingMigration):
             case native.Sync():
                 await self._flush()
                 await self._link.send_message(native.Synced())
+            case native.Missing():
+                self._note_missing(event)
             case native.FinalProofs():
                 await self._prepare(event)
             case native.Commit():
@@ -239,10 +276,33 @@ class DestinationMigration(IncomingMigration):
                 raise RemoteProtocolError(f"{self.peer} sent {type(event).__name__} out of order")
         return False
 
+    def _note_missing(self, missing: native.Missing) -> None:
+        self._to_fetch = self._to_fetch or [[] for _ in self.disks]
+        if not 0 <= missing.disk < len(self.disks) or len(missing.runs) > native.MAX_RUNS:
+            raise RemoteProtocolError(f"{self.peer} sent {len(missing.runs)} missing runs of disk {missing.disk}")
+        disk = self.disks[missing.disk].disk
+        if missing.runs and isinstance(disk.image, OverlayDisk):
+            raise MigrationError(
+                f"disk '{disk.name}' is an overlay there, which cannot fetch what is missing: migrate without post-copy"
+            )
+        known, end = self._to_fetch[missing.disk], n_blocks(self.disks[missing.disk].disk.size)
+        for first, stop in missing.runs:
+            if not (known[-1][1] if known else 0) <= first < stop <= end:
+                raise RemoteProtocolError(f"{self.peer} sent missing blocks {first} to {stop} out of order")
+            known.append((first, stop))
+        if len(known) > native.MAX_DISK_RUNS:
+            raise RemoteProtocolError(f"{self.peer} sent more than {native.MAX_DISK_RUNS} missing runs of a disk")
+
+    async def _borrow_missing(self) -> None:
+        """Have it durable what is to be fetched, before it is said that we are prepared."""
+        self.is_loan = True
+        for disk, runs in zip(self.disks, self._to_fetch, strict=True):
+            await self._offload(disk.borrow, runs)
+
     async def _prepare(self, final: native.FinalProofs) -> None:
         """Answer FINAL: prove that everything is here, durably; unequal digests are answered too, and bind nobody."""
-        for disk in self.disks:
-            if missing := disk.missing():
+        for index, disk in enumerate(self.disks):
+            if missing := disk.missing(self._to_fetch[index] if self._to_fetch else ()):
                 raise MigrationError(f"incomplete: {missing}")
         await self._flush()
         await self._drop_pages()
@@ -254,6 +314,8 @@ class DestinationMigration(IncomingMigration):
         self._progress = native.Progress(self._progress.pass_number, 0, self._progress.total_bytes)
         if proofs == final.disks:
             reach("before-prepared")
+            if self._to_fetch:
+                await self._borrow_missing()
             await self._write_records(Ownership.PREPARED)
             self._handoff.on(DestinationEvent.PREPARED_DURABLE)
             reach("after-prepared")
@@ -284,6 +346,9 @@ class DestinationMigration(IncomingMigration):
         """The source goes on with its disks: a prepared image is an incoming one again."""
         if self._handoff.state is DestinationState.PREPARED:
             await self._write_records(Ownership.INCOMING)
+            if self.is_loan:
+                for disk in self.disks:
+                    await self._offload(disk.end_loan)
         self._handoff.on(DestinationEvent.FAILURE)
 
     async def _say_failed(self, reason: FusemigError) -> None:
@@ -304,4 +369,9 @@ class DestinationMigration(IncomingMigration):
 
     def statistics(self) -> IncomingStatistics:
         """Return what is known at this moment."""
+        if self._borrowing is not None:
+            return replace(
+                self._statistics(0, self._borrowing.missing_bytes, self._borrowing.total_bytes),
+                received_bytes=self._borrowing.received_bytes,
+            )
         return self._statistics(self._progress.pass_number, self._progress.pending_bytes, self._progress.total_bytes)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Protocol
 import structlog
 
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import EpochRecord
+from fusemig.epoch import EpochRecord, Ownership
 from fusemig.errors import DiskError, FusemigError, MigrationError
 from fusemig.failpoint import reach
 from fusemig.migration.witness import RecallHost
@@ -27,7 +27,9 @@ from fusemig.units import format_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fusemig.epoch import Ownership
+    import trio
+
+    from fusemig.migration.borrow import Loan
     from fusemig.migration.link import Offload
     from fusemig.migration.writer import IncomingDisk
     from fusemig.transport import ByteStream
@@ -68,6 +70,15 @@ class IncomingHost(RecallHost, Protocol):
     def release(self, disks: Sequence[IncomingDisk]) -> None:
         """End the reservation; whoever owns the disks is written in their epoch files."""
 
+    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
+        """Return the disks of a migration that are to be fetched; whoever fetched them before is cancelled.
+
+        ``scope`` is what a later call for the same migration cancels.
+
+        Raises:
+            PeerRefusedError: that migration did not bring one of these disks here.
+        """
+
 
 @dataclass(frozen=True)
 class IncomingStatistics:
@@ -106,6 +117,8 @@ class IncomingMigration(ABC):
         self.error: FusemigError | None = None
         self.is_question = False
         """Whether the source only asked who owns its disks."""
+        self.is_loan = False
+        """Whether the disks are ours before all of them is here."""
         self.session = ""
         self.peer = stream.peer
         self.disks: list[IncomingDisk] = []
@@ -191,15 +204,20 @@ class IncomingMigration(ABC):
             record = disk.epoch_file.record
             assert record is not None, "a claimed disk has an epoch record"
             new = EpochRecord(
-                state=state, image_id=record.image_id, epoch=record.epoch, session=self.session, peer=self.peer
+                state=state,
+                image_id=record.image_id,
+                epoch=record.epoch,
+                session=self.session,
+                peer=self.peer,
+                is_loan=self.is_loan and state is not Ownership.INCOMING,
             )
-            await self._offload(disk.epoch_file.write, new)
+            await self._offload(disk.epoch_file.write, new.taken() if state is Ownership.OWNER else new)
             reach(f"after-one-{state.value}")
 
     def _open_gates(self) -> None:
         for disk in self.disks:
             disk.disk.set_gate(Gate.OPEN)
-        self._enter(MigrationPhase.COMPLETED)
+        self._enter(MigrationPhase.POSTCOPY if self.is_loan else MigrationPhase.COMPLETED)
 
     def _statistics(self, pass_number: int, pending_bytes: int, total_bytes: int) -> IncomingStatistics:
         return IncomingStatistics(

@@ -319,7 +319,12 @@ class OutgoingMigration(ABC):
             self._enter(MigrationPhase.BULK)
         is_synced = False
         while True:
-            await self._run_pass(is_limited=True)
+            if not self._is_postcopy():
+                await self._run_pass(is_limited=True)
+            if self._is_postcopy():
+                for disk in self._disks:  # so that the sync of the freeze is short
+                    await self._flush(disk)
+                return
             if self._machine.phase is MigrationPhase.BULK:
                 self._enter(MigrationPhase.DIRTY)
             forecast = self._convergence.forecast(self._pending_bytes(), self._bandwidth.per_second)
@@ -363,6 +368,10 @@ class OutgoingMigration(ABC):
             nursery.start_soon(self._guard, keep_up)
         await trio.lowlevel.checkpoint_if_cancelled()
 
+    def _is_postcopy(self) -> bool:
+        """Whether the hand-off is to come at once; may become so at any moment."""
+        return self._parameters.is_postcopy
+
     def _begin_pass(self) -> None:
         self._pass_number += 1
         self._on_pass(self._pass_number)
@@ -399,7 +408,7 @@ class OutgoingMigration(ABC):
                 for disk in self._disks:
                     nursery.start_soon(self._guard, self._flush, disk)
                 nursery.start_soon(self._guard, self._last_pass)
-            if not all(disk.tracking.is_clean for disk in self._disks):
+            if not self._is_postcopy() and not all(disk.tracking.is_clean for disk in self._disks):
                 raise MigrationError("blocks were dirtied behind the closed gate: this is a bug, please report it")
             self._count_dirtied(trio.current_time())
         if scope.cancelled_caught:
@@ -476,6 +485,7 @@ class OutgoingMigration(ABC):
             frozen_s=0.0 if self._frozen_at is None else (self._taken_at or end) - self._frozen_at,
             downtime_s=self._taken_at - self._frozen_at if self._taken_at and self._frozen_at else None,
             passes_without_progress=self._convergence.n_passes_without_progress,
+            is_postcopy=self._is_postcopy(),
             error=None if self.error is None else str(self.error),
             error_kind=None if self.error is None else self.error.kind,
         )

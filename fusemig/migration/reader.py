@@ -76,11 +76,25 @@ class OutgoingDisk:
         return self._patchy[chunk] or self.disk.was_zeroed(chunk)
 
     def say_again(self, offset: int, length: int) -> None:
-        """Have a range said once more of which nothing was ever written but zeros, or the base."""
-        if self.is_thin:
-            self._scan(offset, length)
-        else:
+        """Have whole chunks said once more of which nothing was ever sent but that they are zeros, or the base's.
+
+        One that is both in parts goes as a whole: what the destination has of it may have another value there.
+        """
+        if not self.is_thin:
             _extend(self.holes, offset, length)
+            return
+        image, end = self.disk.image, offset + length
+        assert isinstance(image, OverlayDisk)
+        while offset < end:
+            n = min(CHUNK_SIZE, end - offset)
+            held = sum(length for _, length in image.allocated(offset, n))
+            if not held:
+                _extend(self.bases, offset, n)
+            elif held == n and image.is_hole(offset, n):
+                _extend(self.holes, offset, n)
+            else:
+                self.mark_whole(offset // CHUNK_SIZE, offset // CHUNK_SIZE + 1)
+            offset += n
 
     def _scan(self, offset: int, length: int) -> None:
         """Mark what a range holds, and note the rest as holes or as the base's."""
@@ -169,13 +183,15 @@ class PassReader:
         self._sequence = 0
         self._disk_index = 0
         self._chunk = 0
+        self._only_holes = False
         self._zeros: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
         self._open: _OpenFrame | None = None
 
-    def begin_pass(self) -> None:
-        """Put the cursor back to the first chunk of the first disk."""
+    def begin_pass(self, *, only_holes: bool = False) -> None:
+        """Put the cursor back to the first chunk of the first disk; leave all that is dirty if ``only_holes``."""
         self._disk_index = 0
         self._chunk = 0
+        self._only_holes = only_holes
 
     def read_batch(self, limit_bytes: int) -> Batch | None:
         """Return frames of about ``limit_bytes``, perhaps none of them, or None at the end of the pass.
@@ -190,7 +206,7 @@ class PassReader:
             disk = self._disks[self._disk_index]
             if disk.bases or disk.holes:
                 self._send_holes(disk, batch)
-            taken = disk.tracking.take_next(self._chunk)
+            taken = None if self._only_holes else disk.tracking.take_next(self._chunk)
             if taken is None:
                 self._close_frames(batch)
                 self._disk_index += 1

@@ -242,8 +242,12 @@ class ContentReconciliation(Reconciliation):
 
 
 def _make_whole(disk: OutgoingDisk, chunk: int) -> None:
-    """Have a chunk sent as a whole if any of it is: the destination has a value of it that is not ours."""
-    if disk.tracking.next_dirty(chunk) == chunk:
+    """Have a chunk sent as a whole if any of it is: the destination has a value of it that is not ours.
+
+    A chunk of which nothing is to be sent is a hole, which gives it the value 0 at both ends; but over a shared base it
+    may be one in parts only.
+    """
+    if disk.is_thin or disk.tracking.next_dirty(chunk) == chunk:
         disk.mark_whole(chunk, chunk + 1)
 
 

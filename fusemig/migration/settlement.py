@@ -7,6 +7,8 @@
 
     owned -> `released` here        incoming -> `owner` here, in the epoch after the next        else: in doubt still
 
+(`lending` instead of `released` where the destination takes over before it has everything.)
+
 One connection settles the disks of one migration. Nothing here opens a gate: that is for whoever called, after the
 record is durable. An exchange that ends anywhere has changed nothing, or what was durably true.
 """
@@ -16,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
 import structlog
 
 from fusemig.epoch import Ownership, Side, resolved
@@ -108,7 +109,7 @@ class Settlement:
         states = settled(testimonies, is_taken=is_taken)
         for disk, record, testimony, state in zip(self._disks, self._records, testimonies, states, strict=True):
             if state is SourceState.RELEASED:
-                new = msgspec.structs.replace(record, state=Ownership.RELEASED)
+                new = record.handed_over()
             elif state is SourceState.TAKEN_BACK:
                 new = resolved(record, Side.SOURCE)
             else:

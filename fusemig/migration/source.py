@@ -34,6 +34,7 @@ from fusemig.errors import (
 )
 from fusemig.migration.commit import OutgoingHandoff
 from fusemig.migration.delta_offers import DeltaOffers
+from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.packing import PackingWatch
@@ -47,7 +48,7 @@ from fusemig.migration.resume import (
 from fusemig.migration.sender import WINDOW_BYTES, PassSender
 from fusemig.migration.stats import WindowStatistics
 from fusemig.phase import MigrationPhase
-from fusemig.units import CHUNK_SIZE
+from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -109,11 +110,16 @@ class SourceMigration(OutgoingMigration):
         self._attempt_scope = trio.CancelScope()
         self._is_reconciled = False
         self._can_resume = False
+        self._can_lend = True
+        self._lending: Lending | None = None
         self._stalled_since: float | None = None
         self._n_retries = 0
         self._n_reconnects = 0
         self._kept_bytes = 0
         self._waiting = ""
+        self._missing_bytes = 0
+        """What the destination was told to fetch."""
+        self._lending_scope = trio.CancelScope()
         # What the connections before this one sent, and what of it was taken back:
         self._earlier_wire_bytes = 0
         self._earlier_acknowledged_bytes = 0
@@ -137,7 +143,7 @@ class SourceMigration(OutgoingMigration):
                 except (TransportError, PeerBusyError) as exc:
                     self._failure = self._failure or exc
                 else:
-                    return
+                    break
             failure = self._failure
             if failure is None:
                 return  # the user's cancel, which ends the scope outside too
@@ -146,6 +152,8 @@ class SourceMigration(OutgoingMigration):
             self._failure = None
             await self._put_off(failure)
             self._renew()
+        if self._handoff.is_loan:
+            await self._lend()
 
     async def _migrate_once(self, records: Sequence[EpochRecord]) -> None:
         """Make one connection and send over it what is not there, up to the hand-off."""
@@ -196,7 +204,8 @@ class SourceMigration(OutgoingMigration):
             self._delta.offer(lent, record, is_resumed=self._resume is not None)
             for lent, record in zip(self._lent, records, strict=True)
         ]
-        hello = native.Hello(native.VERSION, self.session, CHUNK_SIZE, offers, [native.RESUME], self._attempt)
+        features = [native.RESUME, native.POSTCOPY]
+        hello = native.Hello(native.VERSION, self.session, CHUNK_SIZE, offers, features, self._attempt)
         await link.send([native.PREFACE, native.encode_message(hello)])
         answer = await link.receive(HANDSHAKE_DEADLINE_S)
         if isinstance(answer, native.Refuse):
@@ -220,6 +229,7 @@ class SourceMigration(OutgoingMigration):
     ) -> None:
         """Bring the tracker in line with what the destination has: nothing, or what it says."""
         self._can_resume = self._sender.is_journaled = native.RESUME in welcome.features
+        self._can_lend = native.POSTCOPY in welcome.features
         resume, resumption = self._resume, welcome.resumption
         if resume is not None and resumption is native.Resumption.NOTHING:
             raise MigrationError(
@@ -383,12 +393,13 @@ class SourceMigration(OutgoingMigration):
     async def _run_pass(self, *, is_limited: bool) -> None:
         """Send everything that is dirty once, and wait until it is acknowledged."""
         self._begin_pass()
-        self._reader.begin_pass()
+        self._check_can_lend()
+        self._reader.begin_pass(only_holes=self._is_postcopy() and not is_limited)
         link = self._link
         sender, need = self._sender, Need.SLICE
         is_bulk = self._machine.phase is MigrationPhase.BULK
         run_slice = partial(sender.run_slice, self._reader, link.stream, is_courteous=is_bulk)
-        while need is not Need.NOTHING:
+        while need is not Need.NOTHING and not (is_limited and self._is_postcopy()):
             if need is Need.ACKNOWLEDGEMENT:
                 await self._wait_progress(lambda: sender.sent_bytes - sender.acknowledged_bytes < WINDOW_BYTES)
             self._limit.bytes_per_s = self._parameters.max_bandwidth if is_limited else 0
@@ -409,6 +420,12 @@ class SourceMigration(OutgoingMigration):
             await self._say_progress(link)  # which has the destination acknowledge at once
         await self._wait_progress(lambda: not sender.unacknowledged)
         self._stalled_since = None
+
+    def _check_can_lend(self) -> None:
+        if self._is_postcopy() and not self._can_lend:
+            raise MigrationError(
+                f"{self._peer} does not know post-copy: upgrade it, or migrate without --mode postcopy"
+            )
 
     async def _wait_progress(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -471,6 +488,8 @@ class SourceMigration(OutgoingMigration):
         """Run the two-phase commit; it is shielded from the moment when it cannot be called off."""
         digests = {disk.disk.name: disk.digest.value for disk in self._disks}
         with trio.move_on_at(self._freeze_ends_at) as scope:
+            if self._is_postcopy():
+                await self._tell_missing(link)
             await self._handoff.prove(link, digests)
             if self.guest.is_moving:
                 await self._load_guest(link)
@@ -485,6 +504,47 @@ class SourceMigration(OutgoingMigration):
             self._thaw()  # answers the parked writes: EROFS
             await self.guest.run_there()
             await self._handoff.release(link)
+
+    @property
+    def may_start_postcopy(self) -> bool:
+        """Whether the hand-off may still be made to come at once."""
+        return self._machine.phase in (MigrationPhase.SETUP, *_RECONNECTING) and not self.guest.is_moving
+
+    async def _tell_missing(self, link: NativeLink) -> None:
+        """Tell the destination what it has to fetch, if there is anything."""
+        for disk in self._disks:
+            runs = await self._offload(disk.tracking.dirty_runs)
+            if len(runs) > native.MAX_DISK_RUNS:
+                runs = _in_chunks(runs, disk.disk.size)
+            self._handoff.is_loan |= bool(runs)
+            self._missing_bytes += sum(stop - first for first, stop in runs) * BLOCK_SIZE
+            for at in range(0, len(runs), native.MAX_RUNS):
+                await link.send_message(native.Missing(disk.index, runs[at : at + native.MAX_RUNS]))
+
+    async def _lend(self) -> None:
+        """Have the destination fetch the rest; both hosts hold a part of the disks until that has ended."""
+        self._thaw()
+        self._enter(MigrationPhase.POSTCOPY)
+        disks = [LentDisk(lent.disk.name, lent.disk.image, lent.epoch_file) for lent in self._lent]
+        self._lending = Lending(disks, self._connect, self._offload)
+        self.forget()
+        with self._lending_scope:
+            await self._lending.run()
+
+    def _end(self, phase: MigrationPhase, error: FusemigError | None) -> None:
+        if self._lending_scope.cancelled_caught:
+            self._log.warning(
+                "this daemon ends, and the destination does not have everything: serve the disks here again, and it "
+                "goes on"
+            )
+            return
+        super()._end(phase, error)
+
+    async def wind_down(self) -> None:
+        """Call the migration off if that is still possible, and wait for its end; lending goes on after a restart."""
+        if self._machine.phase is MigrationPhase.POSTCOPY:
+            self._lending_scope.cancel()
+        await super().wind_down()
 
     async def _load_guest(self, link: NativeLink) -> None:
         """Have the rest of the guest moved; a destination that goes away meanwhile ends it before COMMIT is said."""
@@ -508,9 +568,12 @@ class SourceMigration(OutgoingMigration):
 
     def statistics(self) -> MigrationStatistics:
         """Return what is known at this moment."""
-        packer = self._packer
+        stats, packer = super().statistics(), self._packer
+        if self._lending is not None:
+            pending = max(0, self._missing_bytes - self._lending.sent_bytes)
+            stats = replace(stats, pending_bytes=0 if stats.phase is MigrationPhase.COMPLETED else pending)
         return replace(
-            super().statistics(),
+            stats,
             n_reconnects=self._n_reconnects,
             kept_bytes=self._kept_bytes,
             unchanged_bytes=self._earlier_unchanged_bytes + self._reader.unchanged_bytes,
@@ -523,7 +586,8 @@ class SourceMigration(OutgoingMigration):
 
     @property
     def _wire_bytes(self) -> int:
-        return self._earlier_wire_bytes + self._sender.wire_bytes
+        lent = 0 if self._lending is None else self._lending.wire_bytes
+        return self._earlier_wire_bytes + self._sender.wire_bytes + lent
 
     @property
     def _acknowledged_bytes(self) -> int:
@@ -537,3 +601,16 @@ class SourceMigration(OutgoingMigration):
             in_flight=len(sender.unacknowledged) - sender.n_read_done,
             transferred=sender.n_transferred,
         )
+
+
+def _in_chunks(runs: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """Return runs of blocks widened to whole chunks, which are fewer."""
+    widened: list[tuple[int, int]] = []
+    for first, stop in runs:
+        low = first - first % BLOCKS_PER_CHUNK
+        high = min(n_blocks(size), stop + -stop % BLOCKS_PER_CHUNK)
+        if widened and low <= widened[-1][1]:
+            widened[-1] = widened[-1][0], high
+        else:
+            widened.append((low, high))
+    return widened

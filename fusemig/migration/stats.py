@@ -28,6 +28,8 @@ class MigrationParameters:
     """Wait for `proceed` when converged."""
     freeze_deadline_s: float = FREEZE_DEADLINE_S
     taken_deadline_s: float = TAKEN_DEADLINE_S
+    is_postcopy: bool = False
+    """Hand over now, and let the destination fetch what it lacks."""
     reconnect_limit_s: float = 0.0
     """How long to try to get a lost connection back, in seconds without progress; 0: not at all."""
     incremental: bool | None = None
@@ -115,5 +117,7 @@ class MigrationStatistics:
     """And what became of it."""
     is_packing: bool = False
     """Whether frames are being compressed at the moment."""
+    is_postcopy: bool = False
+    """Whether the hand-off comes, or came, before everything was sent."""
     waiting: str = ""
     """Why there is no connection at the moment."""

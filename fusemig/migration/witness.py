@@ -7,7 +7,7 @@ meanwhile; while anything else works on one of them there is no answer (REFUSE: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 import structlog
@@ -146,7 +146,7 @@ class Witness:
                 )
         reach("after-commit-received")
         for disk in disks:
-            await self._offload(disk.epoch_file.write, _with_state(disk, Ownership.OWNER))
+            await self._offload(disk.epoch_file.write, _record(disk).taken())
             reach("after-one-owner")
         handoff.on(DestinationEvent.OWNER_DURABLE)
         reach("after-owner")
@@ -163,7 +163,7 @@ class Witness:
     async def _forget(self, disks: Sequence[RecalledDisk], reason: str) -> None:
         handoff = DestinationHandoff(DestinationState.PREPARED if disks else DestinationState.INCOMING)
         for disk in disks:
-            await self._offload(disk.epoch_file.write, _with_state(disk, Ownership.INCOMING))
+            await self._offload(disk.epoch_file.write, _forgotten(disk))
             self._log.warning("called off by the source", disk=disk.name, reason=reason)
         handoff.on(DestinationEvent.FAILURE)
 
@@ -174,10 +174,17 @@ def _is_taken(ask: native.Ask, recalled: Sequence[RecalledDisk]) -> bool:
 
 def _owns(disk: RecalledDisk, session: str) -> bool:
     record = disk.epoch_file.record
-    return record is not None and record.session == session and record.state is Ownership.OWNER
+    return record is not None and record.session == session and record.state in _OURS
 
 
-def _with_state(disk: RecalledDisk, state: Ownership) -> EpochRecord:
+_OURS: Final = frozenset({Ownership.OWNER, Ownership.BORROWING})
+
+
+def _forgotten(disk: RecalledDisk) -> EpochRecord:
+    return msgspec.structs.replace(_record(disk), state=Ownership.INCOMING, is_loan=False)
+
+
+def _record(disk: RecalledDisk) -> EpochRecord:
     record = disk.epoch_file.record
     assert record is not None, "a prepared disk has a record"
-    return msgspec.structs.replace(record, state=state)
+    return record

@@ -6,7 +6,9 @@ frames reach the images and the digests in the order in which they were sent.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from fusemig.bitmap import ChunkBitmap
@@ -14,7 +16,7 @@ from fusemig.compression import unpack
 from fusemig.digest import DiskDigest
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.errors import RemoteProtocolError
-from fusemig.units import chunks_of, format_size, n_chunks
+from fusemig.units import BLOCK_SIZE, chunks_of, format_size, n_blocks, n_chunks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ class IncomingDisk:
     """Has the kernel forget the pages that early readers cached."""
     open_journal: Callable[[], ReceiptJournal] | None = None
     """Opens where what is durable is kept; None: an interrupted migration begins anew. May sleep."""
+    borrow: Callable[[Sequence[tuple[int, int]]], None] = lambda _missing: None
+    """Takes note, durably, of the runs of 4 KiB blocks that have to be fetched once the disk is ours; may sleep."""
+    end_loan: Callable[[], None] = lambda: None
+    """Takes back what `borrow` did: the source keeps the disk. May sleep."""
     on_taken: Callable[[str], None] = lambda _session: None
     """Called when the disk is ours and before guests may write it, with the session; may sleep."""
     is_thin: bool = field(init=False, default=False)
@@ -64,9 +70,16 @@ class IncomingDisk:
         self.digest.restore_blocks(chunk, value, mask)
         self.changed.set(chunk)
 
-    def missing(self) -> str:
-        """Describe the ranges that never came, for people; empty if none is missing."""
-        ranges = list(self.digest.missing())
+    def missing(self, to_fetch: Sequence[tuple[int, int]] = ()) -> str:
+        """Describe the ranges that never came, for people; empty if none is missing.
+
+        ``to_fetch`` are runs of blocks that need not have come, in ascending order.
+        """
+        ranges = [
+            (offset, length)
+            for offset, length in self.digest.missing()
+            if not _is_within(offset // BLOCK_SIZE, n_blocks(offset + length), to_fetch)
+        ]
         if not ranges:
             return ""
         shown = ", ".join(f"{offset}+{length}" for offset, length in ranges[:4])
@@ -74,6 +87,15 @@ class IncomingDisk:
         return (
             f"{format_size(sum(length for _, length in ranges))} of disk '{self.disk.name}' never came: {shown}{more}"
         )
+
+
+def _is_within(first: int, stop: int, runs: Sequence[tuple[int, int]]) -> bool:
+    """Tell whether the blocks ``first`` to ``stop - 1`` are all in ``runs``, of which neighbours may touch."""
+    at = bisect_right(runs, first, key=itemgetter(0)) - 1
+    while 0 <= at < len(runs) and runs[at][0] <= first < stop:
+        first = max(first, runs[at][1])
+        at += 1
+    return first >= stop
 
 
 class FrameWriter:

@@ -474,8 +474,8 @@ class ServedDisk(Result, frozen=True, kw_only=True):
     size: int
     path: str
     state: str
-    """By its epoch file: ``owner``, ``incoming``, ``prepared``, ``handed-off``, ``released``; without one ``owner``, or
-    ``waiting`` for a first source."""
+    """By its epoch file: ``owner``, ``incoming``, ``prepared``, ``handed-off``, ``released``, ``lending``,
+    ``borrowing``; without one ``owner``, or ``waiting`` for a first source."""
     gate: str
     """``open``, ``closed`` (frozen) or ``read-only``."""
     parked_writes: int = 0
@@ -483,6 +483,10 @@ class ServedDisk(Result, frozen=True, kw_only=True):
     io_error: bool = False
     """A flush failed; every later one fails too."""
     dirty_bytes: int = 0
+    missing_bytes: int = 0
+    """Of a disk that was taken over before all of it was sent: how much is still at its source."""
+    waiting_requests: int = 0
+    """Guests' requests that wait for some of that."""
     epoch: int | UnsetType = UNSET
     in_doubt: str | UnsetType = UNSET
     """Present where it is not known who owns the disk: what has become of asking."""
@@ -614,6 +618,7 @@ COMMANDS: Final[dict[str, type[Arguments]]] = {
     "migrate": Migrate,
     "migrate_cancel": NoArguments,
     "migrate-continue": MigrateContinue,
+    "migrate-start-postcopy": NoArguments,
     "migrate-set-parameters": MigrateSetParameters,
     "migrate-set-capabilities": MigrateSetCapabilities,
     "object-add": objects.ObjectAdd,

@@ -110,14 +110,26 @@ def test_every_point_is_tried() -> None:
     assert {*SOURCE_POINTS, *DESTINATION_POINTS} == NAMES
 
 
+POSTCOPY_POINTS = (
+    "after-prepared-received",
+    "after-handed-off",
+    "after-commit-sent",
+    "after-released",
+    "after-prepared",
+    "after-one-owner",
+)
+
+
 @pytest.mark.parametrize(
-    ("killed", "point", "owner"),
+    ("killed", "point", "owner", "mode"),
     [
-        *(("source", point, owner) for point, owner in SOURCE_POINTS.items()),
-        *(("destination", point, owner) for point, owner in DESTINATION_POINTS.items()),
+        *(("source", point, owner, "precopy") for point, owner in SOURCE_POINTS.items()),
+        *(("destination", point, owner, "precopy") for point, owner in DESTINATION_POINTS.items()),
+        *(("source", point, SOURCE_POINTS[point], "postcopy") for point in POSTCOPY_POINTS[:4]),
+        *(("destination", point, DESTINATION_POINTS[point], "postcopy") for point in POSTCOPY_POINTS[4:]),
     ],
 )
-def test_killed_and_started_again(hosts: Hosts, place: Path, killed: str, point: str, owner: str) -> None:
+def test_killed_and_started_again(hosts: Hosts, place: Path, killed: str, point: str, owner: str, mode: str) -> None:
     """Whoever was killed and where: one owner, nothing lost, and nobody had to say anything."""
     images = {name: write_random(place / f"{name}.img", 8 * MIB, seed) for seed, name in enumerate(("vda", "vdb"))}
     copies = {name: place / f"{name}.copy" for name in images}
@@ -128,7 +140,7 @@ def test_killed_and_started_again(hosts: Hosts, place: Path, killed: str, point:
         "destination", copies, incoming=uri, failpoint=failpoint if killed == "destination" else ""
     )
     guest = Guest(source.file("vda"))
-    migrate = source.start_migrate(uri, "--downtime-limit", "2s")
+    migrate = source.start_migrate(uri, "--downtime-limit", "2s", "--mode", mode)
     if killed == "source":
         source.wait_killed()
         migrate.finish()
@@ -143,7 +155,8 @@ def test_killed_and_started_again(hosts: Hosts, place: Path, killed: str, point:
     assert writable(sides[owner]) == {"vda", "vdb"}, [host.status()["disks"] for host in sides.values()]
     assert writable(other) == set()
     if owner == "destination":
-        assert {disk["state"] for disk in source.status()["disks"]} == {"released"}
+        wait_until(lambda: {disk["state"] for disk in source.status()["disks"]} == {"released"}, "the source's end")
+        assert {disk["state"] for disk in destination.status()["disks"]} == {"owner"}
     guest.end()
     guest.check(sides[owner].file("vda"))
     if owner == "source":

@@ -70,6 +70,7 @@ def test_what_a_person_may_say(state: Ownership | None, owner: Side) -> None:
     expected = {
         (O.HANDED_OFF, Side.SOURCE): (O.OWNER, 6),
         (O.RELEASED, Side.SOURCE): (O.OWNER, 6),
+        (O.LENDING, Side.SOURCE): (O.OWNER, 6),
         (O.HANDED_OFF, Side.DESTINATION): (O.RELEASED, 4),
         (O.PREPARED, Side.SOURCE): (O.INCOMING, 4),
         (O.PREPARED, Side.DESTINATION): (O.OWNER, 4),

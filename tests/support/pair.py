@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from fusemig.disk.base import Disk
+    from fusemig.migration.borrow import Loan
     from fusemig.migration.resume import ResumePoint
     from fusemig.phase import MigrationPhase
     from fusemig.wire.native import DiskOffer
@@ -117,7 +118,16 @@ class Side:
             disk = self.disks[offer.name]
             open_journal = partial(ReceiptJournal, self.journals[offer.name], disk.size)
             on_taken = partial(self._taken, offer.name)
-            claimed.append(IncomingDisk(disk, self.epochs[offer.name], nothing, open_journal, on_taken, is_proved))
+            claimed.append(
+                IncomingDisk(
+                    disk,
+                    self.epochs[offer.name],
+                    nothing,
+                    open_journal,
+                    on_taken=on_taken,
+                    is_as_released=is_proved,
+                )
+            )
         self.busy = True
         return claimed
 
@@ -134,6 +144,9 @@ class Side:
             for record in [file.record]
             if record is not None and (record.session == session or record.image_id in image_ids)
         ]
+
+    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
+        raise PeerRefusedError("nothing is borrowed here")
 
     def let_go(self, disks: Sequence[RecalledDisk]) -> None:
         self.busy = False

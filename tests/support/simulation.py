@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochRecord, Ownership
     from fusemig.errors import FusemigError
+    from fusemig.migration.borrow import Loan
     from fusemig.migration.incoming import AwaitedDisk
     from fusemig.wire.native import DiskOffer
 
@@ -291,6 +292,10 @@ class SimHost:
                 raise PeerRefusedError(f"disk '{served.name}' is busy: {served.busy}")
             served.busy = f"{peer} asks who owns it"
         return [RecalledDisk(served.name, served.epoch_file, served.disk) for served in found]
+
+    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
+        """Lend nothing: post-copy has a simulation of its own."""
+        raise PeerRefusedError("nothing is borrowed here")
 
     def let_go(self, disks: Sequence[RecalledDisk]) -> None:
         """End a reservation."""

@@ -168,8 +168,8 @@ def slot_of(raw: bytes, counter: int) -> bytes:
 @pytest.mark.parametrize(
     "later",
     [
-        {"version": 2, "state": "owner", "image_id": "d15c", "epoch": 5},
-        {"version": 2, "state": "shared", "image_id": "d15c", "epoch": 5},
+        {"version": 3, "state": "owner", "image_id": "d15c", "epoch": 5},
+        {"version": 3, "state": "shared", "image_id": "d15c", "epoch": 5},
         {"version": 3, "who": ["knows"]},
     ],
 )
@@ -335,3 +335,20 @@ def test_what_may_be_durable_is_gone_by(path: Path) -> None:
     file.write(record(Ownership.HANDED_OFF))
     assert file.is_certain
     assert read(path) == record(Ownership.HANDED_OFF)
+
+
+def test_what_is_lent_is_not_read_by_an_earlier_version(path: Path) -> None:
+    """Its record is of version 2, all others of version 1: an earlier daemon would take half a disk for a whole one."""
+    file = EpochFile(path)
+    file.write(record(Ownership.PREPARED))
+    assert file.record is not None
+    assert file.record.version == 1
+    file.write(msgspec.structs.replace(record(Ownership.PREPARED), is_loan=True))
+    assert file.record.version == 2
+    assert file.record.taken().state is Ownership.BORROWING
+    assert file.record.handed_over().state is Ownership.LENDING
+    assert EpochFile(path).record == file.record
+    file.write(record(Ownership.OWNER))
+    assert file.record.version == 1
+    assert file.record.taken().state is Ownership.OWNER
+    assert file.record.handed_over().state is Ownership.RELEASED

@@ -26,6 +26,8 @@ ALLOWED = {
     (P.FROZEN, P.COMMITTED),
     (P.COMMITTED, P.COMPLETED),
     (P.COMMITTED, P.IN_DOUBT),
+    (P.COMMITTED, P.POSTCOPY),
+    (P.POSTCOPY, P.COMPLETED),
     (P.IN_DOUBT, P.COMPLETED),
     (P.IN_DOUBT, P.FAILED),
     (P.CANCELLING, P.CANCELLED),
@@ -40,6 +42,7 @@ PATHS: dict[MigrationPhase, list[MigrationPhase]] = {
     P.CANCELLED: [P.SETUP, P.CANCELLING, P.CANCELLED],
     P.FAILED: [P.SETUP, P.FAILED],
     P.IN_DOUBT: [*WAY[:6], P.IN_DOUBT],
+    P.POSTCOPY: [*WAY[:6], P.POSTCOPY],
     **{phase: WAY[: number + 1] for number, phase in enumerate(WAY)},
 }
 
@@ -78,6 +81,7 @@ def test_what_a_phase_means(phase: MigrationPhase) -> None:
         "active",
         "pre-switchover",
         "device",
+        "postcopy-active",
         "completed",
         "failed",
         "cancelling",
@@ -94,5 +98,5 @@ def test_from_the_commit_on_only_a_doubt_leads_back() -> None:
             if old is here and new not in reachable:
                 reachable.add(new)
                 frontier.append(new)
-    assert reachable == {P.COMMITTED, P.COMPLETED, P.IN_DOUBT, P.FAILED}
+    assert reachable == {P.COMMITTED, P.POSTCOPY, P.COMPLETED, P.IN_DOUBT, P.FAILED}
     assert {old for old, new in ALLOWED if new is P.FAILED and old in reachable} == {P.IN_DOUBT}

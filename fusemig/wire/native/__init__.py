@@ -39,6 +39,10 @@ from fusemig.wire.native.messages import DELTA as DELTA
 from fusemig.wire.native.messages import HAVE_HASHES as HAVE_HASHES
 from fusemig.wire.native.messages import HAVE_VALUES as HAVE_VALUES
 from fusemig.wire.native.messages import KEEP_RUNS as KEEP_RUNS
+from fusemig.wire.native.messages import MAX_DISK_RUNS as MAX_DISK_RUNS
+from fusemig.wire.native.messages import MAX_FETCH_BLOCKS as MAX_FETCH_BLOCKS
+from fusemig.wire.native.messages import MAX_RUNS as MAX_RUNS
+from fusemig.wire.native.messages import POSTCOPY as POSTCOPY
 from fusemig.wire.native.messages import RESUME as RESUME
 from fusemig.wire.native.messages import THIN as THIN
 from fusemig.wire.native.messages import WEIGHED_CHUNKS as WEIGHED_CHUNKS
@@ -52,13 +56,16 @@ from fusemig.wire.native.messages import Covered as Covered
 from fusemig.wire.native.messages import Delta as Delta
 from fusemig.wire.native.messages import DiskOffer as DiskOffer
 from fusemig.wire.native.messages import DiskProof as DiskProof
+from fusemig.wire.native.messages import Fetch as Fetch
 from fusemig.wire.native.messages import FinalProofs as FinalProofs
 from fusemig.wire.native.messages import Have as Have
 from fusemig.wire.native.messages import Hello as Hello
 from fusemig.wire.native.messages import Journaled as Journaled
 from fusemig.wire.native.messages import Keep as Keep
 from fusemig.wire.native.messages import Kept as Kept
+from fusemig.wire.native.messages import Lend as Lend
 from fusemig.wire.native.messages import Like as Like
+from fusemig.wire.native.messages import Missing as Missing
 from fusemig.wire.native.messages import PreparedProofs as PreparedProofs
 from fusemig.wire.native.messages import Progress as Progress
 from fusemig.wire.native.messages import Refuse as Refuse
@@ -71,3 +78,4 @@ from fusemig.wire.native.messages import Taken as Taken
 from fusemig.wire.native.messages import Weigh as Weigh
 from fusemig.wire.native.messages import Weighed as Weighed
 from fusemig.wire.native.messages import Welcome as Welcome
+from fusemig.wire.native.messages import Whole as Whole

@@ -37,13 +37,16 @@ from fusemig.wire.native.messages import (
     Answer,
     Ask,
     Commit,
+    Fetch,
     FinalProofs,
     Have,
     Hello,
     Journaled,
     Keep,
     Kept,
+    Lend,
     Like,
+    Missing,
     PreparedProofs,
     Progress,
     Refuse,
@@ -54,6 +57,7 @@ from fusemig.wire.native.messages import (
     Weigh,
     Weighed,
     Welcome,
+    Whole,
 )
 
 if TYPE_CHECKING:
@@ -100,6 +104,10 @@ class FrameType(IntEnum):
     HAVE = 24  # destination: what it holds of some chunks
     JOURNALED = 25  # destination: every frame up to `sequence` is durable and journaled
     KEPT = 26  # source: which of the chunks of a HAVE are equal here
+    MISSING = 48  # source, before FINAL: what it did not send and the destination has to fetch
+    LEND = 49  # source, instead of HELLO: fetch from here what you lack of the disks that you took
+    FETCH = 50  # destination: send a run of blocks, now
+    WHOLE = 51  # destination: it has everything, durably
     BASE = 0x50  # source: extents that read as the shared base
     PACKED = 0x51  # source: bytes of extents, compressed
     KEEP = 0x52  # source: chunks that are as the destination released them
@@ -136,6 +144,10 @@ Message = (
     | Have
     | Journaled
     | Kept
+    | Missing
+    | Lend
+    | Fetch
+    | Whole
     | Keep
     | Weigh
     | Weighed
@@ -160,6 +172,10 @@ MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
     FrameType.HAVE: Have,
     FrameType.JOURNALED: Journaled,
     FrameType.KEPT: Kept,
+    FrameType.MISSING: Missing,
+    FrameType.LEND: Lend,
+    FrameType.FETCH: Fetch,
+    FrameType.WHOLE: Whole,
     FrameType.KEEP: Keep,
     FrameType.WEIGH: Weigh,
     FrameType.WEIGHED: Weighed,
@@ -179,6 +195,8 @@ FROM_SOURCE: Final = SEQUENCED | frozenset(
         FrameType.ABORT,
         FrameType.ASK,
         FrameType.KEPT,
+        FrameType.MISSING,
+        FrameType.LEND,
         FrameType.KEEP,
         FrameType.WEIGH,
         FrameType.LIKE,

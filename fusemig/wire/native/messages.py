@@ -7,9 +7,19 @@ from typing import Final, Literal
 
 import msgspec
 
+from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
+
 RESUME: Final = "resume"
 """The feature of a side that can go on after a lost connection: it knows HAVE, JOURNALED and what belongs to them."""
 
+POSTCOPY: Final = "postcopy"
+"""The feature of a side that can hand a disk over, or take it, before all of it was sent."""
+MAX_RUNS: Final = 2048
+"""Most runs of a MISSING."""
+MAX_DISK_RUNS: Final = 1 << 20
+"""Most runs in all MISSING of a disk."""
+MAX_FETCH_BLOCKS: Final = CHUNK_SIZE // BLOCK_SIZE
+"""Most blocks of a FETCH."""
 DELTA: Final = "delta"
 """The feature of a destination that can say what it has of a disk that was here before: it knows KEEP to LIKE."""
 THIN: Final = "thin"
@@ -214,6 +224,40 @@ class Kept(msgspec.Struct, frozen=True):
     first: int
     values: bytes
     """64-bit values of the digest, little-endian; 0: it is not equal."""
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """Blocks that the destination lacks or has an older version of; all MISSING of a disk come in ascending order."""
+
+    disk: int
+    """Its place in the offer."""
+    runs: list[tuple[int, int]]
+    """First 4 KiB block and the one after the last of each run; at most `MAX_RUNS`."""
+
+
+class Lend(msgspec.Struct, frozen=True):
+    """The first message of a source whose destination fetches from it; WELCOME, WHOLE or REFUSE is the answer."""
+
+    version: int
+    session: str
+    """The migration that handed the disks over."""
+    disks: list[AskedDisk]
+    """Known by their place here from now on."""
+
+
+class Fetch(msgspec.Struct, frozen=True):
+    """Send the 4 KiB blocks ``first`` to ``stop - 1`` of a disk in one frame, which may tell of more zeros than that.
+
+    They are answered in the order in which they come.
+    """
+
+    disk: int
+    first: int
+    stop: int
+
+
+class Whole(msgspec.Struct, frozen=True):
+    """The destination needs the source no more."""
 
 
 class Journaled(msgspec.Struct, frozen=True):

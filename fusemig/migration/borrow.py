@@ -1,0 +1,300 @@
+"""Borrowing: a destination that owns its disks fetches what is not here yet; the other end is `fusemig.migration.lend`.
+
+    FetchPlan     what to ask for next: what a guest waits for, else the rest of the disks in order
+    Borrowing     keeps as much asked for as the link needs, fills what comes, and says WHOLE at the end
+
+What is asked for in advance is bounded by time, not by size: a guest's own request has that much before it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import structlog
+import trio
+
+from fusemig.convergence import Throughput
+from fusemig.errors import FusemigError, PeerRefusedError, RemoteProtocolError
+from fusemig.units import BLOCK_SIZE, n_blocks
+from fusemig.wire import native
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from fusemig.disk.borrowed import BorrowedDisk
+    from fusemig.migration.link import BufferPool, NativeLink, Offload
+
+PIECE_BLOCKS: Final = 64
+"""Most blocks of a FETCH, so that a guest's request never waits behind a long one."""
+AHEAD_S: Final = 0.01
+"""How long the source is to be busy with what was asked for."""
+MIN_AHEAD_BYTES: Final = 512 << 10
+MAX_AHEAD_BYTES: Final = 4 << 20
+KEEP_INTERVAL_S: Final = 5.0
+"""How often what came is made durable, so that a crash of the host does not cost more."""
+ALIVE_INTERVAL_S: Final = 5.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Loan:
+    """What the daemon lends of a disk that is not all here."""
+
+    disk: BorrowedDisk | None
+    """None: all of it is here already."""
+    repay: Callable[[], None]
+    """Makes it an ordinary disk, durably, when all of it is here; may sleep."""
+
+
+class Request(NamedTuple):
+    """Blocks ``first`` to ``stop - 1`` of a disk."""
+
+    disk: int
+    first: int
+    stop: int
+
+    def overlaps(self, other: Request) -> bool:
+        """Tell whether the two have a block in common."""
+        return self.disk == other.disk and self.first < other.stop and other.first < self.stop
+
+
+class FetchPlan:
+    """Decides what to ask for; no I/O."""
+
+    def __init__(self, disks: Sequence[BorrowedDisk]) -> None:
+        """Plan for what is missing of ``disks``, known by their index."""
+        self._disks = disks
+        self._urgent: deque[Request] = deque()
+        self._cursor = (0, 0)
+        self.asked: deque[Request] = deque()
+        """What was asked for and has not come, in order."""
+
+    def next(self) -> Request | None:
+        """Return what to ask for now and count it as asked for; None: nothing that was not asked for is missing."""
+        for index, disk in enumerate(self._disks):
+            while (wanted := disk.wants.take()) is not None:
+                self._urgent.extend(self._pieces(Request(index, *wanted)))
+        request = self._next_urgent() or self._next_in_order()
+        if request is not None:
+            self.asked.append(request)
+        return request
+
+    def _next_urgent(self) -> Request | None:
+        while self._urgent:
+            # Some of it may have come, or be on its way.
+            pieces = list(self._pieces(self._urgent.popleft()))
+            if pieces:
+                self._urgent.extendleft(reversed(pieces[1:]))
+                return pieces[0]
+        return None
+
+    def _next_in_order(self) -> Request | None:
+        start, block = self._cursor
+        n = len(self._disks)
+        for turn in range(n + 1):  # the disk of the cursor twice: behind the cursor, then before it
+            index = (start + turn) % n
+            disk = self._disks[index]
+            for request in self._pieces(Request(index, block if not turn else 0, n_blocks(disk.size))):
+                self._cursor = (index, request.stop)
+                return request
+        return None
+
+    def _pieces(self, wanted: Request) -> Iterator[Request]:
+        """Yield what is missing of a range and not asked for, in pieces."""
+        under_way = sorted(asked for asked in self.asked if asked.overlaps(wanted))
+        for first, stop in self._disks[wanted.disk].missing(wanted.first, wanted.stop):
+            at = first
+            while at < stop:
+                while under_way and under_way[0].stop <= at:
+                    del under_way[0]
+                end = min(stop, at + PIECE_BLOCKS, under_way[0].first if under_way else stop)
+                if end > at:
+                    yield Request(wanted.disk, at, end)
+                    at = end
+                else:
+                    at = under_way[0].stop
+
+    def expect(self, frame: native.DataFrame | native.ZeroFrame) -> Request:
+        """Return what a frame answers; `answered` is called when it was filled in.
+
+        Raises:
+            RemoteProtocolError: it is not what was asked for first.
+        """
+        if not self.asked:
+            raise RemoteProtocolError("the source sent what nobody asked for")
+        request = self.asked[0]
+        size = self._disks[request.disk].size
+        (offset, length), *more = frame.extents
+        end = offset + length
+        is_data = isinstance(frame, native.DataFrame)
+        due = request.first * BLOCK_SIZE, min(size, request.stop * BLOCK_SIZE)
+        is_right = end == due[1] if is_data else due[1] <= end <= size and (end == size or not end % BLOCK_SIZE)
+        if more or frame.disk != request.disk or offset != due[0] or not is_right:
+            raise RemoteProtocolError(
+                f"the source sent {offset}+{length} of disk {frame.disk} where "
+                f"{due[0]}+{due[1] - due[0]} of disk {request.disk} was due"
+            )
+        return request
+
+    def answered(self) -> None:
+        """Take note that what was asked for first is here."""
+        self.asked.popleft()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is missing and nothing is under way."""
+        return not self.asked and not any(disk.missing_bytes for disk in self._disks)
+
+
+class Borrowing:
+    """Fetches over one connection."""
+
+    def __init__(self, link: NativeLink, loans: Sequence[Loan], pool: BufferPool, offload: Offload) -> None:
+        """Prepare to fetch what is missing of ``loans``, in the order in which the source named them.
+
+        Args:
+            link: whose first message was LEND.
+            loans: the disks; those that are here already are not fetched.
+            pool: gave the link its buffers.
+            offload: runs calls that may sleep.
+        """
+        self._link = link
+        self._loans = loans
+        self._pool = pool
+        self._offload = offload
+        self._disks = [loan.disk for loan in loans if loan.disk is not None]
+        self._plan = FetchPlan(self._disks)
+        # The source counts all the disks that it named.
+        self._wire_index = [index for index, loan in enumerate(loans) if loan.disk is not None]
+        self._ahead_bytes = MIN_AHEAD_BYTES
+        self._asked_bytes = 0
+        self._throughput = Throughput()
+        self._busy_since = 0.0
+        self._wake = trio.Event()
+        self._scope = trio.CancelScope()
+        self._failure: FusemigError | None = None
+        self.received_bytes = 0
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much is still to come."""
+        return sum(disk.missing_bytes for disk in self._disks)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the disks that were not all here."""
+        return sum(disk.size for disk in self._disks)
+
+    async def run(self) -> None:
+        """Fetch until everything is here and durable, then make the disks ordinary ones and tell the source.
+
+        Raises:
+            DiskError: a store failed here; what is missing can still be fetched.
+            FusemigError: the source is gone, or what it sends is wrong.
+
+        Cancellation: at any moment; what has come is here.
+        """
+        if self._disks:
+            await self._link.send_message(native.Welcome(native.VERSION, [native.POSTCOPY]))
+            await self._fetch_all()
+        for loan in self._loans:
+            await self._offload(loan.repay)
+        await self._link.send_message(native.Whole())
+
+    async def _fetch_all(self) -> None:
+        token = trio.lowlevel.current_trio_token()
+
+        def alarm() -> None:
+            token.run_sync_soon(self._ring)
+
+        self._busy_since = trio.current_time()
+        for disk in self._disks:
+            disk.wants.listen(alarm)
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._guard, self._receive)
+                    nursery.start_soon(self._guard, self._keep)
+                    nursery.start_soon(self._guard, self._stay_alive)
+                    await self._guard(self._ask)
+                    nursery.cancel_scope.cancel()
+        finally:
+            for disk in self._disks:
+                disk.wants.listen(None)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _guard(self, task: Callable[[], object]) -> None:
+        """Run a task of the nursery; its failure ends the fetching with this error rather than with a group of them."""
+        try:
+            await task()  # type: ignore[misc]
+        except FusemigError as exc:
+            if self._failure is None:
+                self._failure = exc
+            self._scope.cancel()
+
+    def _ring(self) -> None:
+        self._wake.set()
+
+    async def _ask(self) -> None:
+        while not self._plan.is_done:
+            self._wake = trio.Event()
+            while self._asked_bytes < self._ahead_bytes:
+                request = self._plan.next()
+                if request is None:
+                    break
+                self._asked_bytes += (request.stop - request.first) * BLOCK_SIZE
+                await self._link.send_message(native.Fetch(self._wire_index[request.disk], request.first, request.stop))
+            if not self._plan.is_done:
+                await self._wake.wait()
+
+    async def _receive(self) -> None:
+        while True:
+            event = await self._link.receive()
+            if isinstance(event, native.Abort):
+                raise PeerRefusedError(f"{self._link.peer} cannot lend: {event.reason}")
+            if not isinstance(event, native.DataFrame | native.ZeroFrame):
+                raise RemoteProtocolError(f"{self._link.peer} sent {type(event).__name__} where it lends")
+            if event.disk not in self._wire_index:
+                raise RemoteProtocolError(f"{self._link.peer} sent disk {event.disk}, which is not fetched")
+            event = event._replace(disk=self._wire_index.index(event.disk))
+            request = self._plan.expect(event)
+            await self._offload(self._fill, event)
+            self._plan.answered()
+            self._count((request.stop - request.first) * BLOCK_SIZE)
+            self._wake.set()
+
+    def _count(self, n_bytes: int) -> None:
+        now = trio.current_time()
+        self._asked_bytes -= n_bytes
+        self._throughput.add(n_bytes, now - self._busy_since)
+        self._busy_since = now
+        ahead = int(self._throughput.per_second * AHEAD_S)
+        self._ahead_bytes = max(MIN_AHEAD_BYTES, min(MAX_AHEAD_BYTES, ahead))
+
+    def _fill(self, frame: native.DataFrame | native.ZeroFrame) -> None:
+        disk = self._disks[frame.disk]
+        offset, length = frame.extents[0]
+        if isinstance(frame, native.ZeroFrame):
+            disk.fill(None, offset, length)
+            return
+        frame.verify()
+        disk.fill(frame.payload, offset, length)
+        self.received_bytes += length
+        buffer = frame.payload.obj
+        assert isinstance(buffer, bytearray)
+        self._pool.give_back(buffer)
+
+    async def _keep(self) -> None:
+        while True:
+            await trio.sleep(KEEP_INTERVAL_S)
+            for disk in self._disks:
+                await self._offload(disk.flush)
+
+    async def _stay_alive(self) -> None:
+        while True:
+            await trio.sleep(ALIVE_INTERVAL_S)
+            await self._link.send([native.encode_ack(0)])

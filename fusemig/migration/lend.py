@@ -1,0 +1,187 @@
+"""Lending: a source whose disks were taken over before all of them was sent (post-copy) serves what is missing.
+
+    source (`lending`)                    destination (`borrowing`)
+    LEND          ──────────────>
+                  <──────────────         WELCOME; or WHOLE, if it has everything
+                  <──────────────         FETCH: what a guest waits for first, then the rest in order
+    DATA, ZERO    ──────────────>
+                  <──────────────         WHOLE: all is here, durably, and `owner` is
+    `released`
+
+The image is read and never written from the hand-off on, so the same question has the same answer however often it is
+asked, and a connection that is lost costs nothing but time: another one is made, again and again, by this daemon or the
+next. Nothing but WHOLE ends it: until then both hosts are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+import trio
+from xxhash import xxh3_64_intdigest
+
+from fusemig.epoch import Ownership
+from fusemig.errors import DiskError, FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
+from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
+from fusemig.units import BLOCK_SIZE, n_blocks
+from fusemig.wire import native
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from fusemig.disk.base import Disk
+    from fusemig.epoch import EpochFile
+    from fusemig.migration.link import Offload
+    from fusemig.transport import ByteStream
+
+FIRST_RETRY_S: Final = 0.25
+MAX_RETRY_S: Final = 5.0
+"""How long the next connection is put off; it doubles from the one to the other."""
+_ZEROS: Final = bytes(native.MAX_FETCH_BLOCKS * BLOCK_SIZE)
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LentDisk:
+    """A disk whose epoch file says `lending`."""
+
+    name: str
+    image: Disk
+    epoch_file: EpochFile
+
+
+class Lending:
+    """Serves the disks of one migration until their destination has all of them."""
+
+    def __init__(self, disks: Sequence[LentDisk], dial: Callable[[], Awaitable[ByteStream]], offload: Offload) -> None:
+        """Prepare to lend ``disks``, which were handed over in the same migration.
+
+        Args:
+            disks: at least one.
+            dial: connects to the destination, in time.
+            offload: runs calls that may sleep.
+        """
+        self._disks = disks
+        self._dial = dial
+        self._offload = offload
+        self._pool = BufferPool()
+        records = [disk.epoch_file.record for disk in disks]
+        self._records = [record for record in records if record is not None]
+        self._log = log.bind(migration=self._records[0].session[:8])
+        self.wire_bytes = 0
+        """Bytes handed to the stream, headers included."""
+        self.sent_bytes = 0
+        """Bytes of the disks that were asked for, zeros included."""
+        self.n_connections = 0
+        self.waiting = ""
+        """Why there is no connection at this moment; empty if there is one."""
+
+    async def run(self) -> None:
+        """Lend until the destination has everything and `released` is durable.
+
+        Cancellation: at any moment; what is to be lent is written in the epoch files.
+        """
+        delay_s = FIRST_RETRY_S
+        while True:
+            n_connections = self.n_connections
+            try:
+                await self._lend()
+                await self._release()
+            except FusemigError as exc:
+                if str(exc) != self.waiting:
+                    self._log.warning("the destination cannot fetch what it lacks, trying again", reason=str(exc))
+                self.waiting = str(exc)
+            else:
+                return
+            if self.n_connections > n_connections:
+                delay_s = FIRST_RETRY_S
+            await trio.sleep(delay_s)
+            delay_s = min(2 * delay_s, MAX_RETRY_S)
+
+    async def _lend(self) -> None:
+        """Make one connection and serve over it until WHOLE."""
+        stream = await self._dial()
+        try:
+            link = NativeLink(stream, native.Decoder(native.FROM_DESTINATION, preface=False), self._pool)
+            asked = [native.AskedDisk(record.image_id, record.epoch) for record in self._records]
+            lend = native.Lend(native.VERSION, self._records[0].session, asked)
+            await link.send([native.PREFACE, native.encode_message(lend)])
+            answer = await link.receive(HANDSHAKE_DEADLINE_S)
+            if isinstance(answer, native.Refuse):
+                raise PeerRefusedError(f"{link.peer} does not fetch: {answer.reason}")
+            if isinstance(answer, native.Whole):
+                return
+            if not isinstance(answer, native.Welcome):
+                raise RemoteProtocolError(f"{link.peer} sent {type(answer).__name__} where an answer to LEND was due")
+            self.waiting = ""
+            self.n_connections += 1
+            await self._serve(link)
+        finally:
+            self._pool.clear()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await stream.aclose()
+
+    async def _serve(self, link: NativeLink) -> None:
+        sequence = 0
+        while True:
+            event = await link.receive()
+            match event:
+                case native.Fetch():
+                    sequence += 1
+                    buffers = await self._offload(self._read, event, sequence)
+                    self.wire_bytes += sum(map(len, buffers))
+                    self.sent_bytes += (event.stop - event.first) * BLOCK_SIZE
+                    await link.send(buffers)
+                    if len(buffers) > 1:
+                        self._pool.give_back(buffers[1].obj)
+                case native.Whole():
+                    return
+                case native.Ack():
+                    pass  # proof of life
+                case native.Abort():
+                    raise MigrationError(f"{link.peer} cannot go on: {event.reason}")
+                case _:
+                    raise RemoteProtocolError(f"{link.peer} sent {type(event).__name__} while it fetches")
+
+    def _read(self, fetch: native.Fetch, sequence: int) -> list[memoryview]:
+        """Return the frame that answers a FETCH."""
+        if not 0 <= fetch.disk < len(self._disks):
+            raise RemoteProtocolError(f"disk {fetch.disk} was asked for; there are {len(self._disks)}")
+        image = self._disks[fetch.disk].image
+        n = fetch.stop - fetch.first
+        if not (fetch.first >= 0 and 0 < n <= native.MAX_FETCH_BLOCKS and fetch.stop <= n_blocks(image.size)):
+            raise RemoteProtocolError(f"blocks {fetch.first} to {fetch.stop} were asked for")
+        offset = fetch.first * BLOCK_SIZE
+        end = min(image.size, fetch.stop * BLOCK_SIZE)
+        try:
+            hole = _hole_at(image, offset)
+            if hole >= end:
+                return [memoryview(native.encode_zero(fetch.disk, sequence, [(offset, hole - offset)]))]
+            view = memoryview(self._pool.take())[: end - offset]
+            image.pread_into(view, offset)
+        except DiskError as exc:
+            raise MigrationError(f"{exc}; the destination needs it: mend the image, serving it goes on then") from exc
+        if bytes(view) == _ZEROS[: len(view)]:
+            return [memoryview(native.encode_zero(fetch.disk, sequence, [(offset, len(view))]))]
+        head = native.encode_data(fetch.disk, sequence, [(offset, len(view))], xxh3_64_intdigest(view), len(view))
+        return [memoryview(head), view]
+
+    async def _release(self) -> None:
+        for disk, record in zip(self._disks, self._records, strict=True):
+            await self._offload(
+                disk.epoch_file.write, msgspec.structs.replace(record, state=Ownership.RELEASED, is_loan=False)
+            )
+        self._log.info("the destination has everything", sent_bytes=self.sent_bytes)
+
+
+def _hole_at(image: Disk, offset: int) -> int:
+    """Return where the hole at ``offset`` ends, in whole blocks; ``offset`` if there is none."""
+    found = next(image.extents(offset, image.size - offset), None)
+    if found is None or found.is_data:
+        return offset
+    end = found.offset + found.length
+    return end if end == image.size else max(offset, end - end % BLOCK_SIZE)

@@ -1,0 +1,239 @@
+"""Post-copy with real daemons: the destination's guest runs at once, and what is missing comes when it is needed."""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import os
+import random
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fusemig.wire.native import FrameType
+from support.hosts import MIB, QmpRefusedError, pread, pwrite, wait_until, write_random
+from support.loops import check_ext4, loop_device, mounted, run
+from support.proxy import Fault, FaultProxy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from support.hosts import Host, Hosts
+
+pytestmark = pytest.mark.fuse
+
+SIZE = 24 * MIB + 4096 + 512
+
+
+def loan_map(host: Host) -> Path:
+    image = host.images["vda"]
+    return image.with_name(f"{image.name}.fusemig-loan")
+
+
+class Reader:
+    """A read in a thread, because it may have to wait."""
+
+    def __init__(self, path: Path, length: int, offset: int) -> None:
+        self.result: bytes | OSError | None = None
+        self._thread = threading.Thread(target=self._read, args=(path, length, offset), daemon=True)
+        self._thread.start()
+
+    def _read(self, path: Path, length: int, offset: int) -> None:
+        try:
+            self.result = pread(path, length, offset)
+        except OSError as error:
+            self.result = error
+
+    def join(self) -> bytes | OSError | None:
+        self._thread.join(30)
+        return self.result
+
+
+@pytest.mark.parametrize("lane", ["data", "pyfuse3"])
+def test_everything_comes(hosts: Hosts, place: Path, lane: str) -> None:
+    """The whole image, of which nothing was sent before the hand-off; holes stay holes."""
+    image = write_random(place / "a.img", SIZE)
+    with image.open("r+b") as file:
+        os.truncate(file.fileno(), SIZE + 64 * MIB)
+    source = hosts.start("source", {"vda": image}, options=["--lane", lane])
+    destination = hosts.destination(options=["--lane", lane])
+    events = destination.qmp
+    done = source.migrate(destination.uri, "--mode", "postcopy")
+    assert done.exit_code == 0, done.stderr
+    assert source.disk()["state"] == "released"
+    assert destination.disk()["state"] == "owner"
+    info = source.migration()
+    assert info["x-fusemig"]["mode"] == "postcopy"
+    assert info["disk"]["remaining"] == 0
+    assert info["disk"]["transferred"] > SIZE
+    pwrite(destination.file(), b"mine", SIZE)
+    with pytest.raises(OSError, match="Read-only"):
+        pwrite(source.file(), b"not mine")
+    assert not loan_map(destination).exists()
+    destination.status()
+    names = events.event_names()
+    assert names.count("RESUME") == 1
+    assert destination.stop() == 0
+    assert source.stop() == 0
+    assert image.stat().st_blocks * 512 < SIZE + MIB
+    assert destination.images["vda"].stat().st_blocks * 512 < SIZE + MIB
+    with destination.images["vda"].open("r+b") as file:
+        file.seek(SIZE)
+        file.write(bytes(4))
+    assert filecmp.cmp(image, destination.images["vda"], shallow=False)
+
+
+def interrupted(hosts: Hosts, place: Path, proxy: FaultProxy, destination: Host, n_frames: int = 6) -> Host:
+    """Hand over, and lose the connection for good when a few pieces have been fetched; return the source."""
+    image = write_random(place / "a.img", SIZE)
+    source = hosts.start("source", {"vda": image})
+    proxy.arm(FrameType.DATA, Fault.CUT, n_frames)
+    source.start_migrate(proxy.uri, "--mode", "postcopy")
+    assert proxy.struck.wait(20)
+    proxy.is_barred = True
+    wait_until(lambda: destination.disk()["state"] == "borrowing", "the hand-off")
+    return source
+
+
+def test_a_lost_link_parks_reads_and_whole_blocks_need_none(hosts: Hosts, place: Path) -> None:
+    """What is here is read, whole blocks are written, what is missing waits; and all of it when the link is back."""
+    destination = hosts.destination()
+    with FaultProxy(destination.uri) as proxy:
+        source = interrupted(hosts, place, proxy, destination)
+        original = source.images["vda"].read_bytes()
+        assert pread(destination.file(), 4096) == original[:4096]
+        new = random.Random(3).randbytes(8192)
+        pwrite(destination.file(), new, SIZE - SIZE % 4096 - 16384, os.O_DSYNC)
+        assert pread(destination.file(), 8192, SIZE - SIZE % 4096 - 16384) == new
+        reader = Reader(destination.file(), 512, SIZE - 512)
+        cut = threading.Thread(
+            target=pwrite, args=(destination.file(), b"cut", 20 * MIB + 100, os.O_DSYNC), daemon=True
+        )
+        cut.start()
+        wait_until(lambda: destination.disk()["waiting-requests"] >= 2, "two requests that wait")
+        assert reader.result is None
+        assert source.phase() == "postcopy"
+        assert source.migration()["status"] == "postcopy-active"
+        with pytest.raises(QmpRefusedError, match="not all here yet"):
+            destination.qmp.execute("migrate", {"uri": "tcp:127.0.0.1:1", "blk": True})
+        proxy.is_barred = False
+        assert reader.join() == original[-512:]
+        cut.join(30)
+        assert source.wait_phase("completed")
+        expected = bytearray(original)
+        at = SIZE - SIZE % 4096 - 16384
+        expected[at : at + 8192] = new
+        expected[20 * MIB + 100 : 20 * MIB + 103] = b"cut"
+        assert destination.stop() == 0
+        assert destination.images["vda"].read_bytes() == expected
+        assert source.images["vda"].read_bytes() == original
+
+
+@pytest.mark.parametrize("side", ["source", "destination", "both"])
+def test_a_daemon_that_is_killed_goes_on(hosts: Hosts, place: Path, side: str) -> None:
+    """What guests wrote to missing blocks before the kill is there after it, and the rest still comes."""
+    destination = hosts.destination()
+    port = destination.uri.rsplit(":", 1)[1]
+    with FaultProxy(destination.uri) as proxy:
+        source = interrupted(hosts, place, proxy, destination)
+        original = source.images["vda"].read_bytes()
+        new = random.Random(4).randbytes(MIB)
+        pwrite(destination.file(), new, 12 * MIB)
+        if side != "source":
+            destination.kill()
+            refused = hosts.make("plain", destination.images).serve()
+            assert refused.exit_code != 0
+            assert "is not all here" in refused.stderr
+            destination = hosts.start("destination", destination.images, incoming=f"tcp:127.0.0.1:{port}")
+        if side != "destination":
+            source.kill()
+            source = hosts.start("source", source.images)
+            assert source.disk()["state"] == "lending"
+            with pytest.raises(OSError, match="Read-only"):
+                pwrite(source.file(), b"not mine")
+        assert pread(destination.file(), MIB, 12 * MIB) == new
+        proxy.is_barred = False
+        wait_until(lambda: destination.disk()["state"] == "owner", "the end of the loan")
+        wait_until(lambda: source.disk()["state"] == "released", "the source's word on it")
+        assert destination.stop() == 0
+        expected = original[: 12 * MIB] + new + original[13 * MIB :]
+        assert destination.images["vda"].read_bytes() == expected
+
+
+def test_a_map_that_is_gone_is_noticed(hosts: Hosts, place: Path) -> None:
+    """Without it nobody can tell what is missing: the image is not served."""
+    destination = hosts.destination()
+    with FaultProxy(destination.uri) as proxy:
+        interrupted(hosts, place, proxy, destination)
+        destination.kill()
+        loan_map(destination).unlink()
+        refused = hosts.make("again", destination.images, incoming="tcp:127.0.0.1:0").serve()
+        assert refused.exit_code == 2
+        assert "the map of what is missing" in refused.stderr
+
+
+def test_a_daemon_that_ends_answers_what_waits(hosts: Hosts, place: Path) -> None:
+    """EIO, not a hang; the migration of a source that ends says what to do."""
+    destination = hosts.destination()
+    with FaultProxy(destination.uri) as proxy:
+        source = interrupted(hosts, place, proxy, destination)
+        reader = Reader(destination.file(), 512, SIZE - 512)
+        wait_until(lambda: destination.disk()["waiting-requests"] == 1, "a request that waits")
+        assert destination.stop() == 0
+        result = reader.join()
+        assert isinstance(result, OSError)
+        assert result.errno in (errno.EIO, errno.ENOTCONN)
+        assert source.stop() == 0
+        assert "serve the disks here again, and it goes on" in source.log()
+
+
+def test_from_a_running_migration(hosts: Hosts, place: Path) -> None:
+    """Half was sent before; a hot block is fetched as it is now and not as it was sent."""
+    source, destination = hosts.pair(64 * MIB)
+    source.set_parameters(max_bandwidth=16 * MIB)
+    source.qmp.execute("migrate", {"uri": destination.uri, "blk": True})
+    wait_until(lambda: source.migration().get("disk", {}).get("transferred", 0) > 4 * MIB, "the first chunks")
+    pwrite(source.file(), b"newer than what was sent", 0, os.O_DSYNC)
+    source.qmp.execute("migrate-start-postcopy")
+    source.wait_phase("completed")
+    assert source.migration()["disk"]["transferred"] < 70 * MIB
+    assert source.images["vda"].read_bytes() == destination.images["vda"].read_bytes()
+    with pytest.raises(QmpRefusedError, match="can only be started during"):
+        source.qmp.execute("migrate-start-postcopy")
+
+
+def test_refusals(hosts: Hosts, place: Path) -> None:
+    """QEMU's wire and a guest that moves cannot go with it."""
+    source, destination = hosts.pair(MIB)
+    for more in (
+        {"x-fusemig-wire": "qemu"},
+        {"x-fusemig-guest": "qmp:/nonexistent", "x-fusemig-guest-destination": "qmp:/x"},
+    ):
+        with pytest.raises(QmpRefusedError, match="post-copy"):
+            source.qmp.execute("migrate", {"uri": destination.uri, "blk": True, "x-fusemig-mode": "postcopy"} | more)
+    assert source.phase() == "none"
+
+
+def test_ext4_is_mounted_while_most_is_missing(hosts: Hosts, place: Path) -> None:
+    """A file system is mounted and written at the destination before its blocks came, and is clean afterwards."""
+    image = place / "a.img"
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+    run("mkfs.ext4", "-q", "-F", image)
+    source = hosts.start("source", {"vda": image})
+    destination = hosts.destination()
+    with loop_device(source.file()) as device, mounted(device, place / "there") as tree:
+        for number in range(24):
+            (tree / f"file{number}").write_bytes(random.Random(number).randbytes(MIB))
+    with FaultProxy(destination.uri) as proxy:
+        proxy.arm(FrameType.DATA, Fault.CUT, 8)
+        source.start_migrate(proxy.uri, "--mode", "postcopy")
+        assert proxy.struck.wait(20)
+        with loop_device(destination.file()) as device, mounted(device, place / "here") as tree:
+            for number in range(0, 24, 2):
+                assert (tree / f"file{number}").read_bytes() == random.Random(number).randbytes(MIB)
+            (tree / "new").write_bytes(b"written here")
+        source.wait_phase("completed")
+    assert destination.stop() == 0
+    check_ext4(destination.images["vda"])

@@ -1,0 +1,287 @@
+"""Post-copy in one loop, on a virtual clock, with everything that can go wrong with a link, a host and a power supply.
+
+A source lends an image that never changes; a destination whose stores can be killed in any call fetches it while a
+guest reads and writes there. The model knows of each sector what it may hold: after an acknowledged write one value,
+after a power loss any that it had since the last flush that was answered. A run ends when the source is told WHOLE.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+import trio.testing
+
+from fusemig.disk.allocation import AllocationMap, map_size
+from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
+from fusemig.disk.memory import MemoryDisk
+from fusemig.epoch import EpochFile, EpochRecord, Ownership
+from fusemig.errors import ConnectionLostError, DiskError, FusemigError
+from fusemig.migration.borrow import Borrowing, Loan
+from fusemig.migration.lend import Lending, LentDisk
+from fusemig.migration.link import BufferPool, NativeLink
+from fusemig.units import BLOCK_SIZE, SECTOR_SIZE, n_blocks
+from fusemig.wire import native
+from support.crash import CrashDisk, Fate, KilledError
+from support.faults import KINDS, FaultyStream
+from support.pair import inline
+from support.streams import Pipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 150 * BLOCK_SIZE + 1536
+N_RUNS = 40
+"""And fifty times as many with ``--nightly``."""
+N_OPERATIONS = 60
+
+
+class World:
+    """What survives, what lives now, and what the guest may expect."""
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        self.origin = MemoryDisk("d", SIZE)
+        content = bytearray(rng.randbytes(SIZE))
+        for _ in range(3):
+            at = rng.randrange(n_blocks(SIZE)) * BLOCK_SIZE
+            content[at : at + 20 * BLOCK_SIZE] = bytes(len(content[at : at + 20 * BLOCK_SIZE]))
+        self.origin.content[:] = content
+        self.epoch_file = EpochFile(directory / f"{seed}.fusemig")
+        self.epoch_file.write(
+            EpochRecord(state=Ownership.LENDING, image_id="i", epoch=0, session="s", peer="x", is_loan=True)
+        )
+        self.fate = Fate()
+        self.image = CrashDisk("d", SIZE, self.fate, rng)
+        self.store = CrashDisk("d", map_size(SIZE), self.fate, rng)
+        self.boot = 0
+        self.n_deaths = self.n_cuts = 0
+        self.is_repaid = False
+        self.may: list[set[bytes]] = [{bytes(content[at : at + 512])} for at in range(0, SIZE, SECTOR_SIZE)]
+        """For each sector the values that it may have after a power loss."""
+        self.now: list[bytes | None] = [next(iter(one)) for one in self.may]
+        """Its value; None: one of those that it may have."""
+        self.connection: FaultyStream | None = None
+        self.disk = self._take_over(content)
+
+    def _take_over(self, content: bytearray) -> BorrowedDisk:
+        """Some of it was sent before, and some of that is out of date."""
+        missing = []
+        for block in range(n_blocks(SIZE)):
+            at = block * BLOCK_SIZE
+            part = content[at : at + BLOCK_SIZE]
+            if self.rng.random() < 0.8:
+                missing.append((block, block + 1))
+                part = bytearray(self.rng.randbytes(len(part)))
+            self.image.pwrite(part, at)
+        self.image.flush()
+        return BorrowedDisk(self.image, new_map(self.store, self.image, missing, "boot 0"), Wants("d"))
+
+    def die(self) -> None:
+        """The destination's process is no more; perhaps nor are its page caches."""
+        self.n_deaths += 1
+        self.fate.left = None
+        if self.connection is not None:
+            self.connection.close()
+        if self.rng.random() < 0.5:
+            self.boot += 1
+            for store in (self.image, self.store):
+                store.lose_power()
+            self.now = [next(iter(one)) if len(one) == 1 else None for one in self.may]
+        self.disk = BorrowedDisk(self.image, AllocationMap(self.store, SIZE, f"boot {self.boot}"), Wants("d"))
+        self.disk._allocation.begin(self.image.flush, "")
+
+    # The guest
+
+    def note_write(self, data: bytes, offset: int, *, is_done: bool) -> None:
+        for at in range(0, len(data), SECTOR_SIZE):
+            sector, value = (offset + at) // SECTOR_SIZE, data[at : at + SECTOR_SIZE]
+            if is_done:
+                self.may[sector].add(value)
+                self.now[sector] = value
+            else:  # a kill tears it at any byte
+                old = [now] if (now := self.now[sector]) is not None else self.may[sector]
+                self.may[sector] = {value[:n] + one[n:] for one in old for n in range(SECTOR_SIZE + 1)} | self.may[
+                    sector
+                ]
+                self.now[sector] = None
+
+    def check(self, data: bytes | bytearray, offset: int) -> None:
+        for at in range(0, len(data), SECTOR_SIZE):
+            sector, value = (offset + at) // SECTOR_SIZE, bytes(data[at : at + SECTOR_SIZE])
+            known = self.now[sector]
+            assert value == known if known is not None else value in self.may[sector], f"sector {sector}"
+            self.now[sector] = value
+
+    async def guest(self) -> None:
+        for _ in range(N_OPERATIONS):
+            await trio.sleep(self.rng.choice((0, 0.001, 0.02)))
+            if self.rng.random() < 0.05:
+                self.fate.left = self.rng.randrange(6)
+            try:
+                await self._operate()
+            except KilledError:
+                self.die()
+
+    async def _operate(self) -> None:
+        rng, disk = self.rng, self.disk
+        grain = rng.choice((SECTOR_SIZE, BLOCK_SIZE))
+        offset = rng.randrange(SIZE // grain) * grain
+        length = min(SIZE - offset, rng.randrange(1, 8) * grain)
+        what = rng.choice(("read", "read", "write", "write", "zero", "flush"))
+        if what == "flush":
+            disk.flush()
+            self.may = [one if now is None else {now} for one, now in zip(self.may, self.now, strict=True)]
+            return
+        while disk.waits_for_peer(offset, length, is_write=what != "read"):
+            wants = disk.wants
+            me = object()
+            first, stop = offset // BLOCK_SIZE, n_blocks(offset + length)
+            wants._waiting[me] = first, stop  # as `Wants.wait` does, without blocking the only thread
+            wants._wanted.append((first, stop))
+            if wants._alarm is not None:
+                wants._alarm()
+            await trio.sleep(0.02)
+            wants._waiting.pop(me, None)
+            if disk is not self.disk:
+                return  # it died with its daemon
+        if what == "read":
+            self.check(disk.pread(length, offset), offset)
+            return
+        data = bytes(length) if what == "zero" else rng.randbytes(length)
+        try:
+            disk.pwrite(data, offset) if what == "write" else disk.write_zeroes(offset, length)
+        except KilledError:
+            self.note_write(data, offset, is_done=False)
+            raise
+        self.note_write(data, offset, is_done=True)
+
+    # The two ends
+
+    async def dial(self) -> FaultyStream:
+        await trio.sleep(0.001)
+        if self.rng.random() < 0.2:
+            raise ConnectionLostError("nobody answers")
+        there, back = Pipe(), Pipe()
+        ours = FaultyStream("destination", there, back, 50e6)
+        theirs = self.connection = FaultyStream("source", back, there, 50e6)
+        for stream in (ours, theirs):
+            if self.rng.random() < 0.6 and self.n_cuts < 6:
+                self.n_cuts += 1
+                stream.flip_at = self.rng.randrange(1 << 20)
+                stream.faults[self.rng.randrange(1, 30)] = self.rng.choice(KINDS)
+        self.nursery.start_soon(self._borrow, theirs)
+        return ours
+
+    async def _borrow(self, stream: FaultyStream) -> None:
+        disk = self.disk
+        pool = BufferPool()
+        link = NativeLink(stream, native.Decoder(native.FROM_SOURCE, preface=True), pool)
+        try:
+            assert isinstance(await link.receive(), native.Lend)
+            await Borrowing(link, [Loan(None if self.is_repaid else disk, self._repay)], pool, inline).run()
+        except KilledError:
+            self.die()
+        except BaseExceptionGroup as group:
+            killed, rest = group.split(KilledError)
+            if rest is not None:
+                raise rest from None
+            assert killed is not None
+            self.die()
+        except FusemigError:
+            pass
+        finally:
+            stream.close()
+
+    def _repay(self) -> None:
+        if self.is_repaid:
+            return
+        assert not self.disk.missing_bytes
+        self.disk.flush()
+        self.is_repaid = True
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as self.nursery:
+            lending = Lending([LentDisk("d", self.origin, self.epoch_file)], self.dial, inline)
+            self.nursery.start_soon(self.guest)
+            with trio.fail_after(3600):
+                await lending.run()
+        assert self.is_repaid
+        record = EpochFile(self.epoch_file.path).record
+        assert record is not None
+        assert record.state is Ownership.RELEASED
+        self.check(self.image.content, 0)
+
+
+@pytest.fixture
+def autojump_clock() -> trio.testing.MockClock:
+    return trio.testing.MockClock(autojump_threshold=0)
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 50))])
+def test_everything_comes_whatever_happens(tmp_path: Path, first: int) -> None:
+    """Many worlds; each of the things that can happen did."""
+    n_deaths = n_cuts = n_power = 0
+    for seed in range(first * N_RUNS, (first + 1) * N_RUNS):
+        world = World(tmp_path, seed)
+        try:
+            trio.run(world.run, clock=trio.testing.MockClock(autojump_threshold=0))
+        except BaseException as exc:
+            exc.add_note(f"seed {seed}")
+            raise
+        n_deaths += world.n_deaths
+        n_cuts += world.n_cuts
+        n_power += world.boot
+    assert n_deaths > N_RUNS / 10
+    assert n_power > N_RUNS / 30
+    assert n_cuts > N_RUNS / 2
+
+
+@pytest.mark.parametrize("what", ["data", "zeros", "other disk", "too far"])
+async def test_a_source_that_sends_something_else_is_not_believed(what: str, autojump_clock: object) -> None:
+    """What was not asked for changes nothing."""
+    image, store = MemoryDisk("d", SIZE), MemoryDisk("d", map_size(SIZE))
+    disk = BorrowedDisk(image, new_map(store, image, [(8, 20)], "boot"), Wants("d"))
+    there, back = Pipe(), Pipe()
+    ours, theirs = FaultyStream("destination", there, back), FaultyStream("source", back, there)
+    source = NativeLink(ours, native.Decoder(native.FROM_DESTINATION, preface=False), BufferPool())
+    pool = BufferPool()
+    link = NativeLink(theirs, native.Decoder(native.FROM_SOURCE, preface=False), pool)
+    wrong = {
+        "data": native.encode_data(0, 1, [(0, BLOCK_SIZE)], 0, BLOCK_SIZE) + bytes(BLOCK_SIZE),
+        "zeros": native.encode_zero(0, 1, [(9 * BLOCK_SIZE, 11 * BLOCK_SIZE)]),
+        "other disk": native.encode_zero(1, 1, [(8 * BLOCK_SIZE, 12 * BLOCK_SIZE)]),
+        "too far": native.encode_zero(0, 1, [(8 * BLOCK_SIZE, SIZE)]),
+    }[what]
+    async with trio.open_nursery() as nursery:
+
+        async def lie() -> None:
+            assert isinstance(await source.receive(), native.Welcome)
+            assert await source.receive() == native.Fetch(0, 8, 20)
+            await source.send([wrong])
+
+        nursery.start_soon(lie)
+        with pytest.raises(FusemigError, match="sent"):
+            await Borrowing(link, [Loan(disk, lambda: None)], pool, inline).run()
+    assert list(disk.missing(0, n_blocks(SIZE))) == [(8, 20)]
+    assert not any(image.content)
+
+
+def test_a_store_that_fails_ends_it_and_loses_nothing() -> None:
+    """A block that could not be written is missing still."""
+
+    class Full(MemoryDisk):
+        def pwrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+            if offset >= 10 * BLOCK_SIZE:
+                raise DiskError(28, "no room", offset, len(data))
+            super().pwrite(data, offset)
+
+    image, store = Full("d", SIZE), MemoryDisk("d", map_size(SIZE))
+    disk = BorrowedDisk(image, new_map(store, image, [(8, 20)], "boot"), Wants("d"))
+    with pytest.raises(DiskError, match="no room"):
+        disk.fill(memoryview(bytearray(b"x" * 8 * BLOCK_SIZE)), 9 * BLOCK_SIZE + 3 * BLOCK_SIZE, 8 * BLOCK_SIZE)
+    assert list(disk.missing(0, 30)) == [(8, 20)]
+    disk.fill(memoryview(bytearray(b"x" * 2 * BLOCK_SIZE)), 8 * BLOCK_SIZE, 2 * BLOCK_SIZE)
+    assert list(disk.missing(0, 30)) == [(10, 20)]

@@ -1,0 +1,220 @@
+"""BorrowedDisk: requests that wait for what is missing; FetchPlan: what is asked for, and in which order."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusemig.disk.allocation import map_size
+from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
+from fusemig.disk.memory import MemoryDisk
+from fusemig.errors import DiskError, RemoteProtocolError
+from fusemig.migration.borrow import PIECE_BLOCKS, FetchPlan, Request
+from fusemig.units import BLOCK_SIZE, n_blocks
+from fusemig.wire import native
+from support.hosts import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+SIZE = 64 * BLOCK_SIZE + 512
+BLOCKS = n_blocks(SIZE)
+
+
+def borrowed(missing: Sequence[tuple[int, int]], *, size: int = SIZE, patience_s: float = 60.0) -> BorrowedDisk:
+    """Return a disk of 0x11 bytes, of which some blocks are missing (and hold 0xEE, which nobody may see)."""
+    image, store = MemoryDisk("d", size), MemoryDisk("d", map_size(size))
+    image.content[:] = b"\x11" * size
+    for first, stop in missing:
+        end = min(size, stop * BLOCK_SIZE)
+        image.content[first * BLOCK_SIZE : end] = b"\xee" * (end - first * BLOCK_SIZE)
+    return BorrowedDisk(image, new_map(store, image, missing, "boot"), Wants("d", patience_s))
+
+
+class Later(threading.Thread):
+    """A request in a thread."""
+
+    def __init__(self, request: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._request = request
+        self.result: object = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self._request()
+        except DiskError as error:
+            self.result = error
+
+
+def test_a_read_waits_and_is_asked_for_with_its_neighbours() -> None:
+    """A little more than it needs; it is answered when what it needs is there."""
+    disk = borrowed([(20, 40)])
+    assert disk.waits_for_peer(20 * BLOCK_SIZE, 10, is_write=False)
+    assert not disk.pread_nowait(memoryview(bytearray(10)), 20 * BLOCK_SIZE)
+    rings = []
+    disk.wants.listen(lambda: rings.append(1))
+    read = Later(lambda: disk.pread(10, 20 * BLOCK_SIZE + 7))
+    wait_until(lambda: disk.wants.n_waiting == 1, "the read")
+    assert rings
+    assert disk.wants.take() == (16, 32)
+    assert disk.wants.take() is None
+    disk.fill(memoryview(bytearray(b"\x22" * BLOCK_SIZE)), 21 * BLOCK_SIZE, BLOCK_SIZE)
+    assert read.is_alive()
+    disk.fill(memoryview(bytearray(b"\x33" * BLOCK_SIZE)), 20 * BLOCK_SIZE, BLOCK_SIZE)
+    read.join(20)
+    assert read.result == b"\x33" * 10
+    assert disk.missing_bytes == 18 * BLOCK_SIZE
+
+
+def test_what_waits_is_wanted_again_by_the_next_connection() -> None:
+    """The one before may have asked for it and be gone."""
+    disk = borrowed([(3, 4)])
+    read = Later(lambda: disk.pread(1, 3 * BLOCK_SIZE))
+    wait_until(lambda: disk.wants.n_waiting == 1, "the read")
+    assert disk.wants.take() == (0, 16)
+    disk.wants.listen(None)
+    disk.wants.listen(lambda: None)
+    assert disk.wants.take() == (0, 16)
+    disk.fill(None, 3 * BLOCK_SIZE, BLOCK_SIZE)
+    read.join(20)
+    assert read.result == b"\0"
+
+
+def test_whole_blocks_are_written_without_waiting_and_never_undone() -> None:
+    """What comes afterwards is older."""
+    disk = borrowed([(8, 16)])
+    assert not disk.waits_for_peer(8 * BLOCK_SIZE, 2 * BLOCK_SIZE, is_write=True)
+    disk.pwrite(b"\x44" * 2 * BLOCK_SIZE, 8 * BLOCK_SIZE)
+    disk.write_zeroes(10 * BLOCK_SIZE, BLOCK_SIZE)
+    disk.fill(memoryview(bytearray(b"\x55" * 8 * BLOCK_SIZE)), 8 * BLOCK_SIZE, 8 * BLOCK_SIZE)
+    expected = b"\x44" * 2 * BLOCK_SIZE + bytes(BLOCK_SIZE) + b"\x55" * 5 * BLOCK_SIZE
+    assert disk.pread(8 * BLOCK_SIZE, 8 * BLOCK_SIZE) == expected
+    assert not disk.missing_bytes
+
+
+@pytest.mark.parametrize("what", ["write", "zero"])
+def test_a_write_that_cuts_missing_blocks_waits_for_their_rest(what: str) -> None:
+    """For the first and the last block, and for nothing between them."""
+    disk = borrowed([(8, 16)])
+    offset, length = 8 * BLOCK_SIZE + 100, 4 * BLOCK_SIZE
+    assert disk.waits_for_peer(offset, length, is_write=True)
+    data = b"\x66" * length if what == "write" else bytes(length)
+    write = Later(lambda: disk.pwrite(data, offset) if what == "write" else disk.write_zeroes(offset, length))
+    wait_until(lambda: disk.wants.n_waiting == 1, "the first edge")
+    disk.fill(memoryview(bytearray(b"\x77" * BLOCK_SIZE)), 8 * BLOCK_SIZE, BLOCK_SIZE)
+    wait_until(lambda: disk.wants.n_waiting == 1, "the last edge")
+    assert write.is_alive()
+    disk.fill(memoryview(bytearray(b"\x77" * BLOCK_SIZE)), 12 * BLOCK_SIZE, BLOCK_SIZE)
+    write.join(20)
+    assert not write.is_alive()
+    assert write.result is None
+    found = disk.pread(5 * BLOCK_SIZE, 8 * BLOCK_SIZE)
+    assert found == b"\x77" * 100 + data + b"\x77" * (BLOCK_SIZE - 100)
+    assert list(disk.missing(0, BLOCKS)) == [(13, 16)]
+
+
+def test_the_last_block_of_a_disk_may_be_short() -> None:
+    """A write up to the end leaves nothing of it as it was."""
+    disk = borrowed([(BLOCKS - 1, BLOCKS)])
+    assert not disk.waits_for_peer(SIZE - 512, 512, is_write=True)
+    disk.pwrite(b"\x88" * 512, SIZE - 512)
+    assert not disk.missing_bytes
+    assert disk.pread(512, SIZE - 512) == b"\x88" * 512
+
+
+@pytest.mark.parametrize("end", ["patience", "close"])
+def test_what_does_not_come_is_an_error(end: str) -> None:
+    """EIO, and the same request succeeds when it has come."""
+    disk = borrowed([(3, 4)], patience_s=0.05 if end == "patience" else 60.0)
+    read = Later(lambda: disk.pread(1, 3 * BLOCK_SIZE))
+    if end == "close":
+        wait_until(lambda: disk.wants.n_waiting == 1, "the read")
+        disk.wants.close()
+    read.join(20)
+    assert isinstance(read.result, DiskError)
+    assert read.result.errno == errno.EIO
+    disk.fill(None, 3 * BLOCK_SIZE, BLOCK_SIZE)
+    assert disk.pread(1, 3 * BLOCK_SIZE) == b"\0"
+
+
+# What to ask for
+
+
+def disks_with(runs: list[tuple[int, int]]) -> list[BorrowedDisk]:
+    return [borrowed(runs), borrowed([], size=BLOCK_SIZE), borrowed([(0, 1)], size=BLOCK_SIZE)]
+
+
+def zero(request: Request, disk: BorrowedDisk) -> native.ZeroFrame:
+    offset = request.first * BLOCK_SIZE
+    return native.ZeroFrame(request.disk, 1, [(offset, min(disk.size, request.stop * BLOCK_SIZE) - offset)])
+
+
+@given(st.sets(st.integers(0, BLOCKS - 1)), st.data())
+def test_every_missing_block_is_asked_for_once_and_nothing_else(blocks: set[int], data: st.DataObject) -> None:
+    """Whatever guests want, write or have fetched meanwhile, and in whatever order answers come in between."""
+    disks = disks_with([(block, block + 1) for block in sorted(blocks)])
+    plan, asked = FetchPlan(disks), set[tuple[int, int]]()
+    while not plan.is_done:
+        what = data.draw(st.sampled_from(["ask", "ask", "answer", "want", "write"]))
+        if what == "want":
+            first = data.draw(st.integers(0, BLOCKS - 1))
+            disks[0].wants._wanted.append((first, min(BLOCKS, first + data.draw(st.integers(1, 20)))))
+        elif what == "write":
+            disks[0].pwrite(bytes(BLOCK_SIZE), data.draw(st.integers(0, BLOCKS - 2)) * BLOCK_SIZE)
+        elif what == "ask" and (request := plan.next()) is not None:
+            assert 0 < request.stop - request.first <= PIECE_BLOCKS
+            new = {(request.disk, block) for block in range(request.first, request.stop)}
+            assert not new & asked
+            asked |= new
+        elif plan.asked:
+            head = plan.asked[0]
+            frame = zero(head, disks[head.disk])
+            assert plan.expect(frame) == head
+            disks[head.disk].fill(None, *frame.extents[0])
+            plan.answered()
+    assert asked <= {(2, 0), *((0, block) for block in blocks)}
+    assert not any(disk.missing_bytes for disk in disks)
+    assert plan.next() is None
+
+
+def test_what_a_guest_waits_for_goes_first() -> None:
+    """In front of what comes next in order, and only what of it is missing."""
+    plan = FetchPlan(disks := disks_with([(0, 20), (40, 60)]))
+    assert plan.next() == Request(0, 0, 20)
+    disks[0].wants._wanted.append((30, 50))
+    disks[2].wants._wanted.append((0, 1))
+    disks[0].pwrite(bytes(BLOCK_SIZE), 45 * BLOCK_SIZE)
+    assert plan.next() == Request(0, 40, 45)
+    disks[0].pwrite(bytes(BLOCK_SIZE), 47 * BLOCK_SIZE)
+    assert plan.next() == Request(0, 46, 47)
+    assert plan.next() == Request(0, 48, 50)
+    assert plan.next() == Request(2, 0, 1)
+    assert plan.next() == Request(0, 50, 60)
+    assert plan.next() is None
+
+
+def test_what_is_not_due_is_refused() -> None:
+    """Another disk, another place, more than one extent, too little."""
+    plan = FetchPlan(disks := disks_with([(4, 8)]))
+    with pytest.raises(RemoteProtocolError, match="nobody asked"):
+        plan.expect(native.ZeroFrame(0, 1, [(0, BLOCK_SIZE)]))
+    request = plan.next()
+    assert request is not None
+    right = zero(request, disks[0])
+    assert plan.expect(right._replace(extents=[(4 * BLOCK_SIZE, SIZE - 4 * BLOCK_SIZE)])) == request
+    for wrong in (
+        right._replace(disk=1),
+        right._replace(extents=[(5 * BLOCK_SIZE, 4 * BLOCK_SIZE)]),
+        right._replace(extents=[(4 * BLOCK_SIZE, 3 * BLOCK_SIZE)]),
+        right._replace(extents=[(4 * BLOCK_SIZE, 4 * BLOCK_SIZE + 512)]),
+        right._replace(extents=[(4 * BLOCK_SIZE, SIZE)]),
+        right._replace(extents=[*right.extents, (10 * BLOCK_SIZE, BLOCK_SIZE)]),
+    ):
+        with pytest.raises(RemoteProtocolError, match="was due"):
+            plan.expect(wrong)
