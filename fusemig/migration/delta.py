@@ -100,12 +100,15 @@ class SourceDelta:
         """Chunks that the destination has and that differ, as wholes."""
         self._buffer = memoryview(bytearray(CHUNK_SIZE))
 
-    async def run(self, sinces: Sequence[str], written: Sequence[ChunkBitmap | None]) -> None:
+    async def run(
+        self, sinces: Sequence[str], written: Sequence[ChunkBitmap | None], check_maps: Callable[[], None]
+    ) -> None:
         """Bring trackers and digests in line with what the destination has.
 
         Args:
             sinces: of each disk, the migration that brought it here.
             written: of each disk, the chunks that guests wrote since; they go on to change. None: not known.
+            check_maps: raises `MigrationError` if ``written`` may lack a write by now.
 
         Raises:
             FusemigError: the destination is gone, or says what makes no sense; or an image cannot be read.
@@ -113,6 +116,7 @@ class SourceDelta:
         for disk, delta, since, bits in zip(self._disks, self._deltas, sinces, written, strict=True):
             if delta is native.Delta.PROVED and bits is not None:
                 await self._send_each(self._keeps(disk, since, bits))
+        check_maps()
         await self._link.send_message(native.Keep(-1, b""))
         await self._compare()
         for disk in self._disks:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fusemig.disk.dirty_map import Since
 from fusemig.disk.overlay import OverlayDisk
-from fusemig.errors import PeerRefusedError, RemoteProtocolError
+from fusemig.errors import MigrationError, PeerRefusedError, RemoteProtocolError
 from fusemig.migration.delta import SourceDelta
 from fusemig.wire import native
 
@@ -92,4 +92,17 @@ class DeltaOffers:
             for lent in self._lent
         ]
         sinces = [self._sinces[lent.disk.name] for lent in self._lent]
-        await SourceDelta(link, disks, deltas, self._offload).run(sinces, written)
+        await SourceDelta(link, disks, deltas, self._offload).run(sinces, written, self._check_maps)
+
+    def _check_maps(self) -> None:
+        """See that the maps that were offered count still.
+
+        One that cannot be written is dropped before the write that it would lack is admitted. So what was settled by a
+        map that counts *afterwards* lacked no write.
+        """
+        for lent in self._lent:
+            base = None if lent.dirty_file is None else lent.dirty_file.base(Since.OWNED)
+            if self._sinces[lent.disk.name] and (base is None or base.session != self._sinces[lent.disk.name]):
+                raise MigrationError(
+                    f"the map of what was written to disk '{lent.disk.name}' was lost just now: migrate again"
+                )

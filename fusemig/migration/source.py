@@ -252,6 +252,10 @@ class SourceMigration(OutgoingMigration):
                 resume.disks = self._disks
         if resume is not None:
             await self._reconcile(link, welcome, has_lived=has_lived)
+            is_mapped = not has_lived and resumption is native.Resumption.JOURNAL
+            if is_mapped and not all(map(self._has_map, self._lent, records)):
+                # It may have lacked a write when it was asked; one that counts now did not.
+                raise MigrationError("the map of what was written was lost just now: migrate with --resume again")
         elif welcome.deltas:
             pending = self._pending_bytes()
             await self._delta.run(link, self._disks, welcome.deltas)

@@ -12,15 +12,20 @@ from msgspec.structs import replace
 from fusemig.disk.dirty_map import Since
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import Ownership
-from fusemig.errors import ConnectionLostError
-from fusemig.migration.delta import kept_value
+from fusemig.errors import ConnectionLostError, DiskError, MigrationError
+from fusemig.migration.delta import SourceDelta, kept_value
 from fusemig.migration.resume import ResumePoint
 from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
 from support.pair import Pair
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
     from typing import Any
+
+    from fusemig.bitmap import ChunkBitmap
+    from fusemig.migration.reader import OutgoingDisk
+    from fusemig.wire import native
 
 SIZES = {"a": 12 * CHUNK_SIZE + 1536, "b": 4 * CHUNK_SIZE}
 TOTAL = sum(SIZES.values())
@@ -163,6 +168,28 @@ async def test_what_breaks_the_proof(tmp_path: Path, autojump_clock: trio.testin
                 pair.destination.epochs[name].write(replace(record, stamp=""))
     assert await succeed(pair) > TOTAL - 3 * CHUNK_SIZE
     assert pair.outgoing.statistics().kept_bytes == 0
+
+
+async def test_a_map_that_is_lost_meanwhile(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its store fails while it is asked: what it does not tell of is not left out, and the next one sends all of it."""
+    pair = await moved(tmp_path)
+    keeps = SourceDelta._keeps
+
+    def lose(self: SourceDelta, disk: OutgoingDisk, since: str, bits: ChunkBitmap) -> Iterator[native.Keep | None]:
+        if disk.disk.name == "a":
+            disk.disk._drop_map(pair.source.dirty_file("a")._maps[Since.OWNED], DiskError(5, "the map"))
+            disk.disk.pwrite(b"not in the map", 5 * CHUNK_SIZE)
+        yield from keeps(self, disk, since, bits)
+
+    monkeypatch.setattr(SourceDelta, "_keeps", lose)
+    await pair.migrate()
+    assert isinstance(pair.outgoing.error, MigrationError)
+    assert "was lost just now: migrate again" in str(pair.outgoing.error)
+    monkeypatch.undo()
+    pair.renew()
+    await succeed(pair)
 
 
 async def test_everything_is_sent_on_demand(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
