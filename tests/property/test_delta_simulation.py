@@ -168,7 +168,7 @@ def simulate(seed: int, directory: Path, outcomes: Counter[str]) -> None:
 def test_disks_wander(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nightly: bool) -> None:
     """Whatever is left out, nothing is lost, and nothing that was written behind our back gets through."""
     monkeypatch.setattr("fusemig.migration.receipt.JOURNAL_INTERVAL_S", 0.01)
-    n_runs = 2000 if nightly else 40
+    n_runs = 500 if nightly else 40
     first = random.SystemRandom().getrandbits(40) if nightly else 0
     outcomes: Counter[str] = Counter()
     for seed in range(first, first + n_runs):
