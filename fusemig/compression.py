@@ -40,7 +40,7 @@ _DULL_CHUNKS: Final = 16
 _FIRST_REST: Final = 64
 _LONGEST_REST: Final = 1024
 
-PERIOD_S: Final = 0.5
+PERIOD_S: Final = 0.2
 """How long a way of sending is watched before it is judged."""
 _WAITS: Final = 0.2
 """A sender that waits for this share of its time, or more, is limited by the link."""

@@ -42,7 +42,7 @@ def _contenders(settings: Settings, once: Callable[[str | None], Sample]) -> lis
 
 def row_t1(settings: Settings) -> Row:
     """A disk that comes home."""
-    size = settings.pick(1024, 256) * MIB
+    size = settings.pick(1024, 512) * MIB
     row = Row("T1", f"an idle disk of {size // MIB} MiB comes back over 1 Gbit/s, proved by records and maps")
 
     def once(lane: str | None) -> Sample:
@@ -161,26 +161,28 @@ def row_t3(settings: Settings) -> Row:
             return Sample(size / MIB / trip.seconds, *usages, {"wire": _wire(trip) / MIB})
 
     why = why_missing(settings)
-    for name, text, on_link, goals in (
-        ("text, 1 Gbit/s", True, True, (Goal(2.5, "as it is"),)),
-        ("noise, 1 Gbit/s", False, True, (Goal(0.95, "as it is"),)),
-        ("text, loopback", True, False, (Goal(0.8, "as it is"),)),
+    capped = ("--max-bandwidth", "25M")
+    for name, text, on_link, options, goals in (
+        ("text, --max-bandwidth 25M", True, False, capped, (Goal(2, "as it is"),)),
+        ("text, 1 Gbit/s", True, True, (), (Goal(1.1, "as it is"),)),
+        ("noise, 1 Gbit/s", False, True, (), (Goal(0.95, "as it is"),)),
+        ("text, loopback", True, False, (), (Goal(0.8, "as it is"),)),
     ):
         contenders = [
-            Contender("fusemig", "us", partial(once, "--compress", "zstd", text=text, on_link=on_link), why),
-            Contender("as it is", "peer", partial(once, text=text, on_link=on_link), why),
+            Contender("fusemig", "us", partial(once, *options, "--compress", "zstd", text=text, on_link=on_link), why),
+            Contender("as it is", "peer", partial(once, *options, text=text, on_link=on_link), why),
         ]
         case = run_case(name, "MiB/s", contenders, settings.rounds, goals=goals)
         row.cases.append(case)
         row.cases.append(case.derive(f"{name}, on the wire", "MiB", "wire", higher_is_better=False))
     row.notes.append(
-        "on loopback the rule has to find out that compressing is what takes the time; a trial costs 0.5 s"
+        "on loopback the rule has to find out that compressing is what takes the time; a trial costs 0.2 s"
     )
     return row
 
 
 def _text_image(path: Path, size: int) -> Path:
-    """Write an image that Zstandard makes about five times smaller."""
+    """Write an image of hexadecimal words, which Zstandard makes two and a half times smaller, at 150 MiB/s here."""
     chance = random.Random(1)
     words = [chance.randbytes(chance.randrange(2, 9)).hex().encode() for _ in range(4000)]
     piece = b" ".join(chance.choice(words) for _ in range(1_000_000))
