@@ -401,6 +401,8 @@ class SourceMigration(OutgoingMigration):
         self._reader.begin_pass(only_holes=self._is_postcopy() and not is_limited)
         link = self._link
         sender, need = self._sender, Need.SLICE
+        # Of compressed bytes a slice would take long, and its end is when it is looked whether they were worth it.
+        slice_bytes = SLICE_BYTES if self._packer is None else SLICE_BYTES >> 3
         is_bulk = self._machine.phase is MigrationPhase.BULK
         run_slice = partial(sender.run_slice, self._reader, link.stream, is_courteous=is_bulk)
         while need is not Need.NOTHING and not (is_limited and self._is_postcopy()):
@@ -412,7 +414,7 @@ class SourceMigration(OutgoingMigration):
             wire_bytes = sender.wire_bytes
             watch = PackingWatch(self._packer, sender.sent_bytes)
             async with link.sending, link.frame():
-                need = await self._offload(run_slice, self._limit.step_bytes(SLICE_BYTES))
+                need = await self._offload(run_slice, self._limit.step_bytes(slice_bytes))
                 while need is Need.STREAM:
                     with watch.waiting():
                         await link.stream.wait_writable()
