@@ -29,7 +29,7 @@ from fusemig.runtimes.options import guest_options
 from fusemig.transport import parse_uri
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from fusemig.control import Session
     from fusemig.daemon import Daemon
@@ -68,6 +68,7 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "human-monitor-command": commands.human_monitor_command,
         "x-fusemig-status": commands.status,
         "x-fusemig-resolve": commands.resolve,
+        "x-fusemig-ask": commands.ask,
     }
     return {name: Command(schema.COMMANDS[name], function) for name, function in functions.items()}
 
@@ -305,12 +306,21 @@ class _Commands:
             migration=UNSET if info.status is UNSET else info,
         )
 
-    async def resolve(self, session: Session, arguments: schema.Resolve) -> None:
-        for name in arguments.disks:
+    async def ask(self, _session: Session, arguments: schema.Ask) -> None:
+        self._check_disks(arguments.disks)
+        parse_uri(arguments.uri)
+        await self._daemon.wait_ready()
+        await self._daemon.doubts.ask_at(arguments.disks, arguments.uri)
+
+    def _check_disks(self, names: Sequence[str]) -> None:
+        for name in names:
             if name not in self._daemon.disks:
                 raise DeviceNotFoundError(name, self._daemon.disks)
-        if not arguments.disks:
+        if not names:
             raise CommandError("Parameter 'disks' is empty: name at least one disk")
+
+    async def resolve(self, session: Session, arguments: schema.Resolve) -> None:
+        self._check_disks(arguments.disks)
         log.warning("asked to resolve", disks=arguments.disks, owner=arguments.owner, pid=session.pid, uid=session.uid)
         await self._daemon.doubts.resolve(
             arguments.disks, Side(arguments.owner), is_other_fenced=arguments.i_have_fenced_the_other

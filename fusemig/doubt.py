@@ -1,6 +1,7 @@
 """Doubts: the disks of a daemon that were handed off without a word of what became of them.
 
     watch ── for each migration in doubt: connect to its destination, `Settlement`     again and again, with back-off
+    ask_at ── the same once, and from then on, where the destination has moved to
     resolve ── a person's word, with the other side fenced                             logged
 
 Both change an epoch file, so they never do at the same time; a person's word ends a question that is under way. What is
@@ -12,18 +13,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import structlog
 import trio
 
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import Ownership, Side, resolved
-from fusemig.errors import ConfigError, FusemigError, StateError
+from fusemig.errors import ConfigError, FusemigError, InDoubtError, StateError
 from fusemig.migration.settlement import DoubtfulDisk, Settlement, is_askable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from fusemig.epoch import EpochRecord
+    from fusemig.migration.link import Offload
     from fusemig.served import ServedDisk
     from fusemig.transport import ByteStream
 
@@ -40,16 +43,19 @@ class Doubts:
     def __init__(
         self,
         disks: Mapping[str, ServedDisk],
-        dial: Callable[[str], Awaitable[ByteStream]],
+        dial: Callable[[EpochRecord], Awaitable[ByteStream]],
         on_settled: Callable[[Sequence[ServedDisk]], None],
+        offload: Offload = trio.to_thread.run_sync,
     ) -> None:
         """Look after ``disks``.
 
         Args:
             disks: all disks of the daemon.
-            dial: connects to a URI, in time.
+            dial: connects to the destination that a record names, in time.
             on_settled: called at once when records have changed, after their disks' gates were set.
+            offload: runs calls that may sleep.
         """
+        self._offload = offload
         self._disks = disks
         self._dial = dial
         self._on_settled = on_settled
@@ -120,9 +126,9 @@ class Doubts:
         )
         is_whole = len(chosen) + n_released == record.group
         try:
-            stream = await self._dial(record.peer)
+            stream = await self._dial(record)
             try:
-                await Settlement(doubtful, trio.to_thread.run_sync, is_whole=is_whole).run(stream)
+                await Settlement(doubtful, self._offload, is_whole=is_whole).run(stream)
             finally:
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                     await stream.aclose()
@@ -131,6 +137,35 @@ class Doubts:
                 if served.doubt != str(exc):
                     log.warning("in doubt", disk=served.name, destination=record.peer, reason=str(exc))
                 served.doubt = str(exc)
+
+    async def ask_at(self, names: Sequence[str], uri: str) -> None:
+        """Ask about disks at ``uri``, where their destination is now; also from then on, and after a restart.
+
+        Raises:
+            StateError: a disk is not in doubt, or nobody can be asked about it, or its file cannot be written.
+            InDoubtError: that did not settle it, and why.
+        """
+        chosen = [self._disks[name] for name in dict.fromkeys(names)]
+        self._question.cancel()
+        async with self._changing:
+            for served in chosen:
+                if served.ownership is not Ownership.HANDED_OFF:
+                    raise StateError(f"disk '{served.name}' is not in doubt: there is nothing to ask")
+                if served.busy:
+                    raise StateError(f"disk '{served.name}' is busy: {served.busy}")
+                if not is_askable(served.epoch_file):
+                    raise StateError(f"disk '{served.name}' was handed off over a wire that has no questions")
+            for served in chosen:
+                record = served.epoch_file.record
+                assert record is not None
+                # Another host has another name: its certificate must say that of the URI.
+                moved = msgspec.structs.replace(record, peer=uri, tls_hostname="")
+                await self._offload(served.epoch_file.write, moved)
+        for session in dict.fromkeys(map(_session, chosen)):
+            await self._ask(session)
+        left = [served for served in chosen if served.ownership is Ownership.HANDED_OFF]
+        if left:
+            raise InDoubtError("; ".join(dict.fromkeys(served.doubt for served in left)))
 
     async def resolve(self, names: Sequence[str], owner: Side, *, is_other_fenced: bool) -> None:
         """Take a person's word for who owns disks; all of them or none, unless a file cannot be written.
@@ -178,7 +213,7 @@ class Doubts:
             destination=record.peer,
             session=record.session,
         )
-        await trio.to_thread.run_sync(served.epoch_file.write, record)
+        await self._offload(served.epoch_file.write, record)
 
     def _apply(self, settled: Sequence[ServedDisk]) -> None:
         """Have the gates say what the records do."""

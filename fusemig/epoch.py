@@ -3,7 +3,8 @@
 It lies beside the image as ``IMAGE.fusemig`` (or in ``--state-dir``). Only migrations write it: an image without
 one has never taken part in any and belongs to whoever opens it. Layout: two slots of 4 KiB, each one line of JSON
 padded with spaces; a write goes to the older slot and is followed by fdatasync, so a torn write leaves the other slot
-and no rename is needed at switchover. The valid slot with the higher counter counts.
+and no rename is needed at switchover. Only the first write, which has no other slot, is a file of its own that is
+renamed. The valid slot with the higher counter counts.
 
 What is read is made durable before it counts: a record that a killed daemon left in the page cache only would be acted
 on, perhaps by the other side too, and be gone after a power loss. For the same reason the directory is synced once by
@@ -72,6 +73,10 @@ class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How many disks that migration moves together, as far as a source has handed off."""
     stamp: str = ""
     """With RELEASED, what the image was like then (`fusemig.disk.stamp`): while it is, it holds what was released."""
+    tls_creds: str = ""
+    """Where the credentials lie that a migration brought along, for asking its destination after a restart."""
+    tls_hostname: str = ""
+    """What the destination's certificate had to say, if that was not the host of the URI."""
     is_loan: bool = False
     """Whether the destination takes the disk over before it has all of it: `owner` is `borrowing` then."""
     version: int = 1
@@ -174,15 +179,10 @@ class EpochFile:
         slot = line.ljust(_SLOT_SIZE - 1) + b"\n"
         assert len(slot) == _SLOT_SIZE
         try:
-            is_new = not self.path.exists()
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                if is_new:
-                    _pwrite(fd, b"\n".rjust(_SLOT_SIZE) * 2, 0)
-                _pwrite(fd, slot, (counter % 2) * _SLOT_SIZE)
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
+            if self.path.exists():
+                self._overwrite(slot, counter % 2)
+            else:
+                self._create(slot, counter % 2)
             if not self._is_linked:
                 sync_directory(self.path.parent)
                 self._is_linked = True
@@ -194,6 +194,27 @@ class EpochFile:
         self._counter = counter
         self.record = record
         self.is_certain = True
+
+    def _overwrite(self, slot: bytes, number: int) -> None:
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            _pwrite(fd, slot, number * _SLOT_SIZE)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    def _create(self, slot: bytes, number: int) -> None:
+        """Make the file whole under another name first: torn, it would have no other slot to go by."""
+        new = self.path.with_name(f"{self.path.name}.new")
+        new.unlink(missing_ok=True)
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            _pwrite(fd, b"\n".rjust(_SLOT_SIZE) * 2, 0)
+            _pwrite(fd, slot, number * _SLOT_SIZE)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+        new.rename(self.path)
 
     def assume(self, record: EpochRecord) -> None:
         """Go by ``record``, which could not be written but may be what is durable: for the safer of the two."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import trio
 
+from fusemig.disk.room import Need, lack
 from fusemig.epoch import Ownership
 from fusemig.errors import FusemigError, PeerRefusedError, StateError
 from fusemig.listener import listening
@@ -213,6 +214,7 @@ class Inbound:
         for served in chosen:
             served.busy = f"it is being received from {peer}"
         try:
+            await trio.to_thread.run_sync(_check_room, chosen, offers)
             return [
                 await self._prepare_incoming(served, offer, session, peer)
                 for served, offer in zip(chosen, offers, strict=True)
@@ -285,3 +287,16 @@ class Inbound:
             served = self._disks[disk.name]
             served.busy = ""
             served.look_again(is_destination=self.is_destination)
+
+
+def _check_room(chosen: Sequence[ServedDisk], offers: Sequence[DiskOffer]) -> None:
+    """Raise `PeerRefusedError` where the images would not hold what is offered; may sleep."""
+    needs = [
+        Need(offer.name, offer.allocated_bytes, room)
+        for served, offer in zip(chosen, offers, strict=True)
+        if offer.allocated_bytes and served.base is None
+        for room in [served.room()]
+        if room is not None
+    ]
+    if reason := lack(needs):
+        raise PeerRefusedError(reason)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import uuid
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.tracked import Gate
 from fusemig.doubt import in_doubt
 from fusemig.epoch import Ownership
 from fusemig.errors import InDoubtError, StateError
-from fusemig.migration.commit import SourceDisk
+from fusemig.migration.commit import Route, SourceDisk
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.resume import ResumePoint
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from fusemig.announcer import Announcer
     from fusemig.credentials import Credentials
+    from fusemig.epoch import EpochRecord
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.pause import Pause
     from fusemig.runtimes.options import GuestOptions
@@ -147,8 +150,17 @@ class Outbound:
         lent = []
         for served in chosen:
             assert served.disk is not None
-            push_out = partial(self._pause.push_out, served)
-            lent.append(SourceDisk(served.disk, served.epoch_file, push_out, served.dirty_file, served.stamp))
+            lent.append(
+                SourceDisk(
+                    served.disk,
+                    served.epoch_file,
+                    partial(self._pause.push_out, served),
+                    served.dirty_file,
+                    served.count_allocated,
+                    served.stamp,
+                )
+            )
+
         self._secured[uri] = secure
         self.parameters.pause_before_switchover = (
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
@@ -158,10 +170,11 @@ class Outbound:
         self.parameters.compression_level = compression_level
         self.parameters.is_postcopy = is_postcopy
         self._announcer.begin()
-        new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume)
+        route = Route("" if tls is None else str(tls.directory.absolute()), tls_hostname)
+        new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume, route=route)
         self.migration = new(
             lent,
-            partial(self.dial, uri_text),
+            partial(self._dial, uri),
             self.parameters,
             trio.to_thread.run_sync,
             self._on_phase,
@@ -176,6 +189,23 @@ class Outbound:
             served.busy = f"it is being migrated to {uri}"
         self._nursery.start_soon(self._run_outgoing, self.migration, chosen)
 
+    async def dial(self, record: EpochRecord) -> ByteStream:
+        """Connect as the migration of this record did: as is known of it, or as it left behind before a restart.
+
+        Raises:
+            FusemigError: there is no connection, or not by the rules as they are now.
+        """
+        uri = parse_uri(record.peer)
+        if uri not in self._secured:
+            given = None
+            if record.tls_creds:
+                given = await trio.to_thread.run_sync(load_credentials, Path(record.tls_creds), Endpoint.CLIENT)
+            self._secured[uri] = self._security.outgoing(uri, given, record.tls_hostname)
+        return await self._dial(uri)
+
+    async def _dial(self, uri: Uri) -> ByteStream:
+        return await self._secured[uri](await connect(uri, CONNECT_DEADLINE_S))
+
     def start_postcopy(self) -> None:
         """Have the migration that runs hand over at once.
 
@@ -189,12 +219,6 @@ class Outbound:
                 "a guest"
             )
         self.parameters.is_postcopy = True
-
-    async def dial(self, uri_text: str) -> ByteStream:
-        """Connect as the migration to this URI did, or as the rules are now if that was before a restart."""
-        uri = parse_uri(uri_text)
-        secure = self._secured.get(uri) or self._security.outgoing(uri)
-        return await secure(await connect(uri, CONNECT_DEADLINE_S))
 
     def _resume_point(self, chosen: Sequence[ServedDisk]) -> ResumePoint:
         """Return where a migration of these disks was interrupted: as the last one knows, or the maps, or unknown."""
@@ -267,7 +291,7 @@ class Outbound:
         assert record is not None
         disks = [LentDisk(served.name, served.disk.image, served.epoch_file) for served in lent if served.disk]
         try:
-            await Lending(disks, partial(self.dial, record.peer), trio.to_thread.run_sync).run()
+            await Lending(disks, partial(self.dial, record), trio.to_thread.run_sync).run()
         finally:
             for served in lent:
                 served.busy = ""

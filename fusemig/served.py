@@ -32,6 +32,7 @@ from fusemig.disk.dirty_map import MapBase, Since
 from fusemig.disk.journal import open_journal
 from fusemig.disk.overlay_file import OverlayFile
 from fusemig.disk.raw import RawDisk, create_image
+from fusemig.disk.room import room_of
 from fusemig.disk.stamp import settled_stamp, stamp_of
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.disk.zeroes import DetectZeroes
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fusemig.disk.borrowed import BorrowedDisk
     from fusemig.disk.dirty_file import DirtyFile
     from fusemig.disk.journal import ReceiptJournal
+    from fusemig.disk.room import Room
     from fusemig.fuse.export import Export, Exports
     from fusemig.wire.native import DiskOffer, SharedBase
 
@@ -133,6 +135,22 @@ class ServedDisk:
         """What the epoch file says; None where the disk never moved."""
         record = self.epoch_file.record
         return None if record is None else record.state
+
+    def count_allocated(self) -> int:
+        """Return about how many bytes of the image are no holes; 0 where that says nothing. May sleep."""
+        image = self.image
+        if not isinstance(image, RawDisk):
+            return 0  # of an overlay, the destination may have the base
+        try:
+            held = image.stat().st_blocks * 512  # less than the data where the store compresses
+            data = sum(extent.length for extent in image.extents(0, image.size) if extent.is_data)
+        except DiskError:
+            return 0  # the migration will meet it, and say so
+        return min(held, data)
+
+    def room(self) -> Room | None:
+        """Return what the image's file system has for it; None where that is not known. May sleep."""
+        return room_of(self.path)
 
     @property
     def is_writable(self) -> bool:

@@ -202,11 +202,14 @@ def continue_(socket: Path) -> None:
 @cli.command()
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--disk", "disks", multiple=True, metavar="NAME", help="Of the daemon at a socket; may be repeated.")
-@click.option("--owner", type=click.Choice(["source", "destination"]), required=True, help="The side that owns it.")
+@click.option("--ask", metavar="URI", help="Ask the destination there, and from now on.")
+@click.option("--owner", type=click.Choice(["source", "destination"]), help="The side that owns it.")
 @click.option("--i-have-fenced-the-other", "is_other_fenced", is_flag=True, help="The other side can write it no more.")
 @click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Where an image's epoch file is.")
 def resolve(target: Path, **options: Any) -> None:
-    r"""Say who owns a disk that is in doubt, or take back one that was handed off.
+    r"""Say who owns a disk that is in doubt, or where to ask, or take back one that was handed off.
+
+    With --ask, a destination that is at another address now is asked there, which settles it without anybody's word.
 
     TARGET is the control socket of a running daemon, or the image of a stopped one. A source that lost its destination
     in the moment of the hand-off asks it by itself; this is for a destination that is gone for good, and for wires

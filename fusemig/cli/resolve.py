@@ -29,7 +29,8 @@ class ResolveRequest:
 
     target: Path
     disks: tuple[str, ...]
-    owner: str
+    ask: str | None
+    owner: str | None
     is_other_fenced: bool
     state_dir: Path | None
 
@@ -40,6 +41,11 @@ async def resolve_command(request: ResolveRequest) -> None:
     Raises:
         FusemigError: it was not done, and why.
     """
+    if (request.ask is None) == (request.owner is None):
+        raise ConfigError("say who owns the disk (--owner), or where to ask that (--ask URI): one of the two")
+    if request.ask is not None:
+        await _ask(request, request.ask)
+        return
     if not request.is_other_fenced:
         raise ConfigError(UNFENCED)
     if _is_socket(request.target):
@@ -55,6 +61,18 @@ async def resolve_command(request: ResolveRequest) -> None:
     if request.disks:
         raise ConfigError("--disk goes with a control socket: an image is a disk by itself, so leave it out")
     await trio.to_thread.run_sync(_resolve_image, request)
+
+
+async def _ask(request: ResolveRequest, uri: str) -> None:
+    if not _is_socket(request.target):
+        raise ConfigError("only a running daemon can ask: serve the image, which is safe, and name its control socket")
+    if request.is_other_fenced or request.state_dir is not None:
+        raise ConfigError("--ask takes nobody's word: leave --i-have-fenced-the-other and --state-dir out")
+    if not request.disks:
+        raise ConfigError("name the disks: --disk NAME, as often as there are disks")
+    async with open_control(request.target) as control:
+        await control.execute("x-fusemig-ask", {"disks": list(request.disks), "uri": uri})
+    print(f"fusemig: {', '.join(request.disks)}: settled; see `fusemig status`", file=sys.stderr)
 
 
 def _is_socket(path: Path) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import structlog
@@ -52,15 +52,33 @@ class SourceDisk:
     """Has the kernel write back what guests stored through mmap; must be called while the gate is open."""
     dirty_file: DirtyFile | None = None
     """Where it is kept what guests wrote since a migration began, and since the disk came here."""
+    count_allocated: Callable[[], int] = lambda: 0
+    """Tells about how many bytes of the image are no holes; 0: not known. May sleep."""
     stamp: Callable[[], str] = lambda: ""
     """Returns what the image is like, once nobody writes it any more (`fusemig.disk.stamp`); may sleep."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a destination is talked to beyond its URI, as far as somebody who asks it later has to know."""
+
+    tls_creds: str = ""
+    """The directory with the credentials that the migration brought along; "": the daemon's own."""
+    tls_hostname: str = ""
+    """What the destination's certificate must say; "": what the daemon's parameter or the URI says."""
+
+
+NO_ROUTE: Final = Route()
 
 
 class HandoffRecords:
     """The epoch files of a group of disks on their way out."""
 
-    def __init__(self, disks: Sequence[SourceDisk], session: str, offload: Offload, wire: str) -> None:
+    def __init__(
+        self, disks: Sequence[SourceDisk], session: str, offload: Offload, wire: str, route: Route = NO_ROUTE
+    ) -> None:
         """Look after the files of ``disks`` in migration ``session`` over ``wire``."""
+        self._route = route
         self._lent = disks
         self._session = session
         self._wire = wire
@@ -122,6 +140,8 @@ class HandoffRecords:
             peer=peer,
             wire=self._wire,
             group=len(self._lent),
+            tls_creds=self._route.tls_creds,
+            tls_hostname=self._route.tls_hostname,
             is_loan=self.is_loan and state is not Ownership.OWNER,
         )
         return record.handed_over() if state is Ownership.RELEASED else record
@@ -131,13 +151,18 @@ class OutgoingHandoff:
     """The hand-off of a group of disks, all or none."""
 
     def __init__(
-        self, disks: Sequence[SourceDisk], session: str, parameters: MigrationParameters, offload: Offload
+        self,
+        disks: Sequence[SourceDisk],
+        session: str,
+        parameters: MigrationParameters,
+        offload: Offload,
+        route: Route = NO_ROUTE,
     ) -> None:
-        """Prepare to hand ``disks`` off in migration ``session``."""
+        """Prepare to hand ``disks`` off in migration ``session``, to a destination that ``route`` leads to."""
         self._lent = disks
         self._parameters = parameters
         self._machine = SourceHandoff()
-        self._records = HandoffRecords(disks, session, offload, "native")
+        self._records = HandoffRecords(disks, session, offload, "native", route)
         self._own: list[EpochRecord] = []
         self._peer = ""
         self._log = log.bind(migration=session[:8])

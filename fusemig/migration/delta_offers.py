@@ -36,7 +36,9 @@ class DeltaOffers:
         self._offload = offload
         self._sinces: dict[str, str] = {}
 
-    def offer(self, lent: SourceDisk, record: EpochRecord, *, is_resumed: bool) -> native.DiskOffer:
+    def offer(
+        self, lent: SourceDisk, record: EpochRecord, *, is_resumed: bool, allocated_bytes: int
+    ) -> native.DiskOffer:
         """Return what is said of a disk; what is gone on with has a journal, and is not compared with older copies."""
         disk, is_delta = lent.disk, self._incremental is not False and not is_resumed
         since = self._since(lent, record) if is_delta else ""
@@ -47,6 +49,7 @@ class DeltaOffers:
             record.image_id,
             record.epoch,
             is_resumed,
+            allocated_bytes,
             since,
             is_delta and self._incremental is True,
             self._base(lent),

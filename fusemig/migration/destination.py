@@ -362,7 +362,8 @@ class DestinationMigration(IncomingMigration):
             return  # the source decides; it will hear of us when it asks
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER_S):
             try:
-                await self._link.send_message(native.Abort(str(reason)))
+                is_damaged = isinstance(reason, RemoteProtocolError)
+                await self._link.send_message(native.Abort(str(reason), is_damaged=is_damaged))
                 await self._link.linger(LINGER_S)
             except FusemigError as exc:
                 self._log.info("the source could not be told", reason=str(exc))

@@ -40,8 +40,14 @@ if TYPE_CHECKING:
     from fusemig.migration.writer import IncomingDisk
     from fusemig.transport import ByteStream
 
-_IDLE_DEADLINE_S: Final = 3600.0
-"""Without a byte for this long the source counts as lost. QEMU is silent while it waits for `migrate-continue`."""
+_IDLE_DEADLINE_S: Final = 600.0
+"""Without a byte for this long the source counts as lost.
+
+A slow ``max-bandwidth`` is no silence: QEMU sends a chunk at least in every window of 100 ms, however small the limit
+(7.2: migration/block.c, flush_blks; migration/migration.c, BUFFER_DELAY). What is one is a store that hangs, and a
+source that waits for `migrate-continue` at pre-switchover, for a person or a script. A host that is gone does not last
+so long: the kernel's keepalive finds it (`fusemig.transport`).
+"""
 _SETTLE_S: Final = 0.1
 """How long a stream that may be whole must be silent before the source is told so."""
 _CLOSE_DEADLINE_S: Final = 10.0

@@ -7,7 +7,8 @@
 
 The order of things is `fusemig.migration.outgoing`'s. When a migration fails, the tracker still knows what the
 destination does not hold: `resume_point`. A connection that is lost before the freeze is made again, with pauses that
-grow, until there was no progress for as long as the parameters allow; guests notice nothing of it.
+grow, until there was no progress for as long as the parameters allow; guests notice nothing of it. So is one over which
+damaged bytes came, whichever side noticed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fusemig.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from fusemig.migration.commit import OutgoingHandoff
+from fusemig.migration.commit import NO_ROUTE, OutgoingHandoff
 from fusemig.migration.delta_offers import DeltaOffers
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from fusemig.epoch import EpochRecord
-    from fusemig.migration.commit import SourceDisk
+    from fusemig.migration.commit import Route, SourceDisk
     from fusemig.migration.link import Offload
     from fusemig.migration.resume import Reconciliation
     from fusemig.migration.stats import MigrationParameters, MigrationStatistics
@@ -66,6 +67,10 @@ FIRST_RETRY_S: Final = 0.25
 """How long the first try to get a lost connection back is put off; each further one twice as long."""
 MAX_RETRY_S: Final = 10.0
 
+
+_CONNECTION_ERRORS: Final = (TransportError, PeerBusyError, RemoteProtocolError)
+"""What another connection may be free of. Once bytes came damaged, nothing that follows them can be told from garbage:
+what was sent and is not known to be durable is sent again, over a connection that begins anew."""
 
 _RECONNECTING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
 """When a lost connection is made again: not before anything was sent, and not with guests' writes waiting."""
@@ -86,6 +91,7 @@ class SourceMigration(OutgoingMigration):
         on_pass: Callable[[int], None] = lambda _number: None,
         count_requests: Callable[[], int] = lambda: 0,
         resume: ResumePoint | None = None,
+        route: Route = NO_ROUTE,
     ) -> None:
         """Prepare as `OutgoingMigration` does.
 
@@ -98,6 +104,7 @@ class SourceMigration(OutgoingMigration):
             on_pass: called at the start of each pass with its number, from 1.
             count_requests: tells how many requests guests have ever made; the bulk phase makes room for them.
             resume: where an earlier migration of the same disks was interrupted, to go on from there.
+            route: how the destination is talked to, for whoever has to ask it later.
         """
         super().__init__(disks, connect, parameters, offload, on_phase, on_pass)
         self._count_requests = count_requests
@@ -124,7 +131,7 @@ class SourceMigration(OutgoingMigration):
         self._earlier_wire_bytes = 0
         self._earlier_acknowledged_bytes = 0
         self._delta = DeltaOffers(disks, parameters.incremental, offload)
-        self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload)
+        self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload, route)
         self._pool = BufferPool()
         self._sender = PassSender(self._pool, count_requests)
         self._reader = PassReader((), self._pool)
@@ -140,7 +147,7 @@ class SourceMigration(OutgoingMigration):
             with trio.CancelScope() as self._attempt_scope:
                 try:
                     await self._migrate_once(records)
-                except (TransportError, PeerBusyError) as exc:
+                except _CONNECTION_ERRORS as exc:
                     self._failure = self._failure or exc
                 else:
                     break
@@ -201,7 +208,12 @@ class SourceMigration(OutgoingMigration):
 
     async def _handshake(self, link: NativeLink, records: Sequence[EpochRecord]) -> native.Welcome:
         offers = [
-            self._delta.offer(lent, record, is_resumed=self._resume is not None)
+            self._delta.offer(
+                lent,
+                record,
+                is_resumed=self._resume is not None,
+                allocated_bytes=await self._offload(lent.count_allocated),
+            )
             for lent, record in zip(self._lent, records, strict=True)
         ]
         features = [native.RESUME, native.POSTCOPY]
@@ -294,7 +306,7 @@ class SourceMigration(OutgoingMigration):
         while True:
             event = await link.receive()
             if isinstance(event, native.Abort):
-                raise MigrationError(f"{link.peer} aborted the migration: {event.reason}")
+                raise self._aborted(event)
             if not isinstance(event, native.Have):
                 raise RemoteProtocolError(f"{link.peer} sent {type(event).__name__} where HAVE was due")
             if event.disk == -1:
@@ -350,7 +362,7 @@ class SourceMigration(OutgoingMigration):
             super()._give_up_in_flight()
 
     def _may_reconnect(self, failure: FusemigError) -> bool:
-        if not isinstance(failure, TransportError | PeerBusyError) or self._is_cancel_requested:
+        if not isinstance(failure, _CONNECTION_ERRORS) or self._is_cancel_requested:
             return False
         if self._parameters.reconnect_limit_s <= 0:
             return False
@@ -457,9 +469,13 @@ class SourceMigration(OutgoingMigration):
                 case native.Journaled():
                     self._sender.journaled(event.sequence)
                 case native.Abort():
-                    raise MigrationError(f"{link.peer} aborted the migration: {event.reason}")
+                    raise self._aborted(event)
                 case _:
                     raise RemoteProtocolError(f"{link.peer} sent {type(event).__name__} during a pass")
+
+    def _aborted(self, abort: native.Abort) -> FusemigError:
+        reason = f"{self._peer} aborted the migration: {abort.reason}"
+        return ConnectionLostError(reason) if abort.is_damaged else MigrationError(reason)
 
     def _acknowledge(self, sequence: int) -> None:
         sender = self._sender

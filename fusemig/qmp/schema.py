@@ -292,6 +292,13 @@ class Resolve(Arguments, frozen=True, kw_only=True):
     """That the other side cannot write the disks and never will; it is not honoured without."""
 
 
+class Ask(Arguments, frozen=True, kw_only=True):
+    """``x-fusemig-ask``: ask who owns disks that are in doubt at ``uri``, where their destination is now."""
+
+    disks: list[str]
+    uri: str
+
+
 # Results
 
 
@@ -632,6 +639,7 @@ COMMANDS: Final[dict[str, type[Arguments]]] = {
     "x-fusemig-status": NoArguments,
     "x-fusemig-estimate": Estimate,
     "x-fusemig-resolve": Resolve,
+    "x-fusemig-ask": Ask,
 }
 """Every command and its arguments. The server itself answers the first five."""
 

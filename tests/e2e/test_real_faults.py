@@ -5,13 +5,16 @@ After each fault exactly one side is or can become writable, and it holds every 
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
-from contextlib import contextmanager, suppress
+from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,7 +25,7 @@ from support.network import link
 from support.records import RecordWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from support.hosts import Host, Hosts
@@ -32,8 +35,14 @@ pytestmark = pytest.mark.fuse
 
 SIZE = 4 * MIB
 N_SLOTS = 64
-N_KILLS, N_KILLS_NIGHTLY = 5, 50
-"""Of either side."""
+N_BATCHES = 5
+N_KILLS, N_KILLS_NIGHTLY = 3, 10
+"""Of either side, in each batch; only the first batch is for every run."""
+BULK_S, REST_S = 0.5, 0.06
+"""About how long the bulk phase of these migrations takes, and all that comes after it; half of the kills each."""
+TOO_LATE = "too late"
+PORT = 4444
+"""In a network namespace of its own: the daemon that is started again is found where the other one was."""
 
 
 @pytest.fixture
@@ -50,65 +59,91 @@ def start_pair(hosts: Hosts, place: Path, cable: Link) -> tuple[Host, Host]:
     destination = hosts.start(
         "destination",
         {"vda": place / "destination.img"},
-        incoming=f"tcp:{cable.address}:0",
+        incoming=f"tcp:{cable.address}:{PORT}",
         prefix=cable.prefixes[1],
         options=["--insecure"],
     )
     return source, destination
 
 
-def judge(source: Host, destination: Host, guest: RecordWriter) -> str:
-    """See that one side is or can become writable and holds every record; return which."""
+def judge(source: Host, destination: Host, guests: Sequence[RecordWriter]) -> str:
+    """See that one side may be written and holds every record; return which."""
     here, there = source.disk(), destination.disk()
     assert (here["gate"], there["gate"]) != ("open", "open")
     if here["gate"] == "open":
         assert there["state"] != "owner"
         owner = source
-    elif there["gate"] == "open":
+    else:
+        assert there["gate"] == "open"
         assert there["state"] == "owner"
         assert here["state"] in ("handed-off", "released")
         owner = destination
-    else:
-        assert here["state"] == "handed-off"
-        # Nobody writes until it is known who owns the disk; both hold all of it.
-        assert not guest.lost(source.images["vda"])
-        assert not guest.lost(destination.images["vda"])
-        return "in doubt"
-    assert not guest.lost(owner.images["vda"])
+    for guest in guests:
+        assert not guest.lost(owner.images["vda"])
     pwrite(owner.file(), b"written after the fault", SIZE - 4096, os.O_DSYNC)
     return owner.name
 
 
-def wait_for_end(source: Host) -> None:
-    """Wait until a migration that may have been cut off is over."""
-    wait_until(lambda: source.phase() in ("none", "completed", "failed", "in-doubt"), "the end of the migration")
-
-
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("batch", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, N_BATCHES))])
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_killed_at_a_random_moment(hosts: Hosts, place: Path, cable: Link, side: str, nightly: bool) -> None:
-    """SIGKILL: whatever the moment, never two writers and no acknowledged record lost; the other side goes on."""
-    first = random.SystemRandom().getrandbits(30) if nightly else 1
-    ends = []
-    for seed in range(first, first + (N_KILLS_NIGHTLY if nightly else N_KILLS)):
+def test_killed_at_a_random_moment(
+    hosts: Hosts, place: Path, cable: Link, side: str, batch: int, nightly: bool
+) -> None:
+    """SIGKILL: never two writers and no record lost; connected again, asked and resumed, the disk arrives at last."""
+    first = random.SystemRandom().getrandbits(30) if nightly else batch
+    ends: Counter[str] = Counter()
+    wanted = N_KILLS_NIGHTLY if nightly else N_KILLS
+    for seed in itertools.count(first):
+        if sum(ends.values()) - ends[TOO_LATE] == wanted:
+            break
         print(f"seed {seed}")
         directory = place / str(seed)
         directory.mkdir()
         source, destination = start_pair(hosts, directory, cable)
-        guest = RecordWriter(source.file(), N_SLOTS)
-        command = source.start_migrate(destination.uri, "--max-bandwidth", "8M", "--insecure")
-        time.sleep(random.Random(seed).random())  # a moment, not a measure
-        victim = source if side == "source" else destination
-        victim.kill()
-        with suppress(subprocess.TimeoutExpired):
-            command.finish()
-        guest.stop()
-        victim.start()
-        wait_for_end(source)
-        ends.append(judge(source, destination, guest))
+        ends[kill_and_go_on(source, destination, source if side == "source" else destination, seed)] += 1
         assert source.stop() == 0
         assert destination.stop() == 0
-    print(ends)
+        shutil.rmtree(directory)
+    print(f"{side}: {dict(sorted(ends.items()))}")
+
+
+def kill_and_go_on(source: Host, destination: Host, victim: Host, seed: int) -> str:
+    """Kill one side of a migration, start it again, and have the disk arrive; tell when it died and what came of it."""
+    guest = RecordWriter(source.file(), N_SLOTS)
+    uri = destination.uri
+    command = source.start_command("migrate", uri, "--progress", "none", "--max-bandwidth", "8M", "--insecure")
+    wait_until(lambda: source.phase() != "none" or command.process.poll() is not None, "the migration's start")
+    rng = random.Random(seed)
+    longest_s = BULK_S
+    if rng.random() < 0.5:
+        wait_until(lambda: source.phase() not in ("setup", "bulk"), "the end of the bulk phase")
+        longest_s = REST_S
+    time.sleep(rng.random() * longest_s)  # a moment, not a measure
+    moment = source.phase()
+    victim.kill()
+    victim.start()
+    done = command.finish(60)  # of a source that was killed: its daemon is gone
+    guest.stop()
+    wait_until(lambda: source.phase() in ("none", "completed", "failed", "in-doubt"), "the end of the migration")
+    is_doubted = source.disk()["state"] == "handed-off"
+    wait_until(lambda: source.disk()["state"] != "handed-off", "the answer to who owns the disk", 60)
+    owner = judge(source, destination, [guest])
+    if owner == "destination":
+        if moment == "completed":
+            return TOO_LATE
+        return f"{moment}: {'asked' if is_doubted else 'reconnected' if not done.exit_code else 'taken'}"
+    second = RecordWriter(source.file(), N_SLOTS, N_SLOTS)
+    is_refused = False
+    again = source.migrate(uri, "--resume", "--insecure")
+    if again.exit_code:
+        assert again.exit_code == 5, again.stderr
+        is_refused = True  # the destination had not heard of the disk yet
+        again = source.migrate(uri, "--insecure")
+    second.stop()
+    assert again.exit_code == 0, again.stderr
+    assert judge(source, destination, [guest, second]) == "destination"
+    return f"{moment}: {'called off, ' if is_doubted else ''}{'sent anew' if is_refused else 'resumed'}"
 
 
 def test_link_cut_and_restored(hosts: Hosts, place: Path, cable: Link) -> None:
@@ -124,7 +159,7 @@ def test_link_cut_and_restored(hosts: Hosts, place: Path, cable: Link) -> None:
     done = command.finish(60)
     guest.stop()
     assert done.exit_code == 0, done.stderr
-    assert judge(source, destination, guest) == "destination"
+    assert judge(source, destination, [guest]) == "destination"
 
 
 @pytest.mark.nightly
@@ -142,23 +177,45 @@ def test_link_half_open(hosts: Hosts, place: Path, cable: Link) -> None:
     cable.undeafen(0)
     guest.stop()
     assert not guest.error
-    assert judge(source, destination, guest) == "source"
+    assert judge(source, destination, [guest]) == "source"
 
 
-def test_destination_on_a_full_tmpfs(hosts: Hosts, place: Path, cable: Link) -> None:
-    """It says which disk, where, and how much is to come; with room there the next migration completes."""
+def test_a_destination_without_the_room_refuses(hosts: Hosts, place: Path) -> None:
+    """Before a byte is sent; holes need no room, and with room there it completes."""
     image = write_random(place / "source.img", SIZE)
+    os.truncate(image, 64 * MIB)
     source = hosts.start("source", {"vda": image})
     with mounted("none", place / "small", "tmpfs", "size=2m") as small:
         destination = hosts.start("destination", {"vda": small / "b.img"}, incoming="tcp:127.0.0.1:0")
-        guest = RecordWriter(source.file(), N_SLOTS)
         done = source.migrate(destination.uri)
+        assert done.exit_code == 5
+        assert re.search(
+            r"refused: disk 'vda' needs 4\.0 MiB more there, and \S+ has \S+ MiB free: make room", done.stderr
+        )
+        assert not (small / "b.img").exists()
+        assert_unharmed(source)
+        run("mount", "-o", "remount,size=8m", small)
+        assert_migrates(source, destination)
+        assert destination.stop() == 0
+
+
+def test_a_destination_that_runs_full(hosts: Hosts, place: Path) -> None:
+    """It says which disk, where, and how much is to come; with room there the next migration completes."""
+    image = write_random(place / "source.img", SIZE)
+    source = hosts.start("source", {"vda": image})
+    with mounted("none", place / "small", "tmpfs", "size=8m") as small:
+        destination = hosts.start("destination", {"vda": small / "b.img"}, incoming="tcp:127.0.0.1:0")
+        guest = RecordWriter(source.file(), N_SLOTS)
+        command = source.start_migrate(destination.uri, "--max-bandwidth", "4M")
+        wait_until((small / "b.img").exists, "the image")
+        (small / "somebody else's").write_bytes(bytes(6 * MIB))
+        done = command.finish()
         guest.stop()
         assert done.exit_code == 1
         assert re.search(r"disk 'vda' .*write at \d+\+\d+: No space left.* to come: make room", done.stderr), (
             done.stderr
         )
-        assert judge(source, destination, guest) == "source"
+        assert judge(source, destination, [guest]) == "source"
         run("mount", "-o", "remount,size=16m", small)
         assert_migrates(source, destination)
         assert destination.stop() == 0

@@ -88,6 +88,46 @@ def test_a_prepared_destination_is_told_to_forget(hosts: Hosts, doubtful: tuple[
     assert_migrates(source, destination)
 
 
+def test_a_destination_that_moved_is_asked_where_it_is(
+    hosts: Hosts, doubtful: tuple[Host, Path, str], place: Path
+) -> None:
+    """`--ask`: its word settles it, and nobody's else is needed; also where the first answer does not come at once."""
+    source, copy, uri = doubtful
+    moved = f"unix:{place}/moved"
+    done = source.command("resolve", "--disk", "vda", "--ask", moved)
+    assert done.exit_code == 7, done.stderr
+    assert f"cannot connect to {moved}" in done.stderr
+    assert source.disk()["state"] == "handed-off"
+    destination = hosts.start("moved", {"vda": copy}, incoming=moved)
+    wait_until(lambda: source.disk()["state"] == "released", "the answer at the new address")
+    pwrite(destination.file(), b"taken over")
+    done = source.command("resolve", "--disk", "vda", "--ask", uri)
+    assert done.exit_code == 1
+    assert "disk 'vda' is not in doubt: there is nothing to ask" in done.stderr
+
+
+def test_asking_settles_it_at_once(hosts: Hosts, doubtful: tuple[Host, Path, str], place: Path) -> None:
+    """With the destination there already, the command returns when the owner is known."""
+    source, copy, _ = doubtful
+    destination = hosts.start("moved", {"vda": copy}, incoming=f"unix:{place}/moved")
+    done = source.command("resolve", "--disk", "vda", "--ask", f"unix:{place}/moved")
+    assert done == (0, "", "fusemig: vda: settled; see `fusemig status`\n")
+    assert source.disk()["state"] == "released"
+    assert destination.disk()["gate"] == "open"
+    refused = {
+        ("--disk", "vda"): "say who owns the disk (--owner), or where to ask that (--ask URI): one of the two",
+        ("--disk", "vda", "--ask", "unix:/x", "--owner", "source"): "one of the two",
+        ("--disk", "vda", "--ask", "unix:/x", FENCED): "--ask takes nobody's word",
+        ("--ask", "unix:/x"): "name the disks",
+        ("--disk", "vda", "--ask", "nonsense"): "is not a migration URI",
+    }
+    for arguments, text in refused.items():
+        done = source.command("resolve", *arguments)
+        assert (done.exit_code, text in done.stderr) == (2, True), done.stderr
+    done = resolve(source.images["vda"], "--ask", "unix:/x")
+    assert (done.exit_code, "only a running daemon can ask" in done.stderr) == (2, True), done.stderr
+
+
 def test_a_running_destination_is_resolved(hosts: Hosts, place: Path) -> None:
     """A prepared destination whose source is gone for good is written at once, without a restart."""
     uri = f"unix:{place}/incoming"

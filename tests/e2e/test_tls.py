@@ -590,8 +590,8 @@ def test_options_that_contradict_each_other(hosts: Hosts, authority: Authority, 
 
 
 def test_both_sides_restart_and_settle_it_over_tls(hosts: Hosts, authority: Authority) -> None:
-    """A restarted source that is in doubt asks a restarted destination with the credentials that `serve` was given."""
-    client, server = authority.client(), authority.server()
+    """A restarted source that is in doubt asks a restarted destination as the migration did: its files, its name."""
+    client, server = authority.client(), authority.server("elsewhere.example")
     image, copy = write_random(hosts.directory / "a.img", 4 * MIB), hosts.directory / "b.img"
     listening = socket.create_server((HOST, 0))
     uri = f"tcp:{HOST}:{listening.getsockname()[1]}"
@@ -599,16 +599,20 @@ def test_both_sides_restart_and_settle_it_over_tls(hosts: Hosts, authority: Auth
     taking = {"incoming": uri, "options": ["--tls-creds", server, *LISTED]}
     here = hosts.start("source", {"vda": image})
     there = hosts.start("destination", {"vda": copy}, failpoint="after-commit-received:kill", **taking)
-    assert here.migrate(uri, "--tls-creds", client).exit_code == 7
+    done = here.migrate(uri, "--tls-creds", client, "--tls-hostname", "elsewhere.example")
+    assert done.exit_code == 7, done.stderr
     there.wait_killed()
     here.stop()
     there = hosts.start("again", {"vda": copy}, **taking)
-    # Without credentials it may ask and is not heard, and nobody becomes the owner.
-    plain = hosts.start("plain", {"vda": image})
-    wait_until(lambda: "TLS is required there" in plain.log(), "the refusal")
-    assert plain.disk()["state"] == "handed-off"
-    plain.stop()
-    asking = hosts.start("asking", {"vda": image}, options=["--tls-creds", client])
+    # Without the files it cannot ask, says so, and nobody becomes the owner.
+    away = client.rename(client.with_name("away"))
+    without = hosts.start("without", {"vda": image})
+    wait_until(lambda: f"{client}" in without.log(), "the missing files")
+    assert without.disk()["state"] == "handed-off"
+    assert str(client / "ca-cert.pem") in without.disk()["in-doubt"]
+    without.stop()
+    away.rename(client)
+    asking = hosts.start("asking", {"vda": image})
     wait_until(lambda: asking.disk()["state"] == "released", "the answer")
     pwrite(there.file(), b"taken over")
     with pytest.raises(OSError, match="Read-only"):

@@ -17,14 +17,16 @@ import trio
 
 from fusemig.errors import StateError
 from fusemig.phase import MigrationPhase
+from support.aftermath import go_on
 from support.matrix import MATRIX, Fault, Moment, Outcome
-from support.promises import check_promises, go_on
+from support.promises import check_promises
 from support.simulation import simulate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from support.simulation import SimHost, SimWorld
+    from support.simhost import SimHost
+    from support.simulation import SimWorld
 
 MAX_CALLS = 500
 MAX_STEPS = 5000

@@ -332,6 +332,21 @@ async def test_silence(tmp_path: Path, autojump_clock: trio.testing.MockClock, h
     assert arrival.phases == []
 
 
+async def test_a_source_that_falls_silent_lets_the_disk_go(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """In the middle of its stream, for ten minutes: failed, and the disk is free for the next one."""
+    description, stream = load("plain")
+    arrival = arrival_for(tmp_path, description)
+    began_at = trio.current_time()
+    error = str(await arrival.receive(stream[: len(stream) // 2], close=False))
+    assert "nothing heard from" in error
+    assert "for 600 s" in error
+    assert 600 <= trio.current_time() - began_at < 700
+    arrival.assert_not_taken(Ownership.INCOMING)
+    assert await arrival.receive(stream) is None
+
+
 async def test_a_shared_base(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     """What `migrate -i` leaves out is the base's, whatever the overlay held before."""
     description, stream = load("incremental")

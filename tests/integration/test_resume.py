@@ -19,6 +19,7 @@ from support.pair import Pair
 from support.streams import memory_connection
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from support.streams import MemoryStream
@@ -134,6 +135,60 @@ async def test_without_a_map_contents_are_compared(tmp_path: Path, autojump_cloc
     pair.outgoing.forget()
     pair.source.restart(Gate.OPEN)
     await resume(pair, ResumePoint("another session"), TOTAL - 13 * CHUNK_SIZE + written)
+
+
+async def test_a_damaged_frame_is_sent_again(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """One flipped bit costs a connection: the migration goes on over another one by itself, with what is not there."""
+    pair = Pair(tmp_path, SIZES, reconnect_limit_s=20.0)
+    fill(pair)
+    n_damaged = 0
+
+    def flip(data: bytes) -> bytes:
+        nonlocal n_damaged
+        if len(data) == CHUNK_SIZE and pair.streams[0].sent_bytes > 5 * CHUNK_SIZE and not n_damaged:
+            n_damaged += 1
+            return bytes([data[0] ^ 1]) + data[1:]
+        return data
+
+    pair.streams[0].on_send = flip
+    await migrate_over_new_connections(pair)
+    assert n_damaged == 1
+    assert pair.outgoing.error is None
+    assert pair.is_equal()
+    assert pair.outgoing.statistics().n_reconnects == 1
+
+
+async def test_a_link_that_damages_everything_is_given_up(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The twin: without progress it ends, with what was wrong."""
+    pair = Pair(tmp_path, SIZES, reconnect_limit_s=20.0)
+    fill(pair)
+    await migrate_over_new_connections(pair, lambda data: data if len(data) < CHUNK_SIZE else data[:-1] + b"?")
+    assert pair.outgoing.phase is Phase.FAILED
+    assert "it was damaged on the way; for 20 s nothing could be sent" in str(pair.outgoing.error)
+    assert pair.gates() == ({Gate.OPEN}, {Gate.READ_ONLY})
+
+
+async def migrate_over_new_connections(pair: Pair, on_send: Callable[[bytes], bytes] | None = None) -> None:
+    """Run both ends, with a new connection for each try after the first."""
+    n_tries = 0
+
+    async with trio.open_nursery() as nursery:
+
+        async def connect() -> MemoryStream:
+            nonlocal n_tries
+            await trio.lowlevel.checkpoint()
+            n_tries += 1
+            if n_tries > 1:
+                pair.streams = memory_connection()
+            if on_send is not None:
+                pair.streams[0].on_send = on_send
+            nursery.start_soon(pair._receive)
+            return pair.streams[0]
+
+        pair.outgoing._connect = connect
+        await pair.outgoing.run()
 
 
 async def test_a_damaged_journal_is_not_believed(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from support.world import FaultySide, World
 
-BATCHES = 8
+BATCHES, CI_BATCHES = 8, 4
 RUNS_PER_BATCH = 40
 NIGHTLY_RUNS_PER_BATCH = 1500
 
@@ -151,7 +151,9 @@ def fast_directory() -> Iterator[Path]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("batch", range(BATCHES))
+@pytest.mark.parametrize(
+    "batch", [*range(CI_BATCHES), *(pytest.param(n, marks=pytest.mark.nightly) for n in range(CI_BATCHES, BATCHES))]
+)
 def test_simulated_migrations(fast_directory: Path, batch: int, nightly: bool) -> None:
     """Whatever fails: never two writers, no lost write, the source thaws or the destination has it all."""
     n_runs = NIGHTLY_RUNS_PER_BATCH if nightly else RUNS_PER_BATCH

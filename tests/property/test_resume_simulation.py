@@ -212,7 +212,7 @@ async def call_off_when_idle(world: ResumeWorld) -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("batch", range(4))
+@pytest.mark.parametrize("batch", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 4))])
 def test_interrupted_migrations_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, nightly: bool
 ) -> None:

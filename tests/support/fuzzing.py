@@ -5,6 +5,7 @@ A target swallows the errors that its reader may raise, and nothing else; it ret
 
 from __future__ import annotations
 
+import ssl
 import struct
 import tempfile
 from contextlib import suppress
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Final
 from xxhash import xxh3_64_intdigest
 
 from fusemig.compression import Packer, unpack
+from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.memory import MemoryDisk
 from fusemig.epoch import EpochFile, EpochRecord, Ownership
-from fusemig.errors import ConfigError, RemoteProtocolError
+from fusemig.errors import AuthenticationError, ConfigError, RemoteProtocolError
 from fusemig.qmp.codec import RequestParser, decode_server_line, encode_request
 from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native, qemu_block, savevm
@@ -146,6 +148,24 @@ def overlay_map(data: bytes) -> None:
         found.close()
 
 
+def credentials(data: bytes) -> None:
+    """The files of a credentials directory, one after the other; what is loaded proves something, or is refused."""
+    with tempfile.TemporaryDirectory(prefix="fusemig-fuzz-", dir=_fast()) as name:
+        directory = Path(name)
+        for file, content in zip(CREDENTIALS, data.split(BETWEEN_FILES), strict=False):
+            if content:
+                (directory / file).write_bytes(content)
+        with suppress(AuthenticationError):
+            found = load_credentials(directory, Endpoint.CLIENT)
+            assert found.context.verify_mode is ssl.CERT_REQUIRED
+            assert found.context.minimum_version is ssl.TLSVersion.TLSv1_3
+            assert found.context.cert_store_stats()["x509_ca"]
+
+
+CREDENTIALS: Final = ("ca-cert.pem", "client-cert.pem", "client-key.pem", "ca-crl.pem")
+BETWEEN_FILES: Final = b"\n====\n"
+
+
 def _fast() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 
@@ -161,7 +181,13 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "qmp-answers": qmp_answers,
     "epoch-file": epoch_file,
     "overlay-map": overlay_map,
+    "credentials": credentials,
 }
+
+
+def _pem(kind: str) -> bytes:
+    """Return a file that looks like one of its kind and holds nothing; whole ones are in the corpus."""
+    return f"-----BEGIN {kind}-----\nMAA=\n-----END {kind}-----\n".encode()
 
 
 def seeds() -> dict[str, list[bytes]]:
@@ -217,5 +243,9 @@ def seeds() -> dict[str, list[bytes]]:
             b'{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}',
         ],
         "epoch-file": [epoch_bytes],
+        "credentials": [
+            BETWEEN_FILES.join([_pem("CERTIFICATE"), _pem("CERTIFICATE"), _pem("PRIVATE KEY"), _pem("X509 CRL")]),
+            b"",
+        ],
         "overlay-map": [b"\0" + struct.pack(">IB", 5, 1) + struct.pack(">IB", 9000, 255)],
     }

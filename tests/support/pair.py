@@ -171,7 +171,7 @@ class Pair:
                 self.source.epochs[name],
                 nothing,
                 self.source.dirty_file(name),
-                partial(self.source.stamp, name),
+                stamp=partial(self.source.stamp, name),
             )
             for name, disk in self.source.disks.items()
         ]

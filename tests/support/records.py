@@ -18,8 +18,10 @@ _HEAD = struct.Struct("<QQI")
 class RecordWriter:
     """Writes to one open file in a thread of its own until the disk refuses."""
 
-    def __init__(self, file: Path, n_slots: int) -> None:
+    def __init__(self, file: Path, n_slots: int, first_slot: int = 0) -> None:
+        """Write to ``n_slots`` slots from ``first_slot`` on."""
         self.n_slots = n_slots
+        self.first_slot = first_slot
         self.acknowledged: dict[int, int] = {}
         """The newest record of each slot that was written and synced."""
         self.tried: dict[int, int] = {}
@@ -37,7 +39,7 @@ class RecordWriter:
                 number = 0
                 while not self._stop.is_set():
                     number += 1
-                    slot = number * 7 % self.n_slots
+                    slot = self.first_slot + number * 7 % self.n_slots
                     self.tried[slot] = number
                     os.pwrite(fd, record(slot, number), slot * SLOT)
                     os.fdatasync(fd)

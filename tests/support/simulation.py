@@ -1,11 +1,8 @@
 """Two hosts that can be killed, lose power and be started again, in one loop on a virtual clock.
 
-    SimHost      what survives (stores, epoch files) and what does not (disks, gates, migrations, connections)
-    SimWorld     a source, a destination, the connection between them, a guest, and an eye on both at every step
-
-Who may write after a start is decided by the product's own `ServedDisk`, from what is durable. A process that was
-killed runs on only in that its tasks are unwound: every call of it that could be seen from outside raises
-`KilledError` from the moment of its death.
+SimHost      what survives, and the daemon of the moment (`support.simhost`)
+SimWorld     a source, a destination, the connections between them, a guest, early readers, and an eye on both hosts
+             at every step of every task
 """
 
 from __future__ import annotations
@@ -16,44 +13,34 @@ from typing import TYPE_CHECKING
 import trio
 import trio.testing
 
-from fusemig.disk.fault import FaultDisk
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import EpochFile
-from fusemig.errors import DiskError, GateClosedError, PeerRefusedError, StateError
-from fusemig.fuse.export import Exports
+from fusemig.epoch import Ownership
+from fusemig.errors import ConnectError, DiskError, GateClosedError, PeerRefusedError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
+from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
-from fusemig.migration.witness import RecalledDisk
-from fusemig.migration.writer import IncomingDisk
 from fusemig.phase import MigrationPhase as P
-from fusemig.served import DiskSpec, ServedDisk
-from fusemig.units import CHUNK_SIZE, SECTOR_SIZE
-from support.crash import CrashDisk, Fate, KilledError
-from support.faults import FaultyStream
+from fusemig.units import CHUNK_SIZE
+from support.crash import KilledError
 from support.matrix import Moment
 from support.pair import inline, nothing
+from support.simguest import PAGE, GuestRecord
+from support.simhost import SimHost, SimStream
 from support.streams import Pipe
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from fusemig.disk.base import Buffer
-    from fusemig.disk.overlay_file import OverlayFile
-    from fusemig.disk.raw import RawDisk
-    from fusemig.disk.tracked import TrackedDisk
-    from fusemig.epoch import EpochRecord, Ownership
     from fusemig.errors import FusemigError
-    from fusemig.migration.borrow import Loan
-    from fusemig.migration.incoming import AwaitedDisk
-    from fusemig.wire.native import DiskOffer
+    from support.simhost import SimDisk
 
 SIZES = {"a": CHUNK_SIZE + 17 * 4096 + 1536, "b": 64 * 1024}
 """A disk of two chunks, of which the last is short and ends inside a block; and one of a part of a chunk."""
-LINK_BYTES_PER_S = 20e6
 N_GUEST_WRITES = 50
+N_EARLY_READS = 40
 
 
 _MOMENT_OF = {
@@ -65,347 +52,6 @@ _MOMENT_OF = {
 }
 
 
-class HostFate(Fate):
-    """Kills a host at one of its calls to come, and lets nothing through afterwards."""
-
-    def __init__(self, host: SimHost) -> None:
-        super().__init__()
-        self._host = host
-        self.is_power_loss = False
-        """How it dies when `left` calls were made."""
-
-    def meet(self) -> bool:
-        """Count a call; tell whether it is the last one."""
-        self._host.check_alive()
-        if not super().meet():
-            return False
-        self._host.die(is_power_loss=self.is_power_loss)
-        return True
-
-
-class SimEpochFile(EpochFile):
-    """An epoch file whose writes can fail, tear and be the last thing that happens."""
-
-    def __init__(self, path: Path, host: SimHost) -> None:
-        super().__init__(path)
-        self._host = host
-
-    def write(self, record: EpochRecord) -> None:
-        """Write, fail or die."""
-        host = self._host
-        if host.fate.meet():
-            if host.rng.random() < 0.7:
-                before = self.path.read_bytes() if self.path.exists() else b""
-                EpochFile(self.path).write(record)
-                if host.rng.random() < 0.5:
-                    after = self.path.read_bytes()
-                    cut = host.rng.randrange(len(after) + 1)
-                    self.path.write_bytes(after[:cut] + before[cut:])
-            raise KilledError
-        if host.fails_epoch_writes is not None:
-            host.on_fault()
-            is_stored, host.fails_epoch_writes = host.fails_epoch_writes, host.next_epoch_writes
-            if is_stored:
-                EpochFile(self.path).write(record)
-            raise StateError(f"cannot write the epoch file {self.path}: on purpose; free space there first")
-        super().write(record)
-
-
-class SimDisk(ServedDisk):
-    """A served disk over a simulated store; everything that decides about it is the product's."""
-
-    def __init__(self, host: SimHost, name: str, *, is_incoming: bool) -> None:
-        self.layer = host.layers[name]
-        super().__init__(DiskSpec(name, host.directory / f"{name}.img"), Exports(), None, is_incoming=is_incoming)
-        self.epoch_file = SimEpochFile(self.epoch_file.path, host)
-
-    def _open_image(self) -> RawDisk:
-        return self.layer  # type: ignore[return-value]
-
-    def _open_dirty_file(self, image: RawDisk | OverlayFile, disk: TrackedDisk) -> None:
-        """Keep none: what goes on after an interruption has a simulation of its own."""
-
-    @property
-    def guest(self) -> TrackedDisk:
-        """The guest's side; the store exists from the start."""
-        assert self.disk is not None
-        return self.disk
-
-
-class SimHost:
-    """What survives on a host, and the daemon that runs on it now."""
-
-    def __init__(
-        self,
-        directory: Path,
-        rng: random.Random,
-        sleep: Callable[[float], object],
-        sizes: dict[str, int],
-        *,
-        is_incoming: bool,
-    ) -> None:
-        directory.mkdir()
-        self.directory = directory
-        self.rng = rng
-        self.is_incoming = is_incoming
-        self.fate = HostFate(self)
-        self.stores = {name: CrashDisk(name, size, self.fate, rng) for name, size in sizes.items()}
-        self.layers = {name: FaultDisk(store, sleep=sleep) for name, store in self.stores.items()}
-        for name in sizes:
-            (directory / f"{name}.img").touch()
-        self.on_fault: Callable[[], None] = lambda: None
-        """Called when a fault on purpose strikes an epoch file."""
-        self.on_death: Callable[[], None] = lambda: None
-        """Called just before the process dies."""
-        self.n_restarts = 0
-        self.start()
-
-    def start(self) -> None:
-        """Start a daemon.
-
-        Raises:
-            ConfigError: it refuses, from what is durable.
-        """
-        self.is_dead = self.had_power_loss = False
-        self.fate.left = None
-        self.fails_epoch_writes: bool | None = None
-        """Whether writes of epoch files fail (not None), and whether what failed is on the disk all the same."""
-        self.next_epoch_writes: bool | None = None
-        """What comes after the next failure."""
-        self.streams: list[SimStream] = []
-        self._lives: list[trio.CancelScope] = []
-        self.dropped: set[str] = set()
-        """Disks whose cached pages were dropped since they were claimed."""
-        self.served = {name: SimDisk(self, name, is_incoming=self.is_incoming) for name in self.stores}
-
-    def restart(self) -> None:
-        """Kill the daemon if it lives, and start another one from what is durable."""
-        if not self.is_dead:
-            self.die(is_power_loss=False)
-        if self.had_power_loss:
-            for store in self.stores.values():
-                store.lose_power()
-        self.n_restarts += 1
-        self.on_death = lambda: None
-        self.mend()
-        self.start()
-
-    def mend(self) -> None:
-        """Let nothing fail any more."""
-        for layer in self.layers.values():
-            layer.mend()
-        self.fails_epoch_writes = self.next_epoch_writes = None
-        self.fate.left = None
-
-    def check_alive(self) -> None:
-        """Raise `KilledError` in a process that is no more."""
-        if self.is_dead:
-            raise KilledError
-
-    def die(self, *, is_power_loss: bool) -> None:
-        """End the process: its sockets are closed by the kernel, or fall silent with the whole host."""
-        if self.is_dead:
-            return
-        self.on_death()
-        self.is_dead = True
-        self.had_power_loss = is_power_loss
-        for stream in self.streams:
-            stream.die(is_silent=is_power_loss, keeps_sent=self.rng.random() < 0.5)
-        for scope in self._lives:
-            scope.cancel()
-
-    async def live(self, function: Callable[[], Awaitable[object]]) -> None:
-        """Run a part of the daemon until it ends or the process does."""
-        scope = trio.CancelScope()
-        self._lives.append(scope)
-        try:
-            with scope:
-                self.check_alive()
-                await function()
-        except* KilledError:
-            pass
-        finally:
-            if scope in self._lives:
-                self._lives.remove(scope)
-
-    def end(self) -> None:
-        """Cancel what the daemon does, as its orderly end does to what runs in its nursery."""
-        for scope in self._lives:
-            scope.cancel()
-
-    def durable_state(self, name: str) -> Ownership | None:
-        """Return what a daemon that starts now would read."""
-        record = EpochFile(self.served[name].epoch_file.path).record
-        return None if record is None else record.state
-
-    # The host of an incoming migration, as the daemon is
-
-    async def awaited(self) -> list[AwaitedDisk]:
-        """Say that no wire needs this here."""
-        raise PeerRefusedError("only the native wire is simulated")
-
-    async def claim(self, offers: Sequence[DiskOffer], session: str, peer: str) -> list[IncomingDisk]:
-        """Reserve offered disks, all or none."""
-        for offer in offers:
-            if offer.name not in self.served:
-                raise PeerRefusedError(f"disk '{offer.name}' is not awaited there")
-            self.served[offer.name].check_offer(offer)
-        chosen = [self.served[offer.name] for offer in offers]
-        for served in chosen:
-            served.busy = f"it is being received from {peer}"
-        try:
-            claimed = []
-            for served, offer in zip(chosen, offers, strict=True):
-                disk = await inline(served.receive, offer, session, peer)
-                self.dropped.discard(served.name)
-                claimed.append(IncomingDisk(disk, served.epoch_file, self._dropper(served.name)))
-        except BaseException:
-            for served in chosen:
-                served.busy = ""
-            raise
-        return claimed
-
-    def _dropper(self, name: str) -> Callable[[], Awaitable[None]]:
-        async def drop() -> None:
-            self.dropped.add(name)
-            await trio.lowlevel.checkpoint()
-
-        return drop
-
-    def release(self, disks: Sequence[IncomingDisk]) -> None:
-        """End a reservation."""
-        for disk in disks:
-            served = self.served[disk.disk.name]
-            served.busy = ""
-            served.is_waiting = not served.is_writable
-
-    def recall(self, session: str, image_ids: Sequence[str], peer: str) -> list[RecalledDisk]:
-        """Reserve every disk whose record names the migration or one of the images."""
-        found = [
-            served
-            for served in self.served.values()
-            for record in [served.epoch_file.record]
-            if record is not None and (record.session == session or record.image_id in image_ids)
-        ]
-        for served in found:
-            if served.busy:
-                raise PeerRefusedError(f"disk '{served.name}' is busy: {served.busy}")
-            served.busy = f"{peer} asks who owns it"
-        return [RecalledDisk(served.name, served.epoch_file, served.disk) for served in found]
-
-    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
-        """Lend nothing: post-copy has a simulation of its own."""
-        raise PeerRefusedError("nothing is borrowed here")
-
-    def let_go(self, disks: Sequence[RecalledDisk]) -> None:
-        """End a reservation."""
-        for disk in disks:
-            self.served[disk.name].busy = ""
-
-
-class SimStream(FaultyStream):
-    """One host's end of a connection; it goes with the host."""
-
-    def __init__(self, peer: str, outgoing: Pipe, incoming: Pipe, host: SimHost) -> None:
-        super().__init__(peer, outgoing, incoming, LINK_BYTES_PER_S)
-        self.host = host
-        self.on_fault: Callable[[], None] = lambda: None
-        self.is_silent = False
-        """What is sent is lost, and nobody is told."""
-        self._piece_bytes = CHUNK_SIZE
-        host.streams.append(self)
-
-    def slow_down(self, bytes_per_s: float) -> None:
-        """Send no faster from now on."""
-        self._bytes_per_s = bytes_per_s
-        self._piece_bytes = 4096
-
-    def send_nowait(self, buffers: Sequence[Buffer]) -> int:
-        """Send, unless this is the end."""
-        is_last = self.host.fate.meet()
-        if self.is_silent:
-            return len(buffers[0])
-        before = self.n_sends
-        try:
-            n = super().send_nowait([memoryview(buffers[0])[: self._piece_bytes]])
-        finally:
-            if self.n_sends > before and self.n_sends in self.faults:
-                self.on_fault()
-        if is_last:
-            raise KilledError
-        return n
-
-    def receive_nowait(self, buffer: memoryview) -> int:
-        """Receive, unless dead."""
-        self.host.check_alive()
-        return super().receive_nowait(buffer)
-
-    async def wait_readable(self) -> None:
-        """Wait for data or the end of anything."""
-        while not self._incoming.data and not self._incoming.is_closed and not self.host.is_dead:
-            await self._incoming.changed.wait()
-        await trio.lowlevel.checkpoint()
-
-    def die(self, *, is_silent: bool, keeps_sent: bool) -> None:
-        """End with the process; its peer gets what was sent, unless that was still here."""
-        if is_silent:
-            self.is_silent = True
-        else:
-            for pipe in (self._incoming, self._outgoing):
-                pipe.is_closed = True
-        if not keeps_sent:
-            self._outgoing.data.clear()
-        for pipe in (self._incoming, self._outgoing):
-            pipe.note()
-
-    def close(self) -> None:
-        """Close, unless the process that would is gone: then the kernel did, or nobody."""
-        if not self.is_silent:
-            super().close()
-
-
-class GuestRecord:
-    """What a guest knows of one disk: what it wrote, and what was synced."""
-
-    def __init__(self, size: int) -> None:
-        self.acknowledged = bytearray(size)
-        self.synced = bytearray(size)
-        self.since: dict[int, list[bytes]] = {}
-        """The states of each sector after the last sync, oldest first."""
-        self.is_sync_failed = False
-
-    def note(self, content: bytearray, offset: int, length: int) -> None:
-        """Take over what is there after a write that was made or tried."""
-        self.acknowledged[offset : offset + length] = content[offset : offset + length]
-        for sector in range(offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE)):
-            place = slice(sector * SECTOR_SIZE, (sector + 1) * SECTOR_SIZE)
-            self.since.setdefault(sector, []).append(bytes(content[place]))
-
-    def note_synced(self) -> None:
-        """Everything acknowledged is durable."""
-        for sector in self.since:
-            place = slice(sector * SECTOR_SIZE, (sector + 1) * SECTOR_SIZE)
-            self.synced[place] = self.acknowledged[place]
-        self.since.clear()
-
-    def lost_after_power_loss(self, content: bytearray) -> str:
-        """Tell what is wrong with a disk that lost power, if anything is; then go on from what it holds."""
-        wrong = ""
-        expected = bytearray(self.synced)
-        for sector, states in self.since.items():
-            place = slice(sector * SECTOR_SIZE, (sector + 1) * SECTOR_SIZE)
-            if bytes(content[place]) in (bytes(self.synced[place]), *states):
-                expected[place] = content[place]
-        if expected != content:
-            at = next(i for i in range(len(content)) if expected[i] != content[i])
-            wrong = f"byte {at} is neither what was synced nor what was written after that"
-        self.acknowledged[:] = content
-        self.synced[:] = content
-        self.since.clear()
-        self.is_sync_failed = False
-        return wrong
-
-
 class SimWorld(trio.abc.Instrument):
     """A source, a destination, and whatever is between them."""
 
@@ -415,16 +61,28 @@ class SimWorld(trio.abc.Instrument):
         self.clock = clock
         self.directory = directory
         self.parameters = MigrationParameters()
+        self.on_connection: Callable[[], None] = lambda: None
+        """Called for each connection after the first: what lasts strikes again."""
+        self.link_faults: Callable[[SimStream], None] = lambda _stream: None
+        """Called with each end of a new connection: what is wrong with the link stays wrong."""
         self.source = SimHost(directory / "source", self.rng, clock.jump, SIZES, is_incoming=False)
         self.destination = SimHost(directory / "destination", self.rng, clock.jump, SIZES, is_incoming=True)
         self.later_destination: SimHost | None = None
         """The one that the next migration goes to, if it is another one."""
+        self.source.dial = self._dial
+        self.source.on_settled = self._on_settled
         self.source.on_fault = self.destination.on_fault = self.note_strike
         self.records = {name: GuestRecord(size) for name, size in SIZES.items()}
         self.violations: list[str] = []
         self.longest_freeze_s = 0.0
         self._frozen_at: float | None = None
         self.n_acknowledged_writes = 0
+        self.n_early_reads = 0
+        self.is_prompt = False
+        """Whether the fault is to strike at its moment, and not at some step after it."""
+        self.is_lasting = False
+        """Whether the fault goes on until somebody mends it."""
+        self._n_receiving = 0
         self.struck_at: Moment | None = None
         """Where the migration was when the fault struck."""
         self.on_moment: Callable[[Moment], None] = lambda _moment: None
@@ -434,6 +92,8 @@ class SimWorld(trio.abc.Instrument):
         """Called when the destination has reserved the disks for the source."""
         self.phases: list[P] = []
         self.incoming: DestinationMigration | None = None
+        self.error: FusemigError | None = None
+        """What the first migration ended with."""
         self.nursery: trio.Nursery
         self.fill()
         self.connect()
@@ -455,12 +115,77 @@ class SimWorld(trio.abc.Instrument):
 
     # The migration
 
-    def connect(self) -> None:
-        """Make a new connection and a new migration for it."""
+    def connect(self, resume: ResumePoint | None = None) -> None:
+        """Make a new connection and a new migration for it, which may go on with another one."""
         self.phases = []
+        self.n_connections = 0
+        self.streams = self.new_connection()
+        self.outgoing = self.migration_from(self.source, self._next_stream, self._on_source_phase, resume)
+
+    def new_connection(self) -> tuple[SimStream, SimStream]:
+        """Return both ends of a new connection of the source's."""
         self.incoming = None
-        self.streams = self.connection(self.source)
-        self.outgoing = self.migration_from(self.source, self.streams[0], self._on_source_phase)
+        return self.connection(self.source)
+
+    async def _next_stream(self) -> SimStream:
+        """Connect; a destination that is dead refuses, and somebody starts it again meanwhile."""
+        self.n_connections += 1
+        await trio.lowlevel.checkpoint()
+        if self.n_connections > 1:
+            self._refuse_if_dead()
+            self.streams = self.new_connection()
+            await self._begin_receiving()
+            self.on_connection()
+            self.source.check_alive()
+        return self.streams[0]
+
+    async def _begin_receiving(self) -> None:
+        self.nursery.start_soon(self.destination.live, self.receive(self.streams[1], self._on_destination_phase))
+        await trio.testing.wait_all_tasks_blocked()
+
+    def _refuse_if_dead(self) -> None:
+        if self.destination.is_dead:
+            self.restart(self.destination)
+            raise ConnectError("cannot connect to the destination: connection refused")
+
+    def restart(self, host: SimHost) -> None:
+        """Start a host's daemon again; what lasts is not mended by that."""
+        host.restart(is_mended=not self.is_lasting)
+
+    def mend(self) -> None:
+        """End everything that is wrong, for good."""
+        self.is_lasting = False
+        self.on_connection = lambda: None
+        self.link_faults = lambda _stream: None
+        if self.later_destination is not None:
+            self.destination = self.later_destination
+        for host in (self.source, self.destination):
+            if host.is_dead:
+                host.restart()
+            host.mend()
+
+    def in_doubt(self) -> bool:
+        """Whether it is not known of a disk who owns it, as the source's daemon sees it."""
+        return any(served.ownership is Ownership.HANDED_OFF for served in self.served_here())
+
+    async def _dial(self, uri: str) -> SimStream:
+        """Connect to ask who owns the disks."""
+        await trio.lowlevel.checkpoint()
+        self._refuse_if_dead()
+        self.streams = self.new_connection()
+        self.nursery.start_soon(self.destination.live, self.receive(self.streams[1], self._on_question_phase))
+        self.on_connection()
+        self.source.check_alive()
+        return self.streams[0]
+
+    def _on_settled(self) -> None:
+        migration = self.outgoing
+        if migration.phase is P.IN_DOUBT and all(s.ownership is not Ownership.HANDED_OFF for s in self.served_here()):
+            migration.settle(is_handed_off=not any(served.is_writable for served in self.served_here()))
+
+    def served_here(self) -> list[SimDisk]:
+        """Return the source's disks."""
+        return list(self.source.served.values())
 
     def connection(self, host: SimHost) -> tuple[SimStream, SimStream]:
         """Return ``host``'s and the destination's end of a new connection."""
@@ -468,24 +193,39 @@ class SimWorld(trio.abc.Instrument):
         ends = SimStream("destination", forth, back, host), SimStream("source", back, forth, self.destination)
         for end in ends:
             end.on_fault = self.note_strike
+            self.link_faults(end)
         return ends
 
-    def migration_from(self, host: SimHost, stream: SimStream, on_phase: Callable[[P], None]) -> SourceMigration:
+    def migration_from(
+        self,
+        host: SimHost,
+        connect: Callable[[], Awaitable[SimStream]],
+        on_phase: Callable[[P], None],
+        resume: ResumePoint | None = None,
+    ) -> SourceMigration:
         """Return a migration of every disk of ``host``."""
+        lent = [
+            SourceDisk(served.guest, served.epoch_file, nothing, served.dirty_file) for served in host.served.values()
+        ]
+        return SourceMigration(lent, connect, self.parameters, inline, on_phase, resume=resume)
 
-        async def connect() -> SimStream:
-            await trio.lowlevel.checkpoint()
-            return stream
-
-        lent = [SourceDisk(served.guest, served.epoch_file, nothing) for served in host.served.values()]
-        return SourceMigration(lent, connect, self.parameters, inline, on_phase)
+    def resume_point(self) -> ResumePoint:
+        """Return where the migration was interrupted, as `fusemig.outbound` does."""
+        point = self.outgoing.resume_point()
+        if point is not None and [disk.disk for disk in point.disks] == [served.guest for served in self.served_here()]:
+            return point
+        sessions = {served.interrupted_session for served in self.served_here()}
+        session = sessions.pop()
+        return ResumePoint("unknown" if session is None or sessions else session)
 
     async def migrate(self) -> None:
         """Run both ends to their end, whatever that is."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.destination.live, self.receive(self.streams[1], self._on_destination_phase))
-            await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(self.source.live, self.outgoing.run)
+        await self._begin_receiving()
+        await self.source.live(self.outgoing.run)
+        for stream in self.streams:  # a destination that was forgotten without a word
+            if not stream.is_silent:
+                stream.close()
+        await self._wait_received()
         for host in (self.source, self.destination):  # a death that did not come by now was not of this run
             host.fate.left = None
             host.on_death = lambda: None
@@ -499,14 +239,24 @@ class SimWorld(trio.abc.Instrument):
             migration = DestinationMigration(stream, self.destination, inline, on_phase)
             if on_phase == self._on_destination_phase:
                 self.incoming = migration
+            self._n_receiving += 1
             try:
                 await migration.run()
             finally:
+                self._n_receiving -= 1
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                     await stream.aclose()
             return migration
 
         return run
+
+    async def _wait_received(self) -> None:
+        while self._n_receiving and not self.destination.is_dead:
+            await trio.sleep(0.5)
+
+    def _on_question_phase(self, phase: P) -> None:
+        if phase is P.COMPLETED and not self.destination.is_dead:
+            self._check_taken()
 
     def _on_source_phase(self, phase: P) -> None:
         if self.source.is_dead:
@@ -530,12 +280,12 @@ class SimWorld(trio.abc.Instrument):
         self.destination.check_alive()
 
     def _check_taken(self) -> None:
-        """At take-over the destination's medium holds every acknowledged byte (I4), with no stale page (I12)."""
+        """At take-over the destination's medium holds every acknowledged byte (I4), with no stale page cached (I12)."""
         for name, record in self.records.items():
             if self.destination.stores[name].durable != record.acknowledged:
                 self.violations.append(f"'{name}' was taken over without every acknowledged byte on the medium")
-            if name not in self.destination.dropped:
-                self.violations.append(f"'{name}' was taken over with pages that early readers cached")
+            if stale := self.destination.pages[name].stale(record.acknowledged):
+                self.violations.append(f"'{name}' was taken over with stale pages that early readers cached: {stale}")
             record.synced[:] = record.acknowledged
             record.since.clear()
             record.is_sync_failed = False
@@ -568,15 +318,38 @@ class SimWorld(trio.abc.Instrument):
         """Write and sync until the disk is not ours any more."""
         for _ in range(n_writes):
             name = "a" if self.rng.random() < 0.7 else "b"
-            if self.rng.random() < 0.15:
+            kind = self.rng.random()
+            if kind < 0.15:
                 self.guest_syncs(host, name)
             else:
                 length = min(self.rng.choice([1, 512, 4096, 10_000]), SIZES[name])
                 offset = self.rng.randrange(SIZES[name] - length + 1)
                 data = bytes(length) if self.rng.random() < 0.2 else self.rng.randbytes(length)
-                if not await self.guest_writes(host, name, offset, data):
+                write = self.guest_writes_durably if kind > 0.85 else self.guest_writes
+                if not await write(host, name, offset, data):
                     return
             await trio.sleep(self.rng.random() * 2 * pause_s)
+
+    async def early_reader(self, pause_s: float) -> None:
+        """Read at the destination before the disks are there, as a program does that opens them early."""
+        rng = random.Random(f"reader {self.seed}")
+        for _ in range(N_EARLY_READS):
+            host = self.destination
+            if not host.is_dead:
+                name = rng.choice(list(host.served))
+                disk = host.served[name].guest
+                host.pages[name].read(disk, rng.randrange(-(-disk.size // PAGE)))
+                self.n_early_reads += 1
+            await trio.sleep(pause_s)
+
+    async def guest_writes_durably(self, host: SimHost, name: str, offset: int, data: bytes) -> bool:
+        """Make one write with O_DSYNC, as a lane does; one that was answered is on the medium (I2)."""
+        if not await self.guest_writes(host, name, offset, data):
+            return False
+        place = slice(offset, offset + len(data))
+        if self.guest_syncs(host, name) and host.stores[name].durable[place] != self.records[name].acknowledged[place]:
+            self.violations.append(f"an O_DSYNC write to '{name}' was answered before it was on the medium")
+        return True
 
     async def guest_writes(self, host: SimHost, name: str, offset: int, data: bytes) -> bool:
         """Make one write as a lane does; return whether guests may go on."""
@@ -605,6 +378,13 @@ class SimWorld(trio.abc.Instrument):
                     self.violations.append(f"a write to '{name}' was acknowledged and not made")
                 self.n_acknowledged_writes += 1
                 return True
+
+    def guest_writes_now(self) -> None:
+        """Make a write while the source's gates are open still."""
+        for name, served in self.source.served.items():
+            if served.guest.gate is Gate.OPEN:
+                served.guest.pwrite(self.rng.randbytes(4096), 8192)
+                self.records[name].note(self.source.stores[name].content, 8192, 4096)
 
     def guest_syncs(self, host: SimHost, name: str) -> bool:
         """Make one fsync; return whether it was acknowledged. One that failed must fail for ever (I1)."""

@@ -1,7 +1,8 @@
 """How each fault of the matrix is made to strike in the simulation.
 
 A strike is called when the migration has got to its moment. It hits at once and says so, or it arms something that says
-so when it hits; a migration that has moved on meanwhile is judged by the moment of the hit.
+so when it hits; a migration that has moved on meanwhile is judged by the moment of the hit. A fault that lasts
+(`SimWorld.is_lasting`) strikes again at every new connection, or stays in the store or the link that it is a fault of.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from fusemig.disk.fault import Operation
 from fusemig.errors import StateError
 from fusemig.phase import MigrationPhase
 from support.matrix import Fault, Moment
-from support.simulation import SIZES, SimHost, refused
+from support.simhost import SimHost
+from support.simulation import SIZES, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from support.simhost import SimStream
     from support.simulation import SimWorld
 
     Strike = Callable[[SimWorld], None]
 
+N_MANGLED = 200
+"""How many frames one after the other are damaged where that lasts."""
 _WRITES = frozenset({Operation.WRITE, Operation.ZERO})
 
 
@@ -40,7 +45,18 @@ def _kill(which: str, *, is_power_loss: bool) -> Strike:
         host.fate.left = world.rng.randrange(4)
         host.on_death = world.note_strike
 
-    return strike
+    return _again_and_again(strike)
+
+
+def _again_and_again(strike: Strike) -> Strike:
+    """Return a strike that comes again with each new connection if the fault lasts."""
+
+    def first(world: SimWorld) -> None:
+        if world.is_lasting:
+            world.on_connection = lambda: strike(world)
+        strike(world)
+
+    return first
 
 
 def _reset(world: SimWorld) -> None:
@@ -51,20 +67,27 @@ def _reset(world: SimWorld) -> None:
             stream._incoming.data.clear()
 
 
-def _stall(world: SimWorld) -> None:
-    world.note_strike()
-    for stream in world.streams:
-        stream.is_silent = True
+def _on_link(fault: Callable[[SimStream], None]) -> Strike:
+    """Return a strike at both ends of the connection, and of every later one if it lasts."""
 
-
-def _slow(world: SimWorld) -> None:
-    world.note_strike()
-    for stream in world.streams:
-        stream.slow_down(20_000)
-
-
-def _disk(which: str, operations: frozenset[Operation], code: int, times: int | None) -> Strike:
     def strike(world: SimWorld) -> None:
+        world.note_strike()
+        for stream in world.streams:
+            fault(stream)
+        if world.is_lasting:
+            world.link_faults = fault
+
+    return strike
+
+
+def _silence(stream: SimStream) -> None:
+    stream.is_silent = True
+
+
+def _disk(which: str, operations: frozenset[Operation], code: int) -> Strike:
+    def strike(world: SimWorld) -> None:
+        if world.is_prompt and world.moment is Moment.FROZEN:
+            world.guest_writes_now()  # so that there is something left to be sent
         host: SimHost = getattr(world, which)
         torn = world.rng.choice([0, 100, 5000])
 
@@ -73,33 +96,35 @@ def _disk(which: str, operations: frozenset[Operation], code: int, times: int | 
             return True
 
         for layer in host.layers.values():
+            times = None if world.is_lasting else 1
             layer.add(DiskFault(operations, times=times, errno=code, torn_bytes=torn, when=note))
 
     return strike
 
 
 def _source_sync(world: SimWorld) -> None:
-    _disk("source", frozenset({Operation.FLUSH}), errno.EIO, 1)(world)
-    if world.rng.random() < 0.5:
+    _disk("source", frozenset({Operation.FLUSH}), errno.EIO)(world)
+    if world.is_prompt or world.rng.random() < 0.5:
         assert not world.guest_syncs(world.source, "a")
 
 
 def _destination_eio(world: SimWorld) -> None:
     operations = world.rng.choice([_WRITES, frozenset({Operation.FLUSH}), _WRITES | {Operation.FLUSH}])
-    _disk("destination", operations, errno.EIO, world.rng.choice([1, None]))(world)
+    _disk("destination", operations, errno.EIO)(world)
 
 
 def _destination_full(world: SimWorld) -> None:
-    _disk("destination", _WRITES, errno.ENOSPC, None)(world)
+    _disk("destination", _WRITES, errno.ENOSPC)(world)
     if world.moment is Moment.SETUP:
-        world.destination.fails_epoch_writes = world.destination.next_epoch_writes = False
+        world.destination.fails_epoch_writes = False
+        world.destination.next_epoch_writes = False if world.is_lasting else None
 
 
 def _state(which: str) -> Strike:
     def strike(world: SimWorld) -> None:
         host: SimHost = getattr(world, which)
         host.fails_epoch_writes = world.rng.random() < 0.5
-        host.next_epoch_writes = host.fails_epoch_writes if world.rng.random() < 0.5 else None
+        host.next_epoch_writes = host.fails_epoch_writes if world.is_lasting else None
 
     return strike
 
@@ -107,10 +132,14 @@ def _state(which: str) -> Strike:
 def _frame(*kinds: str) -> Strike:
     def strike(world: SimWorld) -> None:
         stream = world.rng.choice(world.streams)
-        stream.faults[stream.n_sends + 1] = world.rng.choice(kinds)
+        if world.is_prompt and world.moment is Moment.PREPARED:
+            stream = world.streams[1]  # which is about to say so; the source's next word is COMMIT
+        kind = world.rng.choice(kinds)
+        for number in range(1, N_MANGLED if world.is_lasting else 2):
+            stream.faults[stream.n_sends + number] = kind
         stream.flip_at = world.rng.getrandbits(24)
 
-    return strike
+    return _again_and_again(strike)
 
 
 def _stranger(world: SimWorld) -> None:
@@ -139,7 +168,12 @@ def _rival(world: SimWorld) -> None:
     directory = world.directory / "rival"
     rival = SimHost(directory, world.rng, world.clock.jump, SIZES, is_incoming=False)
     mine, its = world.connection(rival)
-    migration = world.migration_from(rival, mine, lambda _phase: None)
+
+    async def connect() -> SimStream:
+        await trio.lowlevel.checkpoint()
+        return mine
+
+    migration = world.migration_from(rival, connect, lambda _phase: None)
 
     async def come() -> None:
         await world.receive(its)()
@@ -193,12 +227,12 @@ STRIKES: dict[Fault, Strike] = {
     Fault.DESTINATION_KILLED: _kill("destination", is_power_loss=False),
     Fault.SOURCE_POWER: _kill("source", is_power_loss=True),
     Fault.DESTINATION_POWER: _kill("destination", is_power_loss=True),
-    Fault.LINK_RESET: _reset,
-    Fault.LINK_STALLED: _stall,
-    Fault.LINK_SLOW: _slow,
+    Fault.LINK_RESET: _again_and_again(_reset),
+    Fault.LINK_STALLED: _on_link(_silence),
+    Fault.LINK_SLOW: _on_link(lambda stream: stream.slow_down(20_000)),
     Fault.DESTINATION_FULL: _destination_full,
     Fault.DESTINATION_EIO: _destination_eio,
-    Fault.SOURCE_EIO: _disk("source", frozenset({Operation.READ, Operation.EXTENTS}), errno.EIO, None),
+    Fault.SOURCE_EIO: _disk("source", frozenset({Operation.READ, Operation.EXTENTS}), errno.EIO),
     Fault.SOURCE_SYNC: _source_sync,
     Fault.SOURCE_STATE: _state("source"),
     Fault.DESTINATION_STATE: _state("destination"),
@@ -209,7 +243,7 @@ STRIKES: dict[Fault, Strike] = {
     Fault.MISMATCH: _mismatch,
     Fault.CANCELLED: _cancel,
     Fault.SOURCE_ENDED: _end_source,
-    Fault.DESTINATION_ENDED: _end_destination,
+    Fault.DESTINATION_ENDED: _again_and_again(_end_destination),
     Fault.GUEST_BUSY: lambda world: world.note_strike(),
     Fault.CLOCK_JUMP: _suspend,
 }
@@ -233,6 +267,7 @@ SAYS: dict[Fault, str] = {
 def arm(world: SimWorld, fault: Fault, moment: Moment, delay: int) -> None:
     """Have ``fault`` strike ``delay`` steps of the loop after the migration has got to ``moment``, once."""
     is_done = False
+    world.is_prompt = not delay
     if fault is Fault.MISMATCH:
         STRIKES[fault](world)
         return

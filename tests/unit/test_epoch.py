@@ -16,6 +16,7 @@ from xxhash import xxh3_64_hexdigest
 
 from fusemig.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.errors import ConfigError, StateError
+from support.crash import KilledError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -278,7 +279,7 @@ def test_a_new_file_is_durable_with_its_name(path: Path, synced: list[str]) -> N
     file = EpochFile(path)
     assert synced == []
     file.write(record(Ownership.OWNER))
-    assert synced == ["image.fusemig", f"{path.parent.name}/"]
+    assert synced == ["image.fusemig.new", f"{path.parent.name}/"]
     file.write(record(Ownership.HANDED_OFF))
     assert synced[2:] == ["image.fusemig"]
 
@@ -335,6 +336,33 @@ def test_what_may_be_durable_is_gone_by(path: Path) -> None:
     file.write(record(Ownership.HANDED_OFF))
     assert file.is_certain
     assert read(path) == record(Ownership.HANDED_OFF)
+
+
+def test_records_of_earlier_and_later_versions_of_the_format(path: Path) -> None:
+    """What an earlier fusemig did not write has its default, and what a later one adds is no damage."""
+    record = msgspec.json.encode({"state": "owner", "image_id": "i", "epoch": 3, "version": 1, "added_later": [1]})
+    line = msgspec.json.encode(
+        {"counter": 1, "check": xxh3_64_hexdigest(record, seed=1), "record": msgspec.Raw(record)}
+    )
+    path.write_bytes(b"\n".rjust(4096) + line.ljust(4095) + b"\n")
+    assert EpochFile(path).record == EpochRecord(state=Ownership.OWNER, image_id="i", epoch=3)
+
+
+def test_the_first_write_is_there_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no other slot to go by: killed before its end it was never made, and the next one is made anew."""
+
+    def die(_fd: int) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", die)
+        with pytest.raises(KilledError):
+            EpochFile(path).write(record(Ownership.INCOMING))
+    assert not path.exists()
+    assert EpochFile(path).record is None
+    EpochFile(path).write(record(Ownership.INCOMING))
+    assert EpochFile(path).record == record(Ownership.INCOMING)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 def test_what_is_lent_is_not_read_by_an_earlier_version(path: Path) -> None:

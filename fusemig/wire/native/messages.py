@@ -55,6 +55,8 @@ class DiskOffer(msgspec.Struct, frozen=True, omit_defaults=True):
     epoch: int
     is_resumed: bool = False
     """Whether this is to go on with what the destination has of it."""
+    allocated_bytes: int = 0
+    """About how much of it is no hole, so that the destination can tell whether it has the room; 0: not known."""
     since: str = ""
     """The migration that brought the disk here, if it is known which chunks were written since."""
     is_compared: bool = False
@@ -187,10 +189,12 @@ class Released(msgspec.Struct, frozen=True):
     """The source knows that it does not."""
 
 
-class Abort(msgspec.Struct, frozen=True):
+class Abort(msgspec.Struct, frozen=True, omit_defaults=True):
     """The migration is over without a hand-off."""
 
     reason: str
+    is_damaged: bool = False
+    """Whether only this connection is: what came over it was damaged, and over another one the migration may go on."""
 
 
 class AskedDisk(msgspec.Struct, frozen=True):
