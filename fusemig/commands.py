@@ -13,6 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from fusemig import __version__
 from fusemig.block_info import block_info, block_node, block_stats
+from fusemig.compression import parse_compression
 from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.credentials import Endpoint
 from fusemig.daemon_info import daemon_status, io_error, run_state
@@ -114,6 +115,7 @@ class _Commands:
     def query_migrate_parameters(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationParameters:
         parameters = self._daemon.outbound.parameters
         return schema.MigrationParameters(
+            block_incremental=bool(parameters.block_incremental),
             max_bandwidth=parameters.max_bandwidth,
             downtime_limit=round(parameters.downtime_limit_s * 1000),
             tls_creds=self._daemon.security.tls_creds,
@@ -133,9 +135,7 @@ class _Commands:
         if arguments.blk is False:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
         for name, is_asked in (
-            ("inc", arguments.inc),
             (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is schema.Mode.MIRROR),
-            ("x-fusemig-compress", arguments.x_fusemig_compress is not UNSET),
         ):
             if is_asked:
                 raise CommandError(f"'{name}' is not supported by version {__version__}: leave it out")
@@ -164,6 +164,17 @@ class _Commands:
             raise CommandError(
                 "'x-fusemig-order' is that of a bulk phase, and post-copy begins with none: leave it out"
             )
+        if is_qemu and (arguments.inc is not UNSET or arguments.x_fusemig_compress is not UNSET):
+            raise CommandError("'inc' and 'x-fusemig-compress' do not go with QEMU's wire: leave them out")
+        incremental = self._daemon.outbound.parameters.block_incremental
+        if not isinstance(arguments.inc, UnsetType):
+            incremental = arguments.inc
+        compression_level = None
+        if not isinstance(arguments.x_fusemig_compress, UnsetType):
+            try:
+                compression_level = parse_compression(arguments.x_fusemig_compress)
+            except ConfigError as exc:
+                raise ConfigError(f"Parameter 'x-fusemig-compress': {exc}") from exc
         try:
             parse_uri(arguments.uri)
         except ConfigError as exc:
@@ -183,6 +194,8 @@ class _Commands:
             is_insecure=arguments.x_fusemig_insecure,
             is_resumed=arguments.resume,
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
+            incremental=incremental,
+            compression_level=compression_level,
             is_postcopy=is_postcopy,
             order=order,
         )
@@ -228,13 +241,14 @@ class _Commands:
 
     def migrate_set_parameters(self, _session: Session, arguments: schema.MigrateSetParameters) -> None:
         for name, is_asked in (
-            ("block-incremental", bool(arguments.block_incremental)),
             ("multifd-channels", arguments.multifd_channels not in (UNSET, 2)),
             ("multifd-compression", arguments.multifd_compression not in (UNSET, schema.Compression.NONE)),
             ("multifd-zstd-level", arguments.multifd_zstd_level not in (UNSET, 1)),
         ):
             if is_asked:
                 raise CommandError(f"Parameter '{name}' is not supported by fusemig {__version__}: leave it out")
+        if not isinstance(arguments.block_incremental, UnsetType):
+            self._daemon.outbound.parameters.block_incremental = arguments.block_incremental
         if not isinstance(arguments.max_bandwidth, UnsetType):
             self._daemon.outbound.parameters.max_bandwidth = arguments.max_bandwidth
         if not isinstance(arguments.downtime_limit, UnsetType):

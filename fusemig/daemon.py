@@ -32,6 +32,7 @@ from fusemig.commands import command_table
 from fusemig.control import EventHub, serve_control
 from fusemig.daemon_info import Totals, daemon_status
 from fusemig.disk.tracked import Gate
+from fusemig.disk.zeroes import DetectZeroes
 from fusemig.doubt import Doubts
 from fusemig.errors import ConfigError, FusemigError
 from fusemig.fuse.export import Exports
@@ -98,6 +99,7 @@ class ServeOptions:
     tls_client: Credentials | None = None
     """What proves this source where a migration brings no credentials of its own."""
     is_insecure: bool = False
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     """Plain text may cross the network."""
     metrics: str | None = None
     """Where Prometheus is answered: a URI."""
@@ -185,7 +187,14 @@ class Daemon:
             raise ConfigError("no disk to serve: give at least one --disk NAME=PATH")
         is_incoming = self.options.incoming is not None
         for spec in self.options.disks:
-            served = ServedDisk(spec, self._exports, self.options.state_dir, is_incoming=is_incoming, store=self.store)
+            served = ServedDisk(
+                spec,
+                self._exports,
+                self.options.state_dir,
+                is_incoming=is_incoming,
+                store=self.store,
+                detect_zeroes=self.options.detect_zeroes,
+            )
             images.callback(served.close)
             self.disks[served.name] = served
         if self.store.has_mount and self.store.untaken("image-"):

@@ -244,6 +244,7 @@ class Inbound:
 
     async def _prepare_incoming(self, served: ServedDisk, offer: DiskOffer, session: str, peer: str) -> IncomingDisk:
         had_size = served.disk is not None
+        is_as_released = await trio.to_thread.run_sync(served.is_as_released, offer)
         disk = await trio.to_thread.run_sync(served.receive, offer, session, peer)
         if not had_size:
             await self._show_size(served)
@@ -255,6 +256,7 @@ class Inbound:
             served.borrow,
             served.end_loan,
             served.taken,
+            is_as_released,
         )
 
     def release(self, disks: Sequence[IncomingDisk]) -> None:

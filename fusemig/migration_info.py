@@ -109,6 +109,12 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             frozen_ms=stats.frozen_s * 1000,
             reconnects=stats.n_reconnects,
             kept_bytes=stats.kept_bytes,
+            unchanged_bytes=stats.unchanged_bytes,
+            compression=schema.CompressionInfo(
+                active=stats.is_packing, bytes_in=stats.packed_in_bytes, bytes_out=stats.packed_out_bytes
+            )
+            if stats.has_packer
+            else UNSET,
             waiting=stats.waiting or UNSET,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
             guest=guest_info(migration.guest.account(), migration.started_at),

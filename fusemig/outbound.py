@@ -146,6 +146,8 @@ class Outbound:
         is_insecure: bool = False,
         is_resumed: bool = False,
         reconnect_limit_s: float = 0.0,
+        incremental: bool | None = None,
+        compression_level: int | None = None,
         is_postcopy: bool = False,
         order: Order = Order.SEQUENTIAL,
     ) -> None:
@@ -162,6 +164,8 @@ class Outbound:
             is_insecure: plain text may cross the network.
             is_resumed: go on with the migration of these disks that was interrupted last.
             reconnect_limit_s: as `MigrationParameters` has it.
+            incremental: as `MigrationParameters` has it.
+            compression_level: as `MigrationParameters` has it.
             is_postcopy: as `MigrationParameters` has it.
             order: of the bulk phase; QEMU's wire knows the sequential one only.
 
@@ -190,6 +194,8 @@ class Outbound:
             reconnect_limit_s=reconnect_limit_s,
             is_postcopy=is_postcopy,
             order=order.value,
+            incremental=incremental,
+            compression_level=compression_level,
         )
         new = (
             partial(QemuSource, machine=machine)
@@ -219,12 +225,15 @@ class Outbound:
                     partial(self._pause.push_out, served),
                     served.dirty_file,
                     served.count_allocated,
+                    served.stamp,
                 )
             )
         self.parameters.pause_before_switchover = (
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
         )
         self.parameters.reconnect_limit_s = request.reconnect_limit_s
+        self.parameters.incremental = request.incremental
+        self.parameters.compression_level = request.compression_level
         self.parameters.is_postcopy = request.is_postcopy
         self.parameters.order = Order(request.order)
         self._announcer.begin()

@@ -33,20 +33,23 @@ from fusemig.disk.journal import open_journal
 from fusemig.disk.overlay_file import OverlayFile
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.room import room_of
+from fusemig.disk.stamp import settled_stamp, stamp_of
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.epoch import EpochFile, EpochRecord, Ownership
+from fusemig.disk.zeroes import DetectZeroes
+from fusemig.epoch import EpochFile, EpochRecord, Ownership, is_as_released
 from fusemig.errors import ConfigError, DiskError, PeerBusyError, PeerRefusedError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from fusemig.disk.allocation import BaseIdentity
     from fusemig.disk.borrowed import BorrowedDisk
     from fusemig.disk.dirty_file import DirtyFile
     from fusemig.disk.journal import ReceiptJournal
     from fusemig.disk.room import Room
     from fusemig.fuse.export import Export, Exports
     from fusemig.succession.fdstore import FdStore
-    from fusemig.wire.native import DiskOffer
+    from fusemig.wire.native import DiskOffer, SharedBase
 
 log = structlog.get_logger(__name__)
 
@@ -88,6 +91,7 @@ class ServedDisk:
         *,
         is_incoming: bool,
         store: FdStore | None = None,
+        detect_zeroes: DetectZeroes = DetectZeroes.OFF,
     ) -> None:
         """Open the image, unless it is still to come, and export it; ``store`` keeps its files for a successor.
 
@@ -99,6 +103,7 @@ class ServedDisk:
         self.path = spec.path
         self.base = spec.base
         self.is_read_only = spec.is_read_only
+        self._detect_zeroes = detect_zeroes
         self.busy = ""
         """Why the disk must not be migrated, received or closed now; empty if nothing keeps it (an op blocker)."""
         self.doubt = ""
@@ -196,7 +201,7 @@ class ServedDisk:
 
     def _open(self, gate: Gate) -> None:
         self.image = self._open_image()
-        self.disk = TrackedDisk(self.image, gate=gate)
+        self.disk = TrackedDisk(self.image, gate=gate, detect_zeroes=self._detect_zeroes)
         record = self.epoch_file.record
         if record is not None and record.is_loan and record.state in (Ownership.BORROWING, Ownership.PREPARED):
             assert isinstance(self.image, RawDisk)
@@ -302,6 +307,14 @@ class ServedDisk:
                 f"disk '{self.name}' is known there in epoch {record.epoch}, and epoch {offer.epoch} was offered: "
                 "the offered copy is out of date"
             )
+        image = self.image
+        if offer.base is not None and isinstance(image, OverlayFile) and not _is_same(offer.base, image.shared_base):
+            ours = image.shared_base
+            raise PeerRefusedError(
+                f"disk '{self.name}' lies over another base there: {self.base} has {ours.size} bytes and digest "
+                f"{ours.digest}, the source's {offer.base.size} bytes and {offer.base.digest}; serve it over a copy of "
+                "the source's base, or migrate with --no-incremental, which sends everything"
+            )
         if self.disk is not None and self.disk.size != offer.size:
             raise PeerRefusedError(
                 f"disk '{self.name}' has {self.disk.size} bytes there and {offer.size} bytes at the source; "
@@ -325,6 +338,22 @@ class ServedDisk:
         if record.epoch != offer.epoch + 1:
             return f"its image is of a migration in epoch {record.epoch - 1}, and this one is in epoch {offer.epoch}"
         return ""
+
+    def is_as_released(self, offer: DiskOffer) -> bool:
+        """Tell whether the image is, provably, what was released to the source; before it is marked. May sleep."""
+        if self.image is None or self.image.io_error is not None:
+            return False
+        return is_as_released(
+            self.epoch_file.record,
+            image_id=offer.image_id,
+            epoch=offer.epoch,
+            session=offer.since,
+            stamp=stamp_of(self.image.stat()),
+        )
+
+    def stamp(self) -> str:
+        """Return what the image is like, which nobody here writes any more (`SourceDisk.stamp`). May sleep."""
+        return "" if self.image is None else settled_stamp(self.image.stat)
 
     def open_journal(self) -> ReceiptJournal:
         """Open the journal of what is received (`IncomingDisk.open_journal`)."""
@@ -410,6 +439,10 @@ class ServedDisk:
 
 
 _RECEIVABLE = frozenset({None, Ownership.INCOMING, Ownership.PREPARED, Ownership.RELEASED})
+
+
+def _is_same(offered: SharedBase, ours: BaseIdentity) -> bool:
+    return (offered.size, offered.digest) == (ours.size, ours.digest)
 
 
 def _exists(path: Path) -> bool:

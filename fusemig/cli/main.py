@@ -106,6 +106,13 @@ def cli() -> None:
     "them known and durable, also to a migration. Writes it still holds at the switchover fail with EROFS when synced.",
 )
 @click.option(
+    "--detect-zeroes",
+    type=click.Choice(["off", "on", "unmap"]),
+    default="off",
+    show_default=True,
+    help="What writes of zeros to whole blocks become: writes, cheap zeroings, or holes.",
+)
+@click.option(
     "--allow-guest-commands", is_flag=True, help="Run the --pause-command and --resume-command that `migrate` names."
 )
 @click.option(
@@ -181,8 +188,13 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
     show_default=True,
     help="Of the bulk phase; heat: what guests write all the time is sent last.",
 )
-@click.option("--compress", metavar="zstd[:LEVEL]", help="Compress what crosses the wire.")
-@click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
+@click.option("--compress", metavar="zstd[:LEVEL]", help="Compress where that is faster; levels 1 (the default) to 19.")
+@click.option(
+    "--incremental/--no-incremental",
+    default=None,
+    help="Compare with the destination's older copy, and insist on a shared base. Without either, what provably is "
+    "there is not sent; --no-incremental sends everything.",
+)
 @click.option("--resume", is_flag=True, help="Go on with a migration that was interrupted; sends what is missing.")
 @click.option(
     "--reconnect",

@@ -16,6 +16,7 @@ from fusemig.cli.guest import lines as guest_lines
 from fusemig.cli.progress import make_display
 from fusemig.control_client import open_control
 from fusemig.errors import ConnectError, ConnectionLostError, StateError
+from fusemig.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -48,7 +49,7 @@ class MigrateRequest:
     machine: str | None = None
     order: str = "sequential"
     compress: str | None = None
-    incremental: bool = False
+    incremental: bool | None = None
     resume: bool = False
     reconnect: float = DEFAULT_RECONNECT_S
     guest: str | None = None
@@ -78,8 +79,8 @@ class MigrateRequest:
             arguments["x-fusemig-order"] = self.order
         if self.compress is not None:
             arguments["x-fusemig-compress"] = self.compress
-        if self.incremental:
-            arguments["inc"] = True
+        if self.incremental is not None:
+            arguments["inc"] = self.incremental
         if self.resume:
             arguments["resume"] = True
         if self.reconnect and self.wire == "native":
@@ -219,8 +220,10 @@ def _disks_outcome(info: dict[str, Any], *, is_quiet: bool) -> int:
     if info["status"] == "completed":
         if not is_quiet:
             seconds = info["total-time"] / 1000
+            kept = f", {format_size(own['kept-bytes'])} kept" if own["kept-bytes"] else ""
             print(
-                f"fusemig: completed in {seconds:.2f} s, {own['pass']} passes, downtime {info.get('downtime', '?')} ms",
+                f"fusemig: completed in {seconds:.2f} s, {own['pass']} passes, "
+                f"downtime {info.get('downtime', '?')} ms{kept}",
                 file=sys.stderr,
             )
         if own["wire"] == "qemu":

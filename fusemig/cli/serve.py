@@ -13,6 +13,7 @@ import trio
 from fusemig import failpoint
 from fusemig.credentials import Endpoint, load_credentials
 from fusemig.daemon import Daemon, ServeOptions
+from fusemig.disk.zeroes import DetectZeroes
 from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
 from fusemig.fuse.lanes import Lane
@@ -45,6 +46,7 @@ class ServeRequest:
     lane: str
     lane_threads: int | None
     cache: str
+    detect_zeroes: str
     allow_guest_commands: bool
     tls_creds: Path | None
     tls_authz: tuple[str, ...]
@@ -89,6 +91,7 @@ async def serve_command(request: ServeRequest, store: FdStore) -> None:
         metrics=request.metrics,
         are_metrics_public=request.metrics_insecure,
         is_resilient=request.resilient,
+        detect_zeroes=DetectZeroes(request.detect_zeroes),
     )
     await Daemon(options, store).run()
 

@@ -12,6 +12,7 @@ import structlog
 
 from fusemig.disk.dirty_map import DirtyMap, Since, dirty_file_size
 from fusemig.disk.raw import RawDisk, create_image
+from fusemig.disk.stamp import stamp_of
 from fusemig.errors import ConfigError, DiskError, StateError
 
 if TYPE_CHECKING:
@@ -140,8 +141,7 @@ def open_dirty_file(
         return store
 
     def stamp() -> str:
-        found = stat()
-        return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+        return stamp_of(stat())
 
     store = None
     if path.exists() or path.is_symlink():

@@ -10,7 +10,6 @@ image holds no data, so a crash in between leaves what is taken for a new overla
 
 from __future__ import annotations
 
-import stat
 import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
@@ -20,6 +19,7 @@ from xxhash import xxh3_128
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, boot_id, map_size, write_header
 from fusemig.disk.overlay import OverlayDisk, check_sizes
 from fusemig.disk.raw import RawDisk, create_image
+from fusemig.disk.stamp import stamp_of
 from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
 from fusemig.units import CHUNK_SIZE, chunks_of
@@ -169,6 +169,4 @@ def _check_base(base: RawDisk, base_path: Path, path: Path, allocation: Allocati
 def _stamp_of(base: RawDisk) -> str:
     """Return what changes whenever a file does, or nothing where that cannot be told."""
     found = base.stat()
-    if not stat.S_ISREG(found.st_mode) or time.time_ns() - found.st_ctime_ns < _YOUNG_NS:
-        return ""
-    return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+    return stamp_of(found) if time.time_ns() - found.st_ctime_ns >= _YOUNG_NS else ""

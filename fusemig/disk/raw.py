@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _F_OFD_SETLK: Final = 37
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
+_FALLOC_FL_ZERO_RANGE: Final = 16
 _MEMORY_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -139,17 +140,28 @@ class RawDisk(Disk):
         Raises:
             DiskError: the store's error.
         """
-        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-        while _libc.fallocate(self._fd, mode, offset, length):
+        if not self._fallocate(_FALLOC_FL_PUNCH_HOLE, offset, length):
+            super().zero_allocated(offset, length)
+
+    def zero_allocated(self, offset: int, length: int) -> None:
+        """Make the range zeros that are not written; where the store cannot, write them.
+
+        Raises:
+            DiskError: the store's error.
+        """
+        if not self._fallocate(_FALLOC_FL_ZERO_RANGE, offset, length):
+            super().zero_allocated(offset, length)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """Call fallocate; False if the store has no such mode."""
+        while _libc.fallocate(self._fd, mode | _FALLOC_FL_KEEP_SIZE, offset, length):
             code = ctypes.get_errno()
             if code == errno.EINTR:
                 continue
             if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL):
-                raise self._error(code, "punch hole", offset, length)
-            zeros = bytes(min(length, 1 << 20))
-            for at in range(offset, offset + length, len(zeros)):
-                self.pwrite(zeros[: offset + length - at], at)
-            return
+                raise self._error(code, "punch hole" if mode == _FALLOC_FL_PUNCH_HOLE else "zero", offset, length)
+            return False
+        return True
 
     def flush(self) -> None:
         """Return when every finished write is durable (fdatasync).
@@ -183,6 +195,11 @@ class RawDisk(Disk):
                 return
             at = min(self._seek(data, os.SEEK_HOLE, end), end)
             yield Extent(data, at - data, is_data=True)
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Ask for the next data only: to ask for the next hole may walk over all that lies before it."""
+        self._check_whole()
+        return self._seek(offset, os.SEEK_DATA, offset + length) >= offset + length
 
     def _check_whole(self) -> None:
         """Raise `DiskError` (EIO) if somebody has cut the image since it was opened."""

@@ -53,6 +53,7 @@ import structlog
 from fusemig.bitmap import ChunkBitmap
 from fusemig.disk.base import Disk
 from fusemig.disk.tracking import Tracking
+from fusemig.disk.zeroes import DetectZeroes, is_zero_blocks
 from fusemig.errors import DiskError, GateClosedError
 from fusemig.heat import Heat
 from fusemig.tracker import ChunkTracker
@@ -89,6 +90,10 @@ class Gate(Enum):
     """It is parked until the gate changes: the disk is frozen for a switchover, or held."""
     READ_ONLY = "read-only"
     """It is answered EROFS: the disk is not (yet, or no longer) ours to write."""
+
+
+_OFF: Final = DetectZeroes.OFF
+"""Every write looks at it, and a member of an enumeration is found slowly."""
 
 
 class _Regime:
@@ -131,9 +136,10 @@ class TrackedDisk(Disk):
     The migration reads and writes `image`, the layer below, directly: its own traffic is neither gated nor marked.
     """
 
-    def __init__(self, image: Disk, *, gate: Gate = Gate.OPEN) -> None:
+    def __init__(self, image: Disk, *, gate: Gate = Gate.OPEN, detect_zeroes: DetectZeroes = DetectZeroes.OFF) -> None:
         """Lay the guest's side over ``image``; `close` closes the image too."""
         self.image = image
+        self._detect_zeroes = detect_zeroes
         self.name = image.name
         self.heat = Heat(image.size)
         """What guests write, for migrations to come; noted without the lock."""
@@ -148,6 +154,7 @@ class TrackedDisk(Disk):
         self._parked: list[Callable[[], None]] = []
         self._trackers: tuple[ChunkTracker, ...] = ()
         self._written = ChunkBitmap(n_chunks(image.size))
+        self._zeroed = ChunkBitmap(n_chunks(image.size))
         self._maps: tuple[DirtyMap, ...] = ()
         self._old: list[deque[None]] = []
         """What `_Regime.inside` was before the notes were forgotten: writes that the newest map may not know."""
@@ -195,6 +202,12 @@ class TrackedDisk(Disk):
         """Ask the image."""
         return self.image.pwrite_may_sleep(offset, length)
 
+    def write_may_sleep(self, data: Buffer, offset: int) -> bool:
+        """Tell whether writing ``data`` may wait: as the image says, and always where it becomes a zeroing."""
+        if self._detect_zeroes is not _OFF and is_zero_blocks(data, offset):
+            return True
+        return self.image.pwrite_may_sleep(offset, len(data))
+
     def pwrite(self, data: Buffer, offset: int) -> None:
         """Admit, mark, write, mark again.
 
@@ -207,7 +220,13 @@ class TrackedDisk(Disk):
         try:
             if length:
                 self.heat.note(offset, length)
-            self.image.pwrite(data, offset)
+            if self._detect_zeroes is _OFF or not is_zero_blocks(data, offset):
+                self.image.pwrite(data, offset)
+            elif self._detect_zeroes is DetectZeroes.UNMAP:
+                self._note_zeroed(offset, length)
+                self.image.write_zeroes(offset, length)
+            else:
+                self.image.zero_allocated(offset, length)
         except DiskError:
             self._n_failed_writes += 1
             raise
@@ -222,12 +241,22 @@ class TrackedDisk(Disk):
         """Admit, mark, zero, mark again; raises as `pwrite` does."""
         regime = self._admit(offset, length)
         try:
+            self._note_zeroed(offset, length)
             self.image.write_zeroes(offset, length)
         except DiskError:
             self._n_failed_writes += 1
             raise
         finally:
             self._end(offset, length, regime)
+
+    def _note_zeroed(self, offset: int, length: int) -> None:
+        touched = chunks_of(offset, length)
+        with self._lock:
+            self._zeroed.set_range(touched.start, touched.stop)
+
+    def was_zeroed(self, chunk: int) -> bool:
+        """Tell whether guests made holes in a chunk since the disk was opened; it may be full again."""
+        return self._zeroed[chunk]
 
     def flush(self) -> None:
         """Make finished writes durable; never gated, so that a frozen guest's fsync is answered."""

@@ -347,7 +347,7 @@ class DataLane:
                         and (disk := export.disk) is not None
                         and not export.read_only
                         and offset + size <= disk.size
-                        and not disk.pwrite_may_sleep(offset, size)
+                        and not disk.write_may_sleep(body[:size], offset)
                     ):
                         disk.pwrite(body[:size], offset)
                         export.mtime_ns = time_ns()
@@ -434,7 +434,7 @@ class DataLane:
             n_written=length,
             is_durable=bool(request.flags & os.O_DSYNC),  # O_SYNC contains O_DSYNC
         )
-        if disk.pwrite_may_sleep(request.offset, length):
+        if disk.write_may_sleep(copy, request.offset):
             pool = self._pool(export, request.offset, length, is_write=True)
             self._hand_over(pool, header.unique, partial(self._make, change))
         else:

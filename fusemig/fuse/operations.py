@@ -439,7 +439,7 @@ class DiskOperations(pyfuse3.Operations):
         return len(data)
 
     async def _write_once(self, fh: int, disk: TrackedDisk, data: bytes | memoryview, off: int) -> None:
-        if disk.pwrite_may_sleep(off, len(data)):
+        if disk.write_may_sleep(data, off):
             self._n_thread_requests += 1
             # Never abandoned: a write that outlives its mount could meet an image that was closed.
             limit = self._limit(fh, disk, off, len(data), is_write=True)

@@ -100,6 +100,8 @@ class Request(_Record, frozen=True, kw_only=True):
     """To be handed over at once; also if that was said later."""
     order: Literal["sequential", "heat"] = "sequential"
     """Of the bulk phase."""
+    incremental: bool | None = None
+    compression_level: int | None = None
 
 
 class Outgoing(_Record, frozen=True, kw_only=True):

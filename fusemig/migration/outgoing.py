@@ -33,7 +33,7 @@ from fusemig.migration.stats import DiskStatistics, MigrationStatistics
 from fusemig.phase import MigrationPhase, PhaseMachine
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from fusemig.migration.commit import SourceDisk
     from fusemig.migration.guest import MovingGuest
@@ -312,9 +312,11 @@ class OutgoingMigration(ABC):
         self._log.info("migration phase", phase=phase.value, pass_number=self._pass_number)
         self._on_phase(phase)
 
-    async def _start_tracking(self) -> None:
+    async def _start_tracking(self, thin: Collection[int] = ()) -> None:
+        """Track every disk and find what is to be sent; of those whose place is in ``thin``, what is not their base."""
         for index, lent in enumerate(self._lent):
             self._disks.append(OutgoingDisk(index, lent.disk, lent.disk.start_tracking()))
+            self._disks[-1].is_thin = index in thin
         for disk in self._disks:
             try:
                 await self._offload(disk.find_allocated)

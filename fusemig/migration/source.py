@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
+from fusemig.compression import Packer
 from fusemig.disk.dirty_map import MapBase, Since
 from fusemig.errors import (
     AuthenticationError,
@@ -34,10 +35,12 @@ from fusemig.errors import (
 )
 from fusemig.failpoint import reach
 from fusemig.migration.commit import NO_ROUTE, OutgoingHandoff
+from fusemig.migration.delta_offers import DeltaOffers
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
 from fusemig.migration.order import HeatOrder, Order
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
+from fusemig.migration.packing import PackingWatch
 from fusemig.migration.reader import PassReader
 from fusemig.migration.resume import (
     ContentReconciliation,
@@ -139,9 +142,13 @@ class SourceMigration(OutgoingMigration):
         # What the connections before this one sent, and what of it was taken back:
         self._earlier_wire_bytes = 0
         self._earlier_acknowledged_bytes = 0
+        self._delta = DeltaOffers(disks, parameters.incremental, offload)
         self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload, route)
         self._pool = BufferPool()
         self._sender = PassSender(self._pool, count_requests)
+        self._reader = PassReader((), self._pool)
+        self._packer = None if parameters.compression_level is None else Packer(parameters.compression_level)
+        self._earlier_unchanged_bytes = 0
         # Set by the receiver:
         self._progress_made = trio.Event()
         self._synced = trio.Event()
@@ -183,7 +190,7 @@ class SourceMigration(OutgoingMigration):
             reach("after-welcome")
             try:
                 await self._find_what_to_send(link, welcome, records)
-                self._reader = PassReader(self._disks, self._pool)
+                self._reader = PassReader(self._disks, self._pool, self._packer)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._receive, link)
                     nursery.start_soon(self._guard, self._tick, link)
@@ -217,13 +224,11 @@ class SourceMigration(OutgoingMigration):
 
     async def _handshake(self, link: NativeLink, records: Sequence[EpochRecord]) -> native.Welcome:
         offers = [
-            native.DiskOffer(
-                lent.disk.name,
-                lent.disk.size,
-                record.image_id,
-                record.epoch,
-                self._resume is not None,
-                await self._offload(lent.count_allocated),
+            self._delta.offer(
+                lent,
+                record,
+                is_resumed=self._resume is not None,
+                allocated_bytes=await self._offload(lent.count_allocated),
             )
             for lent, record in zip(self._lent, records, strict=True)
         ]
@@ -238,6 +243,11 @@ class SourceMigration(OutgoingMigration):
             raise kind(f"{link.peer} refused: {answer.reason}")
         if not isinstance(answer, native.Welcome):
             raise RemoteProtocolError(f"{link.peer} sent {type(answer).__name__} where an answer to HELLO was due")
+        self._delta.check(link.peer, offers, answer)
+        if self._packer is not None and native.ZSTD not in answer.features:
+            raise PeerRefusedError(
+                f"{link.peer} cannot unpack what is compressed: upgrade fusemig there, or migrate without --compress"
+            )
         return answer
 
     # What is to be sent
@@ -254,6 +264,8 @@ class SourceMigration(OutgoingMigration):
                 f"{link.peer} cannot go on with an interrupted migration: migrate without --resume, to send everything"
             )
         has_lived = resume is not None and bool(resume.disks) and resumption is native.Resumption.JOURNAL
+        if has_lived and [disk.is_thin for disk in self._disks] != (welcome.thin or [False] * len(self._disks)):
+            raise MigrationError(f"{link.peer} has other bases than before: migrate without --resume")
         if not has_lived:
             self.forget()
             self._disks = []
@@ -263,11 +275,20 @@ class SourceMigration(OutgoingMigration):
                 await self._begin_maps(records)
             elif not all(map(self._has_map, self._lent, records)):
                 raise MigrationError("there is no map of what was written since: this is a bug, please report it")
-            await self._start_tracking()
+            await self._start_tracking([at for at, is_thin in enumerate(welcome.thin) if is_thin])
             if resume is not None:
                 resume.disks = self._disks
         if resume is not None:
             await self._reconcile(link, welcome, has_lived=has_lived)
+            is_mapped = not has_lived and resumption is native.Resumption.JOURNAL
+            if is_mapped and not all(map(self._has_map, self._lent, records)):
+                # It may have lacked a write when it was asked; one that counts now did not.
+                raise MigrationError("the map of what was written was lost just now: migrate with --resume again")
+        elif welcome.deltas:
+            pending = self._pending_bytes()
+            await self._delta.run(link, self._disks, welcome.deltas)
+            self._kept_bytes += max(0, pending - self._pending_bytes())
+        if resume is not None or welcome.deltas:
             # So that what is pending now does not count as dirtied by guests.
             allocated = sum(disk.allocated_bytes for disk in self._disks)
             self._earlier_acknowledged_bytes = allocated + self._dirtied_bytes - self._pending_bytes()
@@ -416,7 +437,9 @@ class SourceMigration(OutgoingMigration):
         """Begin a new account of frames, for a new connection."""
         sender = self._sender
         self._earlier_wire_bytes += sender.wire_bytes
-        self._earlier_acknowledged_bytes += sender.acknowledged_bytes
+        self._earlier_acknowledged_bytes += sender.acknowledged_bytes + self._reader.unchanged_bytes
+        self._earlier_unchanged_bytes += self._reader.unchanged_bytes
+        self._reader = PassReader((), self._pool)
         self._sender = PassSender(self._pool, self._count_requests)
         self._synced = trio.Event()
 
@@ -433,6 +456,8 @@ class SourceMigration(OutgoingMigration):
         )
         link = self._link
         sender, need = self._sender, Need.SLICE
+        # Of compressed bytes a slice would take long, and its end is when it is looked whether they were worth it.
+        slice_bytes = SLICE_BYTES if self._packer is None else SLICE_BYTES >> 3
         run_slice = partial(sender.run_slice, self._reader, link.stream, is_courteous=is_bulk)
         while need is not Need.NOTHING and not (is_limited and self._is_postcopy()):
             if need is Need.ACKNOWLEDGEMENT:
@@ -441,12 +466,16 @@ class SourceMigration(OutgoingMigration):
             if not sender.unacknowledged:
                 self._busy_since = trio.current_time()
             wire_bytes = sender.wire_bytes
+            watch = PackingWatch(self._packer, sender.sent_bytes)
             async with link.sending, link.frame():
-                need = await self._offload(run_slice, self._limit.step_bytes(SLICE_BYTES))
+                need = await self._offload(run_slice, self._limit.step_bytes(slice_bytes))
                 while need is Need.STREAM:
-                    await link.stream.wait_writable()
+                    with watch.waiting():
+                        await link.stream.wait_writable()
                     need = await self._offload(run_slice, 0)
-            await trio.sleep(self._limit.delay_s(sender.wire_bytes - wire_bytes, trio.current_time()))
+            with watch.waiting():
+                await trio.sleep(self._limit.delay_s(sender.wire_bytes - wire_bytes, trio.current_time()))
+            watch.end(sender.sent_bytes)
         if sender.unacknowledged:
             await self._say_progress(link)  # which has the destination acknowledge at once
         await self._wait_progress(lambda: not sender.unacknowledged)
@@ -606,11 +635,21 @@ class SourceMigration(OutgoingMigration):
 
     def statistics(self) -> MigrationStatistics:
         """Return what is known at this moment."""
-        stats = super().statistics()
+        stats, packer = super().statistics(), self._packer
         if self._lending is not None:
             pending = max(0, self._missing_bytes - self._lending.sent_bytes)
             stats = replace(stats, pending_bytes=0 if stats.phase is MigrationPhase.COMPLETED else pending)
-        return replace(stats, n_reconnects=self._n_reconnects, kept_bytes=self._kept_bytes, waiting=self._waiting)
+        return replace(
+            stats,
+            n_reconnects=self._n_reconnects,
+            kept_bytes=self._kept_bytes,
+            unchanged_bytes=self._earlier_unchanged_bytes + self._reader.unchanged_bytes,
+            has_packer=packer is not None,
+            packed_in_bytes=0 if packer is None else packer.bytes_in,
+            packed_out_bytes=0 if packer is None else packer.bytes_out,
+            is_packing=packer is not None and packer.rule.is_on,
+            waiting=self._waiting,
+        )
 
     @property
     def _wire_bytes(self) -> int:
@@ -619,7 +658,7 @@ class SourceMigration(OutgoingMigration):
 
     @property
     def _acknowledged_bytes(self) -> int:
-        return self._earlier_acknowledged_bytes + self._sender.acknowledged_bytes
+        return self._earlier_acknowledged_bytes + self._sender.acknowledged_bytes + self._reader.unchanged_bytes
 
     def _window(self) -> WindowStatistics:
         sender = self._sender

@@ -37,6 +37,13 @@ class MigrationParameters:
     """Of the chunks of the bulk phase."""
     reconnect_limit_s: float = 0.0
     """How long to try to get a lost connection back, in seconds without progress; 0: not at all."""
+    incremental: bool | None = None
+    """What is left out. None: what the destination provably has. True: also what it has after comparing contents, and
+    a shared base is a must. False: nothing."""
+    block_incremental: bool | None = None
+    """QMP's parameter: what ``incremental`` is where a migration does not say."""
+    compression_level: int | None = None
+    """Of Zstandard; None: nothing is compressed."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,17 @@ class MigrationStatistics:
     n_reconnects: int = 0
     """How often the connection was lost and made again."""
     kept_bytes: int = 0
-    """What the destination had of an interrupted migration and need not be sent again."""
+    """What the destination had already and need not be sent."""
+    unchanged_bytes: int = 0
+    """What guests wrote again with the bytes that were there, and was not sent again."""
+    has_packer: bool = False
+    """Whether compression was asked for."""
+    packed_in_bytes: int = 0
+    """What was compressed."""
+    packed_out_bytes: int = 0
+    """And what became of it."""
+    is_packing: bool = False
+    """Whether frames are being compressed at the moment."""
     is_postcopy: bool = False
     """Whether the hand-off comes, or came, before everything was sent."""
     waiting: str = ""

@@ -197,8 +197,10 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     uri: str
     blk: bool | UnsetType = UNSET
     """QEMU's way to ask for block migration; False cannot be honoured."""
-    inc: bool = False
-    """The destination has the shared base; send only what differs from it."""
+    inc: bool | UnsetType = UNSET
+    """QEMU: the destination has the shared base; send only what differs from it. Here also: compare with the older
+    copy that it has. False: send everything. Absent: as ``block-incremental`` says, if that was set; else leave out
+    what provably is there, a shared base included."""
     detach: bool = True
     """Of no meaning, in QEMU too: the command never waits."""
     resume: bool = False
@@ -213,7 +215,7 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     """How long to try to get a lost connection back, in milliseconds without progress; absent or 0: not at all."""
     x_fusemig_order: Order = Order.SEQUENTIAL
     x_fusemig_compress: str | UnsetType = UNSET
-    """``zstd`` or ``zstd:LEVEL``; absent: as the parameters say."""
+    """``zstd`` or ``zstd:LEVEL``; absent: nothing is compressed."""
     x_fusemig_guest: str | UnsetType = UNSET
     """``qmp:PATH`` of the QEMU that runs the guest, which moves with its disks."""
     x_fusemig_guest_destination: str | UnsetType = UNSET
@@ -423,6 +425,17 @@ class GuestInfo(Result, frozen=True, kw_only=True):
     """Why it does not run where it may, and what to do."""
 
 
+class CompressionInfo(Result, frozen=True, kw_only=True):
+    """What became of ``x-fusemig-compress``."""
+
+    active: bool
+    """Whether frames are being compressed at the moment; not where that would be slower."""
+    bytes_in: int
+    """Bytes that went compressed, before that."""
+    bytes_out: int
+    """And what they became."""
+
+
 class FusemigMigration(Result, frozen=True, kw_only=True):
     """``x-fusemig`` of ``query-migrate``: what QEMU has no word for."""
 
@@ -454,7 +467,11 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     reconnects: int = 0
     """How often a lost connection was made again."""
     kept_bytes: int = 0
-    """What the destination had of an interrupted migration; it is not sent again unless it is written."""
+    """What the destination had already; it is not sent unless it is written."""
+    unchanged_bytes: int = 0
+    """What guests wrote again with the bytes that were there; it is not sent again."""
+    compression: CompressionInfo | UnsetType = UNSET
+    """Present where compression was asked for."""
     waiting: str | UnsetType = UNSET
     """Why there is no connection at the moment; another one is being tried."""
     error_kind: str | UnsetType = UNSET

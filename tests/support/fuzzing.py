@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_intdigest
 
+from fusemig.compression import Packer, unpack
 from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.memory import MemoryDisk
@@ -51,6 +52,8 @@ def _native(data: bytes, allowed: frozenset[native.FrameType]) -> None:
         for event in decoder.feed(data):
             if isinstance(event, native.DataFrame):
                 event.verify()
+            elif isinstance(event, native.PackedFrame):
+                event.verify(unpack(event.payload, event.length))
 
 
 def native_from_source(data: bytes) -> None:
@@ -90,6 +93,12 @@ def with_checks(data: bytes) -> bytes:
         check = xxh3_64_intdigest(head + table, seed=xxh3_64_intdigest(payload))
         out += head + struct.pack(">Q", check) + table + payload
     return out
+
+
+def packed_frame(data: bytes) -> None:
+    """The compressed bytes of a frame that says that they are 4 KiB."""
+    with suppress(RemoteProtocolError):
+        assert len(unpack(data, 4096)) == 4096
 
 
 def savevm_container(data: bytes) -> None:
@@ -187,6 +196,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "native-from-source": native_from_source,
     "native-from-destination": native_from_destination,
     "native-behind-the-checks": native_behind_the_checks,
+    "packed-frame": packed_frame,
     "savevm": savevm_container,
     "block": block_section,
     "qmp-requests": qmp_requests,
@@ -214,13 +224,18 @@ def seeds() -> dict[str, list[bytes]]:
         native.FinalProofs([native.DiskProof(1, 2)]),
     ]
     messages += [native.Commit(), native.Released(), native.Abort("why")]
+    messages += [native.Keep(0, b"\0" * 8 + b"\1" + b"\0" * 7), native.Weigh(0, b"\0" * 8), native.Like(b"\1" * 32)]
+    packed = Packer(1).pack(bytes(4096)) or b""
     data = native.encode_data(0, 1, [(0, 512)], xxh3_64_intdigest(payload), 512) + payload
     zero = native.encode_zero(0, 2, [(512, 512), (4096, 512)])
+    zero += native.encode_base(0, 3, [(0, 4096)])
+    zero += native.encode_packed(0, 4, [(0, 4096)], xxh3_64_intdigest(bytes(4096)), len(packed)) + packed
     answers: list[native.Message] = [
         native.Welcome(1),
         native.Synced(),
         native.PreparedProofs([native.DiskProof(1, 2)]),
         native.Taken(),
+        native.Weighed(b"\1" * 4096),
     ]
     block = qemu_block.Encoder(_DEVICES)
     records = b"".join(map(bytes, block.data(0, 0, bytes(CHUNK_SIZE))))[:300]
@@ -248,6 +263,7 @@ def seeds() -> dict[str, list[bytes]]:
         ],
         "native-from-destination": [b"".join(map(native.encode_message, answers)) + native.encode_ack(1)],
         "native-behind-the-checks": [bare + struct.pack(">QQ", 4096, 512) + payload * 2],
+        "packed-frame": [packed],
         "savevm": [stream],
         "block": [records_zero, records],
         "qmp-requests": [

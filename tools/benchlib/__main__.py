@@ -20,6 +20,7 @@ from benchlib.rows_forecast import row_f1, row_f2
 from benchlib.rows_mount import row_m1, row_m2, row_m3, row_m4
 from benchlib.rows_scale import row_s1, row_s2
 from benchlib.rows_succession import row_u1
+from benchlib.rows_thrift import row_t1, row_t2, row_t3
 from benchlib.settings import Settings
 from benchlib.subject import why_missing
 from benchlib.versions import versions
@@ -44,6 +45,9 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
     "S1": row_s1,
     "S2": row_s2,
     "U1": row_u1,
+    "T1": row_t1,
+    "T2": row_t2,
+    "T3": row_t3,
 }
 
 

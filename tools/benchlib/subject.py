@@ -64,8 +64,13 @@ class Daemon:
         incoming: str = "",
         options: Sequence[str] = (),
         prefix: Sequence[str] = (),
+        base: Path | None = None,
+        goes_on: bool = False,
     ) -> None:
         """Start it and wait until it is ready; it ends with the stage.
+
+        All disks are overlays over ``base``, if there is one; what an earlier daemon left beside them counts if it
+        ``goes_on``.
 
         Raises:
             BenchError: it did not become ready.
@@ -76,10 +81,10 @@ class Daemon:
         stage.defer(unmount, self.mountpoint)
         words = [*prefix, *stage.settings.fusemig, "serve", str(self.mountpoint), "--control", str(self.control)]
         for name, path in disks.items():
-            for state in path.parent.glob(f"{path.name}.fusemig*"):
+            for state in () if goes_on else path.parent.glob(f"{path.name}.fusemig*"):
                 state.unlink()  # our own image, which an earlier round handed over
-            words += ["--disk", f"{name}={path}"]
-        words += ["--incoming", incoming] if incoming else []
+            words += ["--disk", f"{name}={path}" + (f",base={base}" if base else "")]
+        words += ["--incoming", incoming, *_in_the_open(incoming)] if incoming else []
         words += ["--lane", lane] if lane else []
         words += options
         self.program: Program = stage.start(*words)
@@ -97,6 +102,11 @@ class Daemon:
     def file(self, name: str = "disk") -> Path:
         """Return where a disk is mounted."""
         return self.mountpoint / name
+
+
+def _in_the_open(uri: str) -> list[str]:
+    """Return what allows plain text to an address that is not this host's own: the links here are."""
+    return [] if uri.startswith(("tcp:127.", "unix:")) else ["--insecure"]
 
 
 @dataclass
@@ -162,7 +172,8 @@ class Migration:
 
 def start_migration(stage: Stage, source: Daemon, uri: str, *options: str) -> Migration:
     """Start a migration of everything that ``source`` serves."""
-    words = [*stage.settings.fusemig, "migrate", str(source.control), uri, "--progress", "json", *options]
+    words = [*stage.settings.fusemig, "migrate", str(source.control), uri, "--progress", "json"]
+    words += [*_in_the_open(uri), *options]
     started = time.monotonic()
     return Migration(stage.start(*words), started)
 
