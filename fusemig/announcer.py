@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import schema
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from fusemig.control import EventHub
     from fusemig.mirror import Reach
     from fusemig.pause import Pause
+
+
+_THAWED: Final = (MigrationPhase.FAILED, MigrationPhase.CANCELLED, MigrationPhase.DIRTY)
+"""What follows a freeze that came to nothing; DIRTY where the destination was lost in it and is waited for."""
 
 
 class Announcer:
@@ -52,7 +56,7 @@ class Announcer:
             self._events.emit("STOP")
         if QMP_STATUS[phase] != "device" or is_pausing:
             self.status(phase)
-        if phase in (MigrationPhase.FAILED, MigrationPhase.CANCELLED) and self._is_stopped_for_guests:
+        if phase in _THAWED and self._is_stopped_for_guests:
             self._is_stopped_for_guests = False
             if not self._pause.is_on:
                 self._events.emit("RESUME")

@@ -62,6 +62,9 @@ def block_stats(served: ServedDisk) -> block.BlockStats:
         wr_operations=counters.n_writes,
         flush_operations=counters.n_flushes,
         wr_highest_offset=counters.highest_written,
+        failed_rd_operations=counters.n_failed_reads,
+        failed_wr_operations=counters.n_failed_writes,
+        failed_flush_operations=counters.n_failed_flushes,
     )
     return block.BlockStats(device=served.name, node_name=served.name, stats=stats)
 

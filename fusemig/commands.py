@@ -6,21 +6,23 @@ reason and the next step, never silently accepted.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from msgspec import UNSET, UnsetType
 
 from fusemig import __version__
-from fusemig.block_info import block_info, block_node, block_stats, served_disk
+from fusemig.block_info import block_info, block_node, block_stats
+from fusemig.compression import parse_compression
 from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.credentials import Endpoint
-from fusemig.disk.tracked import Gate
+from fusemig.daemon_info import daemon_status, io_error, run_state
 from fusemig.epoch import Ownership, Side
-from fusemig.errors import ConfigError
+from fusemig.errors import ConfigError, StateError
+from fusemig.estimate import estimate
+from fusemig.migration.order import Order
 from fusemig.migration.qemu_source import DEFAULT_MACHINE
-from fusemig.migration_info import incoming_info, migration_info, role
+from fusemig.migration_info import migration_info
 from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import monitor, schema
 from fusemig.qmp_objects import load, make_object
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from fusemig.control import Session
     from fusemig.daemon import Daemon
     from fusemig.qmp import block, objects
+    from fusemig.qmp.estimate import EstimateInfo
 
 log = structlog.get_logger(__name__)
 
@@ -70,7 +73,9 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "quit": commands.quit,
         "human-monitor-command": commands.human_monitor_command,
         "x-fusemig-status": commands.status,
+        "x-fusemig-estimate": commands.estimate,
         "x-fusemig-resolve": commands.resolve,
+        "x-fusemig-upgrade": commands.upgrade,
         "x-fusemig-ask": commands.ask,
     }
     return {name: Command(schema.COMMANDS[name], function) for name, function in functions.items()}
@@ -106,12 +111,15 @@ class _Commands:
         nodes = [block_node(served) for served in self._daemon.disks.values()]
         return [node for node in nodes if node is not None]
 
-    def query_migrate(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationInfo:
+    async def query_migrate(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationInfo:
+        if self._daemon.inheritance.left_outgoing is not None:
+            await self._daemon.wait_ready()  # else it would seem that the migration is gone
         return migration_info(self._daemon)
 
     def query_migrate_parameters(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationParameters:
         parameters = self._daemon.outbound.parameters
         return schema.MigrationParameters(
+            block_incremental=bool(parameters.block_incremental),
             max_bandwidth=parameters.max_bandwidth,
             downtime_limit=round(parameters.downtime_limit_s * 1000),
             tls_creds=self._daemon.security.tls_creds,
@@ -133,16 +141,7 @@ class _Commands:
     async def migrate(self, _session: Session, arguments: schema.Migrate) -> None:
         if arguments.blk is False:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
-        for name, is_asked in (
-            ("inc", arguments.inc),
-            ("x-fusemig-compress", arguments.x_fusemig_compress is not UNSET),
-        ):
-            if is_asked:
-                raise CommandError(f"'{name}' is not supported by version {__version__}: leave it out")
-        disks = None if isinstance(arguments.x_fusemig_disks, UnsetType) else arguments.x_fusemig_disks
-        for name in disks or ():
-            if name not in self._daemon.disks:
-                raise DeviceNotFoundError(name, self._daemon.disks)
+        disks = self._known(arguments.x_fusemig_disks)
         machine = None if isinstance(arguments.x_fusemig_machine, UnsetType) else arguments.x_fusemig_machine
         is_qemu = arguments.x_fusemig_wire is schema.WireName.QEMU
         if machine is not None and not is_qemu:
@@ -161,6 +160,26 @@ class _Commands:
         reconnect = arguments.x_fusemig_reconnect
         if is_qemu and (arguments.resume or reconnect is not UNSET):
             raise CommandError("'resume' and 'x-fusemig-reconnect' do not go with QEMU's wire: leave them out")
+        order = Order(arguments.x_fusemig_order)
+        if is_qemu and order is not Order.SEQUENTIAL:
+            raise CommandError(
+                "'x-fusemig-order' does not go with QEMU's wire, whose order is sequential: leave it out"
+            )
+        if is_postcopy and order is not Order.SEQUENTIAL:
+            raise CommandError(
+                "'x-fusemig-order' is that of a bulk phase, and post-copy begins with none: leave it out"
+            )
+        if is_qemu and (arguments.inc is not UNSET or arguments.x_fusemig_compress is not UNSET):
+            raise CommandError("'inc' and 'x-fusemig-compress' do not go with QEMU's wire: leave them out")
+        incremental = self._daemon.outbound.parameters.block_incremental
+        if not isinstance(arguments.inc, UnsetType):
+            incremental = arguments.inc
+        compression_level = None
+        if not isinstance(arguments.x_fusemig_compress, UnsetType):
+            try:
+                compression_level = parse_compression(arguments.x_fusemig_compress)
+            except ConfigError as exc:
+                raise ConfigError(f"Parameter 'x-fusemig-compress': {exc}") from exc
         try:
             parse_uri(arguments.uri)
         except ConfigError as exc:
@@ -181,8 +200,19 @@ class _Commands:
             is_resumed=arguments.resume,
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
             mirrors=mirrors,
+            incremental=incremental,
+            compression_level=compression_level,
             is_postcopy=is_postcopy,
+            order=order,
         )
+
+    def _known(self, names: list[str] | UnsetType) -> list[str] | None:
+        if isinstance(names, UnsetType):
+            return None
+        for name in names:
+            if name not in self._daemon.disks:
+                raise DeviceNotFoundError(name, self._daemon.disks)
+        return names
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
@@ -198,6 +228,7 @@ class _Commands:
         if outgoing is None or QMP_STATUS[phase] != arguments.state:
             raise CommandError(f"Migration not in expected state: {QMP_STATUS[phase]}")
         outgoing.proceed()
+        self._daemon.inheritance.keep()
 
     async def migrate_incoming(self, _session: Session, arguments: schema.MigrateIncoming) -> None:
         try:
@@ -206,6 +237,7 @@ class _Commands:
             raise ConfigError(f"unknown migration protocol: {arguments.uri}: {exc}") from exc
         await self._daemon.wait_ready()
         await self._daemon.inbound.listen(uri)
+        self._daemon.inheritance.keep()
 
     def migrate_pause(self, _session: Session, _arguments: schema.NoArguments) -> None:
         raise CommandError(
@@ -215,7 +247,6 @@ class _Commands:
 
     def migrate_set_parameters(self, _session: Session, arguments: schema.MigrateSetParameters) -> None:
         for name, is_asked in (
-            ("block-incremental", bool(arguments.block_incremental)),
             ("multifd-channels", arguments.multifd_channels not in (UNSET, 2)),
             ("multifd-compression", arguments.multifd_compression not in (UNSET, schema.Compression.NONE)),
             ("multifd-zstd-level", arguments.multifd_zstd_level not in (UNSET, 1)),
@@ -223,6 +254,8 @@ class _Commands:
             if is_asked:
                 raise CommandError(f"Parameter '{name}' is not supported by fusemig {__version__}: leave it out")
         self._set_pacing(arguments)
+        if not isinstance(arguments.block_incremental, UnsetType):
+            self._daemon.outbound.parameters.block_incremental = arguments.block_incremental
         if not isinstance(arguments.max_bandwidth, UnsetType):
             self._daemon.outbound.parameters.max_bandwidth = arguments.max_bandwidth
         if not isinstance(arguments.downtime_limit, UnsetType):
@@ -234,6 +267,7 @@ class _Commands:
             security.tls_hostname = arguments.tls_hostname
         if not isinstance(arguments.tls_authz, UnsetType):
             security.tls_authz = arguments.tls_authz
+        self._daemon.inheritance.keep()
 
     def _set_pacing(self, arguments: schema.MigrateSetParameters) -> None:
         outbound, mode, lag = self._daemon.outbound, arguments.x_fusemig_mode, arguments.x_fusemig_mirror_lag
@@ -256,10 +290,17 @@ class _Commands:
             parameters.throttle_max = arguments.x_fusemig_throttle_max
 
     async def object_add(self, _session: Session, arguments: objects.ObjectAdd) -> None:
-        self._daemon.security.add(arguments.id, await make_object(arguments))
+        security = self._daemon.security
+        security.add(arguments, await make_object(arguments))
+        try:
+            self._daemon.inheritance.keep()
+        except StateError:
+            security.remove(arguments.id)
+            raise
 
     def object_del(self, _session: Session, arguments: objects.ObjectDel) -> None:
         self._daemon.security.remove(arguments.id)
+        self._daemon.inheritance.keep()
 
     def migrate_set_capabilities(self, _session: Session, arguments: schema.MigrateSetCapabilities) -> None:
         if self._daemon.outbound.is_migrating:
@@ -273,12 +314,14 @@ class _Commands:
             (self._daemon.outbound.capabilities.add if one.state else self._daemon.outbound.capabilities.discard)(
                 one.capability
             )
+        self._daemon.inheritance.keep()
 
     async def stop(self, _session: Session, _arguments: schema.NoArguments) -> None:
         daemon = self._daemon
-        was_running = _run_state(daemon) is schema.RunState.RUNNING
+        was_running = run_state(daemon) is schema.RunState.RUNNING
 
         def on_stopped() -> None:
+            daemon.inheritance.keep()
             if was_running:
                 daemon.events.emit("STOP")
 
@@ -286,7 +329,7 @@ class _Commands:
 
     def cont(self, _session: Session, _arguments: schema.NoArguments) -> None:
         daemon = self._daemon
-        state = _run_state(daemon)
+        state = run_state(daemon)
         if state is schema.RunState.RUNNING:
             return
         if state is schema.RunState.FINISH_MIGRATE:
@@ -294,7 +337,8 @@ class _Commands:
         if state is schema.RunState.POSTMIGRATE or not daemon.pause.is_on:
             raise CommandError(_why_guests_may_not_write(daemon))
         daemon.pause.lift()
-        if _run_state(daemon) is schema.RunState.RUNNING:
+        daemon.inheritance.keep()
+        if run_state(daemon) is schema.RunState.RUNNING:
             daemon.events.emit("RESUME")
 
     def human_monitor_command(self, _session: Session, arguments: schema.HumanMonitorCommand) -> str:
@@ -306,22 +350,26 @@ class _Commands:
         self._daemon.stop("host-qmp-quit")
 
     def status(self, _session: Session, _arguments: schema.NoArguments) -> schema.DaemonStatus:
-        daemon = self._daemon
-        disks = [served_disk(served) for served in daemon.disks.values()]
-        info = migration_info(daemon)
-        return schema.DaemonStatus(
-            version=__version__,
-            pid=os.getpid(),
-            mountpoint=str(daemon.options.mountpoint),
-            status=_run_state(daemon),
-            disks=disks,
-            role=role(daemon),
-            gates_closed=sum(disk.gate == Gate.CLOSED.value for disk in disks),
-            parked_writes=sum(disk.parked_writes for disk in disks),
-            handler_errors=0 if daemon.mount is None else daemon.mount.statistics().handler_errors,
-            incoming=incoming_info(daemon),
-            migration=UNSET if info.status is UNSET else info,
+        return daemon_status(self._daemon)
+
+    async def estimate(self, _session: Session, arguments: schema.Estimate) -> EstimateInfo:
+        disks = self._known(arguments.disks)
+        await self._daemon.wait_ready()
+        limit = arguments.downtime_limit
+        return await estimate(
+            self._daemon.outbound,
+            None if isinstance(arguments.uri, UnsetType) else arguments.uri,
+            None if isinstance(arguments.link, UnsetType) else arguments.link,
+            disks,
+            None if isinstance(limit, UnsetType) else limit / 1000,
         )
+
+    async def upgrade(self, session: Session, _arguments: schema.NoArguments) -> schema.UpgradeInfo:
+        log.info("asked to upgrade", pid=session.pid, uid=session.uid)
+        await self._daemon.wait_ready()
+        info = await self._daemon.upgrade.agree()
+        self._daemon.give_way(info)
+        return info
 
     async def ask(self, _session: Session, arguments: schema.Ask) -> None:
         self._check_disks(arguments.disks)
@@ -360,37 +408,25 @@ class _Queries:
         return migration_info(self._daemon)
 
 
+def _succession(daemon: Daemon) -> schema.Succession | UnsetType:
+    found, pause_s = daemon.inheritance.found, daemon.inheritance.pause_s
+    if found is None:
+        return UNSET
+    return schema.Succession(
+        predecessors=found.n_predecessors + 1,
+        predecessor=found.software,
+        pause_ms=UNSET if pause_s is None else pause_s * 1000,
+    )
+
+
 def _status(daemon: Daemon) -> schema.StatusInfo:
-    state = _run_state(daemon)
+    state = run_state(daemon)
     return schema.StatusInfo(running=state is schema.RunState.RUNNING, status=state)
-
-
-def _run_state(daemon: Daemon) -> schema.RunState:
-    """Return the one word for all disks: the state that keeps most from being written."""
-    disks = [served.disk for served in daemon.disks.values() if served.disk is not None]
-    if _io_error(daemon) is not None:
-        return schema.RunState.IO_ERROR
-    if any(disk.is_frozen for disk in disks):
-        return schema.RunState.FINISH_MIGRATE
-    if any(disk.gate is Gate.CLOSED for disk in disks):
-        return schema.RunState.PAUSED
-    if any(disk.gate is Gate.OPEN for disk in disks):
-        return schema.RunState.RUNNING
-    if any(served.is_waiting for served in daemon.disks.values()):
-        return schema.RunState.INMIGRATE
-    return schema.RunState.POSTMIGRATE
-
-
-def _io_error(daemon: Daemon) -> str | None:
-    for served in daemon.disks.values():
-        if served.image is not None and served.image.io_error is not None:
-            return f"disk '{served.name}' has an I/O error: {served.image.io_error}"
-    return None
 
 
 def _why_guests_may_not_write(daemon: Daemon) -> str:
     """Say why `cont` cannot be honoured, and what to do: to open a gate here might make a second writer."""
-    error = _io_error(daemon)
+    error = io_error(daemon)
     if error is not None:
         return f"{error}; mend the store, then restart `fusemig serve`"
     for served in daemon.disks.values():

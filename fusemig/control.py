@@ -15,6 +15,8 @@ Rules:
 4. Before ``qmp_capabilities`` a client gets no event and may give no other command.
 5. The socket has mode 0600 before anyone can connect to it, and only root and our own user may talk.
 6. A socket file is replaced only while nobody listens on it, and removed at the end only if it is still ours.
+7. Where the daemon has successors (`fusemig.succession`) they inherit the socket and its file: a client that connects
+   in between waits.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fusemig.qmp.codec import ErrorClass, Request
+    from fusemig.succession.fdstore import FdStore
 
 SEND_DEADLINE_S: Final = 10.0
 """A client that does not take a whole line in this time is dropped."""
@@ -59,6 +62,7 @@ MAX_UNSENT_REPLIES: Final = 16
 
 MAX_CLIENTS: Final = 64
 
+_KEPT: Final = "control-"
 _RECEIVE_BYTES: Final = 65536
 _LOCK_DEADLINE_S: Final = 5.0
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid: struct ucred of SO_PEERCRED, unix(7)
@@ -149,10 +153,11 @@ async def serve_control(
     path: Path,
     commands: Mapping[str, Command],
     events: EventHub,
+    store: FdStore | None = None,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the control socket until cancelled.
+    """Serve the control socket until cancelled; ``store`` keeps it for a successor.
 
     Cancellation: running commands are cancelled, what clients were sent before is given `FLUSH_DEADLINE_S` to arrive,
     and the socket file is removed.
@@ -162,7 +167,7 @@ async def serve_control(
         ConnectError: another process serves it, or it cannot be made.
     """
     assert not _OWN_COMMANDS & commands.keys(), "these commands are the server's"
-    listener, identity = await _listen(path)
+    listener, identity = await _listen(path, store)
     try:
         server = _Server(commands, events)
         async with trio.open_nursery() as nursery:
@@ -170,7 +175,8 @@ async def serve_control(
             await trio.serve_listeners(server.serve_client, [listener], handler_nursery=nursery)
     finally:
         listener.socket.close()
-        _unlink_if_ours(path, identity)
+        if store is None or store.is_last:
+            _unlink_if_ours(path, identity)
 
 
 class _Server:
@@ -346,12 +352,18 @@ class _Client:
         self._is_negotiated = True
 
 
-async def _listen(path: Path) -> tuple[trio.SocketListener, tuple[int, int]]:
-    """Make the socket; return it with the device and inode of its file."""
+async def _listen(path: Path, store: FdStore | None) -> tuple[trio.SocketListener, tuple[int, int]]:
+    """Make the socket, or take a predecessor's; return it with the device and inode of its file."""
+    for inherited in () if store is None else store.take_sockets(_KEPT):
+        if inherited.getsockname() == os.fspath(path) and (identity := _identity(path)):
+            return trio.SocketListener(trio.socket.from_stdlib_socket(inherited)), identity
+        inherited.close()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         async with _DirectoryLock(path.parent):
             identity = _bind(sock, path)
+        if store is not None:
+            store.keep_sockets(_KEPT, [sock])
         return trio.SocketListener(trio.socket.from_stdlib_socket(sock)), identity
     except BaseException as error:
         sock.close()
@@ -360,6 +372,15 @@ async def _listen(path: Path) -> tuple[trio.SocketListener, tuple[int, int]]:
                 raise ConfigError(f"control socket '{path}': the path is too long, 107 bytes is the most") from error
             raise ConnectError(f"control socket '{path}' cannot be made: {error.strerror or error}") from error
         raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return the device and inode of a socket's file, None if there is none."""
+    with suppress(OSError):
+        status = path.lstat()
+        if stat.S_ISSOCK(status.st_mode):
+            return status.st_dev, status.st_ino
+    return None
 
 
 def _bind(sock: socket.socket, path: Path) -> tuple[int, int]:

@@ -2,10 +2,13 @@
 
     Daemon.run
       ├ control socket (QMP)            fusemig.control with the table of fusemig.commands
+      ├ metrics                         fusemig.http_server with the page of fusemig.metrics, if asked for
       ├ mount                           fusemig.fuse
       ├ Inbound                         the listener of --incoming, one task per connection: IncomingMigration
       ├ Outbound                        the OutgoingMigration, if one runs
+      ├ supervise                       tells a service manager (fusemig.supervision)
       ├ Doubts                          asks what became of disks that were handed off
+      ├ the watch over heat             ends an epoch every second (fusemig.heat)
       └ signals, unmount from outside   both ask for an orderly end
 
 The end: a migration that can still be called off is cancelled, one that is committed runs out; then every gate is open
@@ -15,29 +18,43 @@ or read-only, so no write is parked when the file system is unmounted, and the i
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
 
 from fusemig.announcer import Announcer
+from fusemig.block_info import block_stats
 from fusemig.commands import command_table
 from fusemig.control import EventHub, serve_control
+from fusemig.daemon_info import Totals, daemon_status
 from fusemig.disk.tracked import Gate
+from fusemig.disk.zeroes import DetectZeroes
 from fusemig.doubt import Doubts
 from fusemig.errors import ConfigError, FusemigError
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lanes import Lane, open_lane
 from fusemig.fuse.preflight import MountOptions
+from fusemig.heat import EPOCH_S
+from fusemig.http_server import serve_http
 from fusemig.inbound import Inbound
+from fusemig.inheritance import Inheritance
+from fusemig.listener import listening
+from fusemig.metrics import PATH, Metrics, check_address
 from fusemig.migration.arrival import IncomingWire
 from fusemig.outbound import Outbound
 from fusemig.pause import Pause
 from fusemig.qmp import schema
 from fusemig.security import Security
 from fusemig.served import ServedDisk
+from fusemig.succession.fdstore import FdStore
+from fusemig.succession.mount import KeptMount
+from fusemig.supervision import ask_mount, supervise
+from fusemig.transport import parse_uri
+from fusemig.upgrade import Upgrade
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -45,9 +62,11 @@ if TYPE_CHECKING:
 
     from fusemig.credentials import Credentials
     from fusemig.fuse.lanes import AnyMount
+    from fusemig.listener import Listener
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.served import DiskSpec
+    from fusemig.transport import Uri
 
 CONNECT_DEADLINE_S: Final = 10.0
 DEFER: Final = "defer"
@@ -80,15 +99,29 @@ class ServeOptions:
     tls_client: Credentials | None = None
     """What proves this source where a migration brings no credentials of its own."""
     is_insecure: bool = False
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     """Plain text may cross the network."""
+    metrics: str | None = None
+    """Where Prometheus is answered: a URI."""
+    are_metrics_public: bool = False
+    """That may be an address which other hosts reach."""
+    heeds_signals: bool = True
+    """SIGTERM and SIGINT ask for an orderly end; else they are left to the program that this is a part of."""
+    is_resilient: bool = False
+    """The mount must be one that can outlive this process."""
 
 
 class Daemon:
     """A serving daemon; `run` is its life."""
 
-    def __init__(self, options: ServeOptions) -> None:
-        """Keep the options; nothing is opened yet."""
+    def __init__(self, options: ServeOptions, store: FdStore | None = None) -> None:
+        """Keep the options; nothing is opened yet. ``store`` has what a predecessor left, and keeps it for the next.
+
+        Raises:
+            StateError: what a predecessor left cannot be read here.
+        """
         self.options = options
+        self.store = FdStore() if store is None else store
         self.disks: dict[str, ServedDisk] = {}
         self.security = Security(
             options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
@@ -96,6 +129,7 @@ class Daemon:
         self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.outbound.capabilities)
         self.pause = Pause(self.disks.values(), self._push_out)
         announcer = Announcer(self.events, self.pause)
+        self.totals = Totals()
         self.outbound = Outbound(
             self.disks,
             self.pause,
@@ -103,7 +137,8 @@ class Daemon:
             announcer,
             self._count_requests,
             self._show_outgoing,
-            lambda: self.doubts.look(),
+            self._note_outgoing_over,
+            lambda: self.inheritance.keep_anyhow(),
             is_destination=options.incoming is not None,
         )
         self.inbound = Inbound(
@@ -115,12 +150,20 @@ class Daemon:
             self._push_out,
             self._show_size,
             self._show_incoming,
+            self.totals.incoming_over,
+            self.store,
         )
         self.doubts = Doubts(self.disks, self.outbound.dial, self.outbound.settled)
         self.shown: OutgoingMigration | IncomingMigration | None = None
         """What ``query-migrate`` tells of: the last one that began, but an outgoing one until it is over."""
         self.mount: AnyMount | None = None
+        self.metrics: Listener | None = None
+        """Where metrics are asked for."""
         self.stop_reason = ""
+        self.inheritance = Inheritance(self, self.store)
+        self.upgrade = Upgrade(self)
+        self._control_scope = trio.CancelScope()
+        self._control_ended = trio.Event()
         self._exports = Exports()
         self._ready = trio.Event()
         self._stop = trio.Event()
@@ -131,8 +174,9 @@ class Daemon:
         Raises:
             FusemigError: it could not be started, and why.
         """
-        with ExitStack() as images:
+        with closing(self.store), closing(self.inheritance), ExitStack() as images:
             self._open_disks(images)
+            await self.inheritance.restore()
             try:
                 await self._serve()
             except BaseExceptionGroup as group:
@@ -143,42 +187,91 @@ class Daemon:
             raise ConfigError("no disk to serve: give at least one --disk NAME=PATH")
         is_incoming = self.options.incoming is not None
         for spec in self.options.disks:
-            served = ServedDisk(spec, self._exports, self.options.state_dir, is_incoming=is_incoming)
+            served = ServedDisk(
+                spec,
+                self._exports,
+                self.options.state_dir,
+                is_incoming=is_incoming,
+                store=self.store,
+                detect_zeroes=self.options.detect_zeroes,
+            )
             images.callback(served.close)
             self.disks[served.name] = served
+        if self.store.has_mount and self.store.untaken("image-"):
+            raise ConfigError(
+                f"an image that guests of {self.options.mountpoint} have open is not at its place any more: put back "
+                "what was moved or replaced, or give the mount up"
+            )
 
     async def _serve(self) -> None:
         # Heard from before the mount until after it, so that no signal ends us with the mount left behind.
+        if not self.options.heeds_signals:
+            await self._serve_until_stopped(None)
+            return
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             await self._serve_until_stopped(signals)
 
-    async def _serve_until_stopped(self, signals: AsyncIterator[int]) -> None:
+    async def _serve_until_stopped(self, signals: AsyncIterator[int] | None) -> None:
         async with trio.open_nursery() as control:
-            control.start_soon(self._watch_signals, signals)
+            if signals is not None:
+                control.start_soon(self._watch_signals, signals)
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
-            await control.start(serve_control, self.options.control, command_table(self), self.events)
+            await control.start(self._serve_control)
+            if self.options.metrics is not None:
+                await control.start(self._serve_metrics, parse_uri(self.options.metrics))
             options = self.options
             mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
+            kept = (
+                KeptMount(self.store, is_demanded=options.is_resilient)
+                if self.store.is_on or self.store.has_mount
+                else None
+            )
             async with (
                 self.inbound.listening(),
                 open_lane(
-                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads
+                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads, kept
                 ) as self.mount,
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._watch_mount)
+                nursery.start_soon(
+                    supervise, self.store.notifier, partial(daemon_status, self), partial(ask_mount, options.mountpoint)
+                )
                 nursery.start_soon(self.doubts.watch)
+                nursery.start_soon(self._watch_heat)
                 await nursery.start(self.outbound.run)
+                await self.inheritance.take_up()
                 await nursery.start(self.inbound.run)
+                self.inheritance.keep()
                 self._ready.set()
+                self.store.ready()
                 log.info("serving", mountpoint=str(self.options.mountpoint), disks=sorted(self.disks))
                 try:
                     await self._stop.wait()
+                    if self.upgrade.is_agreed:
+                        self._control_scope.cancel()
+                        await self._control_ended.wait()
+                        await self.upgrade.leave()
                 finally:
                     with trio.CancelScope(shield=True):
                         await self._wind_down()
                 nursery.cancel_scope.cancel()
             control.cancel_scope.cancel()
+
+    async def _serve_metrics(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        check_address(uri, is_insecure=self.options.are_metrics_public)
+        metrics = Metrics(partial(daemon_status, self), lambda: [block_stats(served) for served in self.disks.values()])
+        async with listening(uri) as self.metrics:
+            log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
+            task_status.started()
+            await serve_http(self.metrics, {PATH: metrics.page})
+
+    async def _serve_control(self, task_status: trio.TaskStatus[None]) -> None:
+        with self._control_scope:
+            await serve_control(
+                self.options.control, command_table(self), self.events, self.store, task_status=task_status
+            )
+        self._control_ended.set()
 
     async def wait_ready(self) -> None:
         """Wait until migrations can be started: the control socket is there before the mount is whole."""
@@ -193,6 +286,15 @@ class Daemon:
         await self.mount.wait_unmounted()
         self.stop("unmounted")
 
+    async def _watch_heat(self) -> None:
+        while True:
+            now = trio.current_time()
+            for served in self.disks.values():
+                if served.disk is not None:
+                    counters = served.disk.statistics()
+                    served.disk.heat.tick(now, counters.written_bytes, counters.n_writes)
+            await trio.sleep_until(now + EPOCH_S)
+
     def stop(self, reason: str) -> None:
         """Ask for an orderly end; returns at once."""
         if not self._stop.is_set():
@@ -202,8 +304,16 @@ class Daemon:
             self.events.emit("SHUTDOWN", schema.ShutdownEvent(reason=cause))
             self._stop.set()
 
+    def give_way(self, info: schema.UpgradeInfo) -> None:
+        """Leave the mount to the successor that was agreed with; returns at once."""
+        self.events.emit("X_FUSEMIG_UPGRADE", info)
+        self.stop_reason = "upgrade"
+        self._stop.set()
+
     async def _wind_down(self) -> None:
         """Bring migrations to an end and the images to the disk, within deadlines."""
+        if self._stop.is_set():
+            self.store.ending()
         await self.outbound.wind_down()
         for served in self.disks.values():
             if served.loan is not None:
@@ -229,6 +339,11 @@ class Daemon:
 
     def _show_outgoing(self, migration: OutgoingMigration) -> None:
         self.shown = migration
+
+    def _note_outgoing_over(self) -> None:
+        assert self.outbound.migration is not None
+        self.totals.outgoing_over(self.outbound.migration)
+        self.doubts.look()
 
     def _show_incoming(self, migration: IncomingMigration) -> None:
         if not self.outbound.is_migrating:

@@ -3,7 +3,7 @@
 Both sides of a migration feed it the same frames, the source in the order of sending and the destination in the order
 of writing, and compare the results before the hand-off. Each chunk has a value:
 
-    0                                    all zeros
+    0                                    all zeros, or all the shared base
     xxh3_64(content)                     sent as a whole
     xxh3_64(old value, extent, hash)     a part of it was sent after that
 
@@ -25,13 +25,15 @@ from typing import TYPE_CHECKING, Final
 from xxhash import xxh3_64_intdigest
 
 from fusemig.tracker import ChunkTracker
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, n_blocks, n_chunks
+from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, mask_extents, n_blocks, n_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _SLOT: Final = struct.Struct("<QQ")
 _STEP: Final = struct.Struct("<QQQQ")
+_BASE_MARK: Final = 0x42415345
+"""Stands for the payload's hash where a part of a chunk is the shared base's; that of zeros is 0."""
 _GROUP: Final = 64
 """Chunks whose values lie side by side: 8 bytes a chunk where the disk is full, 600 where one chunk is alone."""
 
@@ -68,22 +70,42 @@ class DiskDigest:
 
     def apply_zero(self, extents: Sequence[tuple[int, int]]) -> None:
         """Note one frame of zero extents, given as offset and length in bytes."""
+        self._apply_bare(extents, 0)
+
+    def _apply_bare(self, extents: Sequence[tuple[int, int]], mark: int) -> None:
         for offset, length in extents:
             end = offset + length
             self._note(offset, length)
             first = -(-offset // CHUNK_SIZE)
             stop = n_chunks(end) if end == self.size else end // CHUNK_SIZE
             if first >= stop:
-                self._chain_parts(offset, end)
+                self._chain_parts(offset, end, mark)
                 continue
-            self._chain_parts(offset, first * CHUNK_SIZE)
+            self._chain_parts(offset, first * CHUNK_SIZE, mark)
             self._clear(first, stop)
-            self._chain_parts(min(stop * CHUNK_SIZE, end), end)
+            self._chain_parts(min(stop * CHUNK_SIZE, end), end, mark)
+
+    def apply_base(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Note one frame of extents that read as the shared base.
+
+        Of a chunk that is the base's as a whole, all that is known is that it came: see docs/overlay.md.
+        """
+        self._apply_bare(extents, _BASE_MARK)
 
     def restore(self, chunk: int, value: int) -> None:
         """Take over what is known of a chunk from before: all of it came, and ``value`` is its value."""
         self._store(chunk, value)
         self._came.mark_chunks(chunk, chunk + 1)
+
+    def forget(self, first: int, stop: int) -> None:
+        """Take back the values of the chunks ``first`` to ``stop - 1``: they will be sent as wholes."""
+        self._clear(first, stop)
+
+    def restore_blocks(self, chunk: int, value: int, mask: int) -> None:
+        """Take over that a chunk has ``value``, and that of its blocks those of ``mask`` came."""
+        self._store(chunk, value)
+        for offset, length in mask_extents(mask, chunk, self.size):
+            self._came.mark(offset, length)
 
     def value_of(self, chunk: int) -> int:
         """Return a chunk's value."""
@@ -126,11 +148,11 @@ class DiskDigest:
             for chunk in range(max(first, group * _GROUP), min(stop, (group + 1) * _GROUP)):
                 self._store(chunk, 0)
 
-    def _chain_parts(self, offset: int, end: int) -> None:
-        """Note zeros in parts of chunks."""
+    def _chain_parts(self, offset: int, end: int, mark: int) -> None:
+        """Note zeros, or what else has no payload, in parts of chunks."""
         while offset < end:
             stop = min(end, (offset // CHUNK_SIZE + 1) * CHUNK_SIZE)
-            self._chain(offset, stop - offset, 0)
+            self._chain(offset, stop - offset, mark)
             offset = stop
 
     def _chain(self, offset: int, length: int, payload_hash: int) -> None:

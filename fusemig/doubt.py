@@ -11,7 +11,7 @@ stopped.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 import structlog
@@ -37,6 +37,13 @@ LONGEST_PAUSE_S: Final = 30.0
 log = structlog.get_logger(__name__)
 
 
+class OnSettled(Protocol):
+    """Hears that records have changed, and whether it was a person's word that changed them."""
+
+    def __call__(self, settled: Sequence[ServedDisk], *, is_by_hand: bool) -> None:
+        """Follow."""
+
+
 class Doubts:
     """Asks about what is in doubt, and takes a person's word for it."""
 
@@ -44,7 +51,7 @@ class Doubts:
         self,
         disks: Mapping[str, ServedDisk],
         dial: Callable[[EpochRecord], Awaitable[ByteStream]],
-        on_settled: Callable[[Sequence[ServedDisk]], None],
+        on_settled: OnSettled,
         offload: Offload = trio.to_thread.run_sync,
     ) -> None:
         """Look after ``disks``.
@@ -115,7 +122,9 @@ class Doubts:
             finally:
                 for served in chosen:
                     served.busy = ""
-                self._apply([served for served in chosen if served.ownership is not Ownership.HANDED_OFF])
+                self._apply(
+                    [served for served in chosen if served.ownership is not Ownership.HANDED_OFF], is_by_hand=False
+                )
 
     async def _exchange(self, session: str, chosen: Sequence[ServedDisk]) -> None:
         record = chosen[0].epoch_file.record
@@ -199,7 +208,7 @@ class Doubts:
             finally:
                 for served in chosen:
                     served.busy = ""
-                self._apply(done)
+                self._apply(done, is_by_hand=True)
 
     async def _write(self, served: ServedDisk, record: EpochRecord, owner: Side) -> None:
         before = served.ownership
@@ -215,14 +224,14 @@ class Doubts:
         )
         await self._offload(served.epoch_file.write, record)
 
-    def _apply(self, settled: Sequence[ServedDisk]) -> None:
+    def _apply(self, settled: Sequence[ServedDisk], *, is_by_hand: bool) -> None:
         """Have the gates say what the records do."""
         for served in settled:
             served.doubt = ""
             if served.ownership is Ownership.OWNER and served.disk is not None and not served.is_read_only:
                 served.disk.set_gate(Gate.OPEN)
         if settled:
-            self._on_settled(settled)
+            self._on_settled(settled, is_by_hand=is_by_hand)
 
 
 UNFENCED: Final = (

@@ -71,6 +71,8 @@ class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The wire of that migration, as far as a source has handed off over it; only ``native`` can be asked."""
     group: int = 0
     """How many disks that migration moves together, as far as a source has handed off."""
+    stamp: str = ""
+    """With RELEASED, what the image was like then (`fusemig.disk.stamp`): while it is, it holds what was released."""
     tls_creds: str = ""
     """Where the credentials lie that a migration brought along, for asking its destination after a restart."""
     tls_hostname: str = ""
@@ -247,6 +249,27 @@ def evidence_of(record: EpochRecord | None, *, session: str, image_id: str, epoc
         return Evidence.UNKNOWN
     # Whoever owns the disk in a later epoch, or offers it from one, had it through our hand-off.
     return Evidence.OWNED
+
+
+def is_as_released(record: EpochRecord | None, *, image_id: str, epoch: int, session: str, stamp: str) -> bool:
+    """Tell whether an image is, byte for byte, what this side released in migration ``session``.
+
+    Args:
+        record: this side's, of the image.
+        image_id: the disk that is offered to it.
+        epoch: the one in which whoever offers it owns the disk.
+        session: the migration that brought the disk there; empty if that is not known.
+        stamp: what the image is like now; empty if that cannot be told.
+    """
+    return (
+        record is not None
+        and record.state is Ownership.RELEASED
+        and (record.image_id, record.epoch + 1) == (image_id, epoch)
+        and bool(session)
+        and record.session == session
+        and bool(stamp)
+        and record.stamp == stamp
+    )
 
 
 def resolved(record: EpochRecord | None, owner: Side) -> EpochRecord:

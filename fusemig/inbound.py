@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -13,6 +14,7 @@ from fusemig.disk.room import Need, lack
 from fusemig.epoch import Ownership
 from fusemig.errors import FusemigError, PeerRefusedError, StateError
 from fusemig.listener import listening
+from fusemig.log_context import log_fields
 from fusemig.migration.arrival import greet
 from fusemig.migration.borrow import Loan
 from fusemig.migration.incoming import AwaitedDisk
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.security import Security
     from fusemig.served import ServedDisk
+    from fusemig.succession.fdstore import FdStore
     from fusemig.transport import ByteStream, Uri
     from fusemig.wire.native import DiskOffer
 
@@ -53,6 +56,8 @@ class Inbound:
         push_out: Callable[[ServedDisk], Awaitable[None]],
         show_size: Callable[[ServedDisk], Awaitable[None]],
         on_begin: Callable[[IncomingMigration], None],
+        on_over: Callable[[IncomingMigration], None],
+        store: FdStore | None = None,
     ) -> None:
         """Listen to nobody yet.
 
@@ -65,6 +70,8 @@ class Inbound:
             push_out: has the kernel write back and forget what it holds of a disk.
             show_size: has the kernel ask for the attributes of a disk anew.
             on_begin: hears of each migration as it begins.
+            on_over: hears of it again when it has ended.
+            store: keeps the listening socket for a successor of the daemon.
         """
         self._disks = disks
         self._incoming = incoming
@@ -74,10 +81,12 @@ class Inbound:
         self._push_out = push_out
         self._show_size = show_size
         self._on_begin = on_begin
+        self._on_over = on_over
+        self._store = store
         self.listener: Listener | None = None
         self.migration: IncomingMigration | None = None
         """The last one that began."""
-        self._n_rejected = 0
+        self._rejected: Counter[str] = Counter()
         self._is_listening = False
         self._fetching: dict[str, trio.CancelScope] = {}
         """The scope of the connection over which each migration's disks are fetched."""
@@ -87,6 +96,11 @@ class Inbound:
     def is_destination(self) -> bool:
         """Whether disks may come here."""
         return self._incoming is not None
+
+    def listen_at(self, uri_text: str) -> None:
+        """Have `listening` take an address that a daemon before this one was given, or had got; before that."""
+        if self._incoming is not None:
+            self._incoming = uri_text
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run what `listen` starts, and what comes to the listener that was opened before, until cancelled."""
@@ -105,7 +119,7 @@ class Inbound:
             return
         uri = parse_uri(self._incoming)
         self._security.check_listen(uri)
-        async with listening(uri) as self.listener:
+        async with listening(uri, self._store) as self.listener:
             yield
 
     async def listen(self, uri: Uri) -> None:
@@ -135,7 +149,7 @@ class Inbound:
         self._announcer.status(MigrationPhase.SETUP)
 
     async def _serve_listener(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with listening(uri) as self.listener:
+        async with listening(uri, self._store) as self.listener:
             task_status.started()
             await self.listener.serve(self._receive)
 
@@ -166,7 +180,8 @@ class Inbound:
             self._note_rejected(stream, exc)
             return
         try:
-            await migration.run()
+            with log_fields(lambda: _log_fields(migration)):
+                await migration.run()
         except FusemigError as exc:  # a cleanup that failed; the migration's own errors are in `error`
             log.error("incoming connection", peer=stream.peer, reason=str(exc))
         if migration.is_question:
@@ -174,14 +189,17 @@ class Inbound:
                 log.warning("a question was not settled", peer=stream.peer, reason=str(migration.error))
         elif migration.phase is MigrationPhase.NONE:
             self._note_rejected(stream, migration.error)
+        else:
+            self._on_over(migration)
 
     @property
-    def n_rejected(self) -> int:
-        """How many connections never became a migration."""
-        return self._n_rejected + (0 if self.listener is None else self.listener.n_displaced)
+    def rejected(self) -> Counter[str]:
+        """How many connections never became a migration, by the kind of error; ``displaced`` had to give way."""
+        n_displaced = 0 if self.listener is None else self.listener.n_displaced
+        return self._rejected + Counter(displaced=n_displaced)
 
     def _note_rejected(self, stream: ByteStream, reason: FusemigError | None) -> None:
-        self._n_rejected += 1
+        self._rejected["failed" if reason is None else reason.kind] += 1
         log.warning("connection rejected", peer=stream.peer, reason=str(reason))
 
     async def awaited(self) -> list[AwaitedDisk]:
@@ -226,6 +244,7 @@ class Inbound:
 
     async def _prepare_incoming(self, served: ServedDisk, offer: DiskOffer, session: str, peer: str) -> IncomingDisk:
         had_size = served.disk is not None
+        is_as_released = await trio.to_thread.run_sync(served.is_as_released, offer)
         disk = await trio.to_thread.run_sync(served.receive, offer, session, peer)
         if not had_size:
             await self._show_size(served)
@@ -237,6 +256,7 @@ class Inbound:
             served.borrow,
             served.end_loan,
             served.taken,
+            is_as_released,
         )
 
     def release(self, disks: Sequence[IncomingDisk]) -> None:
@@ -298,3 +318,10 @@ def _check_room(chosen: Sequence[ServedDisk], offers: Sequence[DiskOffer]) -> No
     ]
     if reason := lack(needs):
         raise PeerRefusedError(reason)
+
+
+def _log_fields(migration: IncomingMigration) -> dict[str, object]:
+    fields: dict[str, object] = {"phase": migration.phase.value}
+    if migration.session:
+        fields |= {"migration": migration.session[:8], "disks": [one.disk.name for one in migration.disks]}
+    return fields

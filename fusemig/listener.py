@@ -19,6 +19,7 @@ from fusemig.transport import SocketStream
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from fusemig.succession.fdstore import FdStore
     from fusemig.transport import Uri
 
 MAX_PENDING: Final = 8
@@ -27,19 +28,29 @@ MAX_PENDING_PER_ADDRESS: Final = 4
 _ACCEPT_PAUSE_S: Final = 0.01
 """After each connection: a flood has the kernel refuse, and leaves the loop to the guests."""
 _BACKLOG: Final = 8
+_KEPT: Final = "incoming-"
 _OVERLOAD_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 """What `accept` may fail with without anything being wrong with the listener (as in `trio.serve_listeners`)."""
 
 
 @asynccontextmanager
-async def listening(uri: Uri) -> AsyncIterator[Listener]:
+async def listening(uri: Uri, store: FdStore | None = None) -> AsyncIterator[Listener]:
     """Listen at ``uri`` for as long as the block runs; port 0 picks a free one, which `Listener.uri` names.
+
+    ``store`` keeps the sockets for a successor of this process, which listens at the same port: whoever connects in
+    between waits for it.
 
     Raises:
         ConnectError: the address is in use or not ours.
     """
     try:
-        sockets = _unix_socket(uri.path) if uri.kind == "unix" else await _tcp_sockets(uri)
+        inherited = [] if store is None else store.take_sockets(_KEPT)
+        if inherited:
+            sockets = [trio.socket.from_stdlib_socket(one) for one in inherited]
+        else:
+            sockets = _unix_socket(uri.path) if uri.kind == "unix" else await _tcp_sockets(uri)
+            if store is not None:
+                store.keep_sockets(_KEPT, sockets)
     except OSError as exc:
         raise ConnectError(f"cannot listen at {uri}: {exc.strerror or exc}; choose another address") from exc
     try:
@@ -49,7 +60,7 @@ async def listening(uri: Uri) -> AsyncIterator[Listener]:
     finally:
         for sock in sockets:
             sock.close()
-        if uri.kind == "unix":
+        if uri.kind == "unix" and (store is None or store.is_last):
             with suppress(FileNotFoundError):
                 os.unlink(uri.path)
 

@@ -38,7 +38,8 @@ def incoming_info(daemon: Daemon) -> schema.Incoming | UnsetType:
         uri="defer" if daemon.inbound.listener is None else str(daemon.inbound.listener.uri),
         status=schema.MigrationStatus(QMP_STATUS[MigrationPhase.NONE if incoming is None else incoming.phase]),
         error_desc=UNSET if error is None else str(error),
-        rejected_connections=daemon.inbound.n_rejected,
+        rejected_connections=daemon.inbound.rejected.total(),
+        rejected_by_reason=[schema.Count(what=kind, count=n) for kind, n in sorted(daemon.inbound.rejected.items())],
         tls=daemon.security.has_server_credentials,
     )
 
@@ -69,6 +70,7 @@ _RUNNING = frozenset({"setup", "active", "pre-switchover", "device", "cancelling
 def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
     stats = migration.statistics()
     status = QMP_STATUS[stats.phase]
+    prediction = stats.prediction
     return schema.MigrationInfo(
         status=schema.MigrationStatus(status),
         disk=schema.MigrationStats(
@@ -102,10 +104,18 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             bandwidth=round(stats.send_rate),
             dirty_rate=round(stats.dirty_rate),
             bytes_dirtied=stats.dirtied_bytes,
+            converges=UNSET if prediction is None else prediction.converges,
+            eta=UNSET if prediction is None or not prediction.converges else round(prediction.duration_s * 1000),
             wire_bytes=stats.wire_bytes,
             frozen_ms=stats.frozen_s * 1000,
             reconnects=stats.n_reconnects,
             kept_bytes=stats.kept_bytes,
+            unchanged_bytes=stats.unchanged_bytes,
+            compression=schema.CompressionInfo(
+                active=stats.is_packing, bytes_in=stats.packed_in_bytes, bytes_out=stats.packed_out_bytes
+            )
+            if stats.has_packer
+            else UNSET,
             waiting=stats.waiting or UNSET,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
             guest=guest_info(migration.guest.account(), migration.started_at),
@@ -143,6 +153,7 @@ def _migrating_disk(disk: DiskStatistics) -> schema.MigratingDisk:
         name=disk.name,
         size=disk.size,
         dirty_bytes=disk.dirty_bytes,
+        dirty_chunks=disk.dirty_chunks,
         in_flight_chunks=disk.in_flight_chunks,
         sent_bytes=disk.sent_bytes,
         pass_progress=1.0 - min(1.0, disk.dirty_bytes / allocated) if allocated else 1.0,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+import structlog
 import trio
 
 from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.tracked import Gate
 from fusemig.doubt import in_doubt
 from fusemig.epoch import Ownership
-from fusemig.errors import InDoubtError, StateError
+from fusemig.errors import FusemigError, InDoubtError, MigrationError, StateError
+from fusemig.handover.state import Outgoing, Request
+from fusemig.log_context import log_fields
 from fusemig.migration.commit import Route, SourceDisk
 from fusemig.migration.lend import Lending, LentDisk
+from fusemig.migration.order import Order
 from fusemig.migration.qemu_source import DEFAULT_MACHINE, QemuSource
 from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import SourceMigration
@@ -40,6 +46,27 @@ if TYPE_CHECKING:
     from fusemig.transport import ByteStream, SocketStream, Uri
 
 CONNECT_DEADLINE_S: Final = 10.0
+RECONNECT_LIMIT_S: Final = 30.0
+"""How long a successor tries to reach the destination again, where nobody has said how long."""
+_DONE_WITH: Final = frozenset(
+    {MigrationPhase.CANCELLING, MigrationPhase.CANCELLED, MigrationPhase.COMPLETED, MigrationPhase.FAILED}
+)
+"""A successor has nothing to do with a migration in these; whoever cancelled it was answered."""
+_RESTARTED: Final = "the daemon was restarted"
+_KILLED_IN_HANDOFF: Final = (
+    "the daemon was restarted in the moment of the hand-off: the destination is being asked whether it owns the disks, "
+    "see `fusemig status`; if it is gone for good, see `fusemig resolve --help`"
+)
+_RESTARTED_WITH_GUEST: Final = (
+    "the daemon was restarted while a guest was to move with the disks, which stay here: see that the guest runs here "
+    "and that none waits at the destination, then migrate again"
+)
+_RESTARTED_ON_QEMU_WIRE: Final = (
+    "the daemon was restarted, and a migration on QEMU's wire cannot go on; the disks stay here: restart the QEMU that "
+    "was to receive them, then migrate again"
+)
+
+log = structlog.get_logger(__name__)
 
 
 class Outbound:
@@ -54,6 +81,7 @@ class Outbound:
         count_requests: Callable[[], int],
         on_begin: Callable[[OutgoingMigration], None],
         on_over: Callable[[], None],
+        on_change: Callable[[], None],
         *,
         is_destination: bool,
     ) -> None:
@@ -67,6 +95,7 @@ class Outbound:
             count_requests: tells how many requests guests have made.
             on_begin: hears of each migration before it runs.
             on_over: hears when one has ended.
+            on_change: hears at once when `lasting` has changed, before anybody else hears of the reason; never raises.
             is_destination: disks may come back into the images that they leave.
         """
         self.parameters = MigrationParameters()
@@ -80,7 +109,14 @@ class Outbound:
         self._count_requests = count_requests
         self._on_begin = on_begin
         self._on_over = on_over
+        self._on_change = on_change
         self._is_destination = is_destination
+        # What was asked for, and how far it got, of `migration`:
+        self._request: Request | None = None
+        self._began_s = 0.0
+        self._has_sent = False
+        self._interrupted: Outgoing | None = None
+        """What a former daemon ran and left in doubt: to be gone on with if its disks turn out to be ours."""
         self._secured: dict[Uri, Callable[[SocketStream], Awaitable[ByteStream]]] = {}
         """How connections to the destinations of this process's migrations are made fit to be used."""
         self._nursery: trio.Nursery | None = None
@@ -111,7 +147,10 @@ class Outbound:
         is_resumed: bool = False,
         reconnect_limit_s: float = 0.0,
         mirrors: bool = False,
+        incremental: bool | None = None,
+        compression_level: int | None = None,
         is_postcopy: bool = False,
+        order: Order = Order.SEQUENTIAL,
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
@@ -127,24 +166,58 @@ class Outbound:
             is_resumed: go on with the migration of these disks that was interrupted last.
             reconnect_limit_s: as `MigrationParameters` has it.
             mirrors: as it has it.
+            incremental: as `MigrationParameters` has it.
+            compression_level: as `MigrationParameters` has it.
             is_postcopy: as `MigrationParameters` has it.
+            order: of the bulk phase; QEMU's wire knows the sequential one only.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
             ConfigError: the URI is wrong, or plain text may not go there.
             AuthenticationError: there are no credentials of the name that was set.
         """
-        assert self._nursery is not None
         uri = parse_uri(uri_text)
         if self.migration is not None and self.migration.phase is MigrationPhase.IN_DOUBT:
             raise InDoubtError("the last migration is in doubt: find out who owns the disks first (`fusemig resolve`)")
         if self.is_migrating:
             raise StateError("There's a migration process in progress")
         secure = self._security.outgoing(uri, tls, tls_hostname, is_insecure=is_insecure)
-        chosen = self._choose(names)
+        chosen = self.choose(names)
         resume = self._resume_point(chosen) if is_resumed else None
+        request = Request(
+            uri=uri_text,
+            disks=tuple(served.name for served in chosen),
+            is_qemu=is_qemu,
+            has_guest=guest is not None,
+            tls_directory="" if tls is None else str(tls.directory.absolute()),
+            tls_hostname=tls_hostname,
+            is_insecure=is_insecure,
+            is_resumed=is_resumed,
+            reconnect_limit_s=reconnect_limit_s,
+            is_postcopy=is_postcopy,
+            order=order.value,
+            incremental=incremental,
+            compression_level=compression_level,
+            mirrors=mirrors,
+        )
+        new = (
+            partial(QemuSource, machine=machine)
+            if is_qemu
+            else partial(SourceMigration, resume=resume, route=_route(request))
+        )
+        self._secured[uri] = secure
         if self.migration is not None and (resume is None or not resume.disks):
             self.migration.forget()
+        self._interrupted = None
+        migration = self._make(new, request, chosen)
+        if guest is not None:
+            migration.guest = GuestMove(make_runtime(guest, migration.session), lambda: migration.may_thaw)
+        self._start(migration, chosen)
+
+    def _make(
+        self, new: Callable[..., OutgoingMigration], request: Request, chosen: Sequence[ServedDisk]
+    ) -> OutgoingMigration:
+        """Make the migration that is asked for, and have it known as the last one; it does not run yet."""
         lent = []
         for served in chosen:
             assert served.disk is not None
@@ -155,36 +228,121 @@ class Outbound:
                     partial(self._pause.push_out, served),
                     served.dirty_file,
                     served.count_allocated,
+                    served.stamp,
                 )
             )
-
-        self._secured[uri] = secure
         self.parameters.pause_before_switchover = (
             schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
         )
-        self.parameters.reconnect_limit_s = reconnect_limit_s
-        self.parameters.mirrors = mirrors
-        self.parameters.is_postcopy = is_postcopy
+        self.parameters.reconnect_limit_s = request.reconnect_limit_s
+        self.parameters.incremental = request.incremental
+        self.parameters.compression_level = request.compression_level
+        self.parameters.mirrors = request.mirrors
+        self.parameters.is_postcopy = request.is_postcopy
+        self.parameters.order = Order(request.order)
         self._announcer.begin()
-        route = Route("" if tls is None else str(tls.directory.absolute()), tls_hostname)
-        new = partial(QemuSource, machine=machine) if is_qemu else partial(SourceMigration, resume=resume, route=route)
+        self._request, self._began_s, self._has_sent = request, time.monotonic(), request.is_resumed
         self.migration = new(
             lent,
-            partial(self._dial, uri),
+            partial(self._dial, parse_uri(request.uri)),
             self.parameters,
             trio.to_thread.run_sync,
             self._on_phase,
-            self._announcer.pass_begins,
+            self._on_pass,
             self._count_requests,
             self._announcer.paced,
         )
         self._on_begin(self.migration)
-        if guest is not None:
-            outgoing = self.migration
-            outgoing.guest = GuestMove(make_runtime(guest, outgoing.session), lambda: outgoing.may_thaw)
+        return self.migration
+
+    def _start(self, migration: OutgoingMigration, chosen: Sequence[ServedDisk]) -> None:
+        assert self._nursery is not None
+        assert self._request is not None
         for served in chosen:
-            served.busy = f"it is being migrated to {uri}"
-        self._nursery.start_soon(self._run_outgoing, self.migration, chosen)
+            served.busy = f"it is being migrated to {self._request.uri}"
+        self._on_change()
+        self._nursery.start_soon(self._run_outgoing, migration, chosen)
+
+    # A successor's part
+
+    @property
+    def lasting(self) -> Outgoing | None:
+        """What a successor must know of the migration; None where there is nothing to go on with or to find out."""
+        migration, request = self.migration, self._request
+        if migration is None or request is None or migration.phase in _DONE_WITH:
+            return None
+        return Outgoing(
+            request=msgspec.structs.replace(
+                request, is_postcopy=self.parameters.is_postcopy, mirrors=self.parameters.mirrors
+            ),
+            session=migration.session,
+            began_s=self._began_s,
+            has_sent=self._has_sent,
+            may_switch_over=migration.may_switch_over,
+            n_reconnects=migration.statistics().n_reconnects,
+        )
+
+    def take_up(self, left: Outgoing, tls: Credentials | None) -> None:
+        """Go on with the migration that a former daemon ran, or tell what has become of it; returns at once.
+
+        Args:
+            left: what that daemon left.
+            tls: the credentials of `Request.tls_directory`.
+        """
+        chosen = [self._disks[name] for name in left.request.disks]
+        states = {served.ownership for served in chosen}
+        try:
+            uri = parse_uri(left.request.uri)
+            self._secured[uri] = self._security.outgoing(
+                uri, tls, left.request.tls_hostname, is_insecure=left.request.is_insecure
+            )
+            if Ownership.HANDED_OFF in states:
+                self._interrupted = left
+                self.stand_for(left, MigrationPhase.IN_DOUBT, InDoubtError(_KILLED_IN_HANDOFF))
+            elif Ownership.LENDING in states:
+                self.stand_for(left, MigrationPhase.POSTCOPY)  # `_lend_on` goes on with it
+            elif states == {Ownership.RELEASED}:
+                self.stand_for(left, MigrationPhase.COMPLETED)
+            else:
+                self._go_on(left, may_be_there=left.has_sent or left.request.is_resumed)
+        except FusemigError as exc:
+            self.stand_for(left, MigrationPhase.FAILED, exc)
+
+    def stand_for(self, left: Outgoing, phase: MigrationPhase, error: FusemigError | None = None) -> None:
+        """Show a former daemon's migration as what it has become."""
+        new = partial(QemuSource if left.request.is_qemu else SourceMigration)
+        migration = self._make(new, left.request, [self._disks[name] for name in left.request.disks])
+        migration.session = left.session
+        self._count_from(left, migration)
+        migration.stand_for(phase, error)
+
+    def _go_on(self, left: Outgoing, *, may_be_there: bool) -> None:
+        request = left.request
+        if request.has_guest:
+            raise MigrationError(_RESTARTED_WITH_GUEST)
+        if request.is_qemu:
+            raise MigrationError(_RESTARTED_ON_QEMU_WIRE)
+        chosen = self.choose(request.disks)
+        resume = self._resume_point(chosen) if may_be_there else None
+        if not request.reconnect_limit_s:
+            request = msgspec.structs.replace(request, reconnect_limit_s=RECONNECT_LIMIT_S)
+        new = partial(
+            SourceMigration,
+            resume=resume,
+            route=_route(request),
+            n_reconnects=left.n_reconnects,
+            waiting=_RESTARTED,
+        )
+        migration = self._make(new, request, chosen)
+        self._count_from(left, migration)
+        if left.may_switch_over:
+            migration.allow_switchover()
+        log.info("going on with the migration of the daemon before", uri=request.uri, disks=request.disks)
+        self._start(migration, chosen)
+
+    def _count_from(self, left: Outgoing, migration: OutgoingMigration) -> None:
+        self._began_s, self._has_sent = left.began_s, left.has_sent
+        migration.elapsed_before_s = max(0.0, time.monotonic() - left.began_s)
 
     async def dial(self, record: EpochRecord) -> ByteStream:
         """Connect as the migration of this record did: as is known of it, or as it left behind before a restart.
@@ -199,6 +357,11 @@ class Outbound:
                 given = await trio.to_thread.run_sync(load_credentials, Path(record.tls_creds), Endpoint.CLIENT)
             self._secured[uri] = self._security.outgoing(uri, given, record.tls_hostname)
         return await self._dial(uri)
+
+    async def try_out(self, uri: Uri) -> ByteStream:
+        """Connect by the rules as they are now, with no migration to be; raises as `dial` does."""
+        secure = self._security.outgoing(uri)
+        return await secure(await connect(uri, CONNECT_DEADLINE_S))
 
     async def _dial(self, uri: Uri) -> ByteStream:
         return await self._secured[uri](await connect(uri, CONNECT_DEADLINE_S))
@@ -216,6 +379,7 @@ class Outbound:
                 "a guest"
             )
         self.parameters.is_postcopy = True
+        self._on_change()
 
     def _resume_point(self, chosen: Sequence[ServedDisk]) -> ResumePoint:
         """Return where a migration of these disks was interrupted: as the last one knows, or the maps, or unknown."""
@@ -229,7 +393,12 @@ class Outbound:
             session = uuid.uuid4().hex  # one that no journal is of: contents are compared
         return ResumePoint(session)
 
-    def _choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
+    def choose(self, names: Sequence[str] | None) -> list[ServedDisk]:
+        """Return the named disks, or every writable one.
+
+        Raises:
+            StateError: one of them cannot be migrated now.
+        """
         if names is None:
             chosen = [served for served in self._disks.values() if served.is_writable and not served.is_read_only]
             if not chosen and any(served.is_waiting for served in self._disks.values()):
@@ -261,7 +430,8 @@ class Outbound:
 
     async def _run_outgoing(self, migration: OutgoingMigration, chosen: Sequence[ServedDisk]) -> None:
         try:
-            await migration.run()
+            with log_fields(partial(_log_fields, migration, [served.name for served in chosen])):
+                await migration.run()
         finally:
             for served in chosen:
                 served.busy = ""
@@ -293,9 +463,14 @@ class Outbound:
             for served in lent:
                 served.busy = ""
                 served.look_again(is_destination=self._is_destination)
+        if self.migration is not None and self.migration.phase is MigrationPhase.POSTCOPY:  # a former daemon's
+            self.migration.settle(is_handed_off=True)
 
-    def settled(self, settled: Sequence[ServedDisk]) -> None:
-        """Have the rest of the daemon follow disks of which it is known again who owns them."""
+    def settled(self, settled: Sequence[ServedDisk], *, is_by_hand: bool) -> None:
+        """Have the rest of the daemon follow disks of which it is known again who owns them.
+
+        A migration of the daemon before this one begins again if they are ours, unless it was a person who said so.
+        """
         for served in settled:
             served.look_again(is_destination=self._is_destination)
         self._lend_on()
@@ -304,7 +479,15 @@ class Outbound:
         migration = self.migration
         if migration is None or migration.phase is not MigrationPhase.IN_DOUBT or in_doubt(self._disks):
             return
-        migration.settle(is_handed_off=not any(served.is_writable for served in settled))
+        is_handed_off = not any(served.is_writable for served in settled)
+        left, self._interrupted = self._interrupted, None
+        if left is None or is_handed_off or is_by_hand:
+            migration.settle(is_handed_off=is_handed_off)
+            return
+        try:
+            self._go_on(left, may_be_there=False)  # nothing, in the epoch that the disks are in now
+        except FusemigError as exc:
+            self.stand_for(left, MigrationPhase.FAILED, exc)
 
     @property
     def is_migrating(self) -> bool:
@@ -312,4 +495,19 @@ class Outbound:
         return self.migration is not None and not self.migration.is_over
 
     def _on_phase(self, phase: MigrationPhase) -> None:
+        self._has_sent |= phase is MigrationPhase.BULK
+        self._on_change()  # first: whoever hears of the end finds a successor that would not go on
         self._announcer.outgoing_phase(phase, is_pausing=self.parameters.pause_before_switchover)
+
+    def _on_pass(self, number: int) -> None:
+        self._on_change()  # it may have its connection back
+        self._announcer.pass_begins(number)
+
+
+def _log_fields(migration: OutgoingMigration, disks: list[str]) -> dict[str, object]:
+    return {"migration": migration.session[:8], "phase": migration.phase.value, "disks": disks}
+
+
+def _route(request: Request) -> Route:
+    """Return how the destination of a migration is talked to, for whoever asks it later."""
+    return Route(request.tls_directory, request.tls_hostname)

@@ -63,9 +63,7 @@ class Pause:
             if not self.is_on:
                 for served in self._disks:
                     await self._push_out_if_open(served)
-                self.is_on = True
-                for served in self._disks:
-                    served.set_held(is_held=True)
+                self.hold()
                 on_stopped()
         for served in self._disks:
             disk = served.disk
@@ -77,6 +75,12 @@ class Pause:
                 await trio.to_thread.run_sync(disk.flush)
             except DiskError as exc:
                 raise StateError(f"the disks are stopped, but not known to be durable: {exc}") from exc
+
+    def hold(self) -> None:
+        """Hold every disk as they are; a successor does before it serves, when nothing can be written or cached yet."""
+        self.is_on = True
+        for served in self._disks:
+            served.set_held(is_held=True)
 
     def lift(self) -> None:
         """Let every disk be what it is without this; idempotent."""

@@ -5,6 +5,8 @@
     any before COMMITTED ─> CANCELLING ─> CANCELLED           COMMITTED ─> IN_DOUBT
     any before COMMITTED ─> FAILED                            IN_DOUBT ─> COMPLETED, FAILED (once that is known)
     COMMITTED ─> POSTCOPY ─> COMPLETED
+    FROZEN ─> DIRTY       the destination was lost in the switchover; the guests go on, and so do passes
+    NONE ─> POSTCOPY, IN_DOUBT, COMPLETED, FAILED      what a successor finds of a migration that its predecessor ran
 
 Rule: from COMMITTED on the source never thaws by itself; before it, every way out thaws. `TRANSITIONS` is the whole
 truth and `PhaseMachine` refuses anything else.
@@ -53,12 +55,12 @@ _P = MigrationPhase
 _BEFORE_COMMIT: Final = (_P.SETUP, _P.BULK, _P.DIRTY, _P.PRE_SWITCHOVER, _P.FROZEN)
 
 TRANSITIONS: Final[dict[MigrationPhase, frozenset[MigrationPhase]]] = {
-    _P.NONE: frozenset({_P.SETUP}),
+    _P.NONE: frozenset({_P.SETUP, _P.POSTCOPY, _P.IN_DOUBT, _P.COMPLETED, _P.FAILED}),
     _P.SETUP: frozenset({_P.BULK}),
     _P.BULK: frozenset({_P.DIRTY, _P.FROZEN, _P.PRE_SWITCHOVER}),
     _P.DIRTY: frozenset({_P.PRE_SWITCHOVER, _P.FROZEN}),
     _P.PRE_SWITCHOVER: frozenset({_P.FROZEN}),
-    _P.FROZEN: frozenset({_P.COMMITTED}),
+    _P.FROZEN: frozenset({_P.COMMITTED, _P.DIRTY}),
     _P.COMMITTED: frozenset({_P.COMPLETED, _P.IN_DOUBT, _P.POSTCOPY}),
     _P.POSTCOPY: frozenset({_P.COMPLETED}),
     _P.CANCELLING: frozenset({_P.CANCELLED}),

@@ -24,6 +24,7 @@ from fusemig.transport import is_private
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from fusemig.qmp.objects import ObjectAdd
     from fusemig.transport import ByteStream, SocketStream, Uri
 
 log = structlog.get_logger(__name__)
@@ -53,6 +54,8 @@ class Security:
         self._client = client
         self._listed = AccessList(Rule(identity) for identity in identities)
         self._objects: dict[str, Credentials | AccessList] = {}
+        self.described: dict[str, ObjectAdd] = {}
+        """What the objects were made from, by their names."""
         # The migration parameters; "" where there is none.
         self.tls_creds = ""
         self.tls_hostname = ""
@@ -60,15 +63,17 @@ class Security:
 
     # Objects
 
-    def add(self, name: str, value: Credentials | AccessList) -> None:
-        """Keep an object under its name.
+    def add(self, described: ObjectAdd, value: Credentials | AccessList) -> None:
+        """Keep an object under its name, with its description.
 
         Raises:
             ConfigError: there is one of that name.
         """
+        name = described.id
         if name in self._objects:
             raise ConfigError(f"attempt to add duplicate property '{name}' to object (type 'container')")
         self._objects[name] = value
+        self.described[name] = described
 
     def remove(self, name: str) -> None:
         """Forget an object.
@@ -81,7 +86,7 @@ class Security:
             raise ConfigError(f"object '{name}' not found")
         if name in (self.tls_creds, self.tls_authz):
             raise StateError(f"object '{name}' is in use, can not be deleted: reset the migration parameter first")
-        del self._objects[name]
+        del self._objects[name], self.described[name]
 
     def _credentials(self, endpoint: Endpoint) -> Credentials | None:
         if not self.tls_creds:

@@ -33,19 +33,23 @@ from fusemig.disk.journal import open_journal
 from fusemig.disk.overlay_file import OverlayFile
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.room import room_of
+from fusemig.disk.stamp import settled_stamp, stamp_of
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.epoch import EpochFile, EpochRecord, Ownership
+from fusemig.disk.zeroes import DetectZeroes
+from fusemig.epoch import EpochFile, EpochRecord, Ownership, is_as_released
 from fusemig.errors import ConfigError, DiskError, PeerBusyError, PeerRefusedError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from fusemig.disk.allocation import BaseIdentity
     from fusemig.disk.borrowed import BorrowedDisk
     from fusemig.disk.dirty_file import DirtyFile
     from fusemig.disk.journal import ReceiptJournal
     from fusemig.disk.room import Room
     from fusemig.fuse.export import Export, Exports
-    from fusemig.wire.native import DiskOffer
+    from fusemig.succession.fdstore import FdStore
+    from fusemig.wire.native import DiskOffer, SharedBase
 
 log = structlog.get_logger(__name__)
 
@@ -79,16 +83,27 @@ def parse_disk(text: str, read_only: Collection[str]) -> DiskSpec:
 class ServedDisk:
     """An image, its guest's side, its epoch file and the file of the mount."""
 
-    def __init__(self, spec: DiskSpec, exports: Exports, state_dir: Path | None, *, is_incoming: bool) -> None:
-        """Open the image, unless it is still to come, and export it.
+    def __init__(
+        self,
+        spec: DiskSpec,
+        exports: Exports,
+        state_dir: Path | None,
+        *,
+        is_incoming: bool,
+        store: FdStore | None = None,
+        detect_zeroes: DetectZeroes = DetectZeroes.OFF,
+    ) -> None:
+        """Open the image, unless it is still to come, and export it; ``store`` keeps its files for a successor.
 
         Raises:
             ConfigError: the image, its epoch file or the name cannot be used as asked; nothing is left open.
         """
+        self._store = store
         self.name = spec.name
         self.path = spec.path
         self.base = spec.base
         self.is_read_only = spec.is_read_only
+        self._detect_zeroes = detect_zeroes
         self.busy = ""
         """Why the disk must not be migrated, received or closed now; empty if nothing keeps it (an op blocker)."""
         self.doubt = ""
@@ -186,7 +201,7 @@ class ServedDisk:
 
     def _open(self, gate: Gate) -> None:
         self.image = self._open_image()
-        self.disk = TrackedDisk(self.image, gate=gate)
+        self.disk = TrackedDisk(self.image, gate=gate, detect_zeroes=self._detect_zeroes)
         record = self.epoch_file.record
         if record is not None and record.is_loan and record.state in (Ownership.BORROWING, Ownership.PREPARED):
             assert isinstance(self.image, RawDisk)
@@ -237,7 +252,7 @@ class ServedDisk:
 
     def _open_dirty_file(self, image: RawDisk | OverlayFile, disk: TrackedDisk) -> DirtyFile | None:
         try:
-            return open_dirty_file(disk, self._dirty_path, boot_id(), image.stat)
+            return open_dirty_file(disk, self._dirty_path, boot_id(), image.stat, self._store)
         except (StateError, DiskError):
             disk.close()
             raise
@@ -259,10 +274,12 @@ class ServedDisk:
                     f" that (--disk {self.name}={self.path},base=BASE), or delete {self._map_path} if the image is"
                     " another one now"
                 )
-            return RawDisk(self.name, self.path, read_only=self.is_read_only)
+            return RawDisk(self.name, self.path, read_only=self.is_read_only, store=self._store, role="image")
         if not self.is_waiting and self.ownership is not None and not _exists(self.path):
             raise ConfigError(f"overlay {self.path} of disk '{self.name}' is missing: restore it, and its map with it")
-        return OverlayFile(self.name, self.path, self.base, self._map_path, read_only=self.is_read_only)
+        return OverlayFile(
+            self.name, self.path, self.base, self._map_path, read_only=self.is_read_only, store=self._store
+        )
 
     def check_offer(self, offer: DiskOffer) -> None:
         """Raise `PeerRefusedError` unless this disk can be received as offered; changes nothing."""
@@ -290,6 +307,14 @@ class ServedDisk:
                 f"disk '{self.name}' is known there in epoch {record.epoch}, and epoch {offer.epoch} was offered: "
                 "the offered copy is out of date"
             )
+        image = self.image
+        if offer.base is not None and isinstance(image, OverlayFile) and not _is_same(offer.base, image.shared_base):
+            ours = image.shared_base
+            raise PeerRefusedError(
+                f"disk '{self.name}' lies over another base there: {self.base} has {ours.size} bytes and digest "
+                f"{ours.digest}, the source's {offer.base.size} bytes and {offer.base.digest}; serve it over a copy of "
+                "the source's base, or migrate with --no-incremental, which sends everything"
+            )
         if self.disk is not None and self.disk.size != offer.size:
             raise PeerRefusedError(
                 f"disk '{self.name}' has {self.disk.size} bytes there and {offer.size} bytes at the source; "
@@ -313,6 +338,22 @@ class ServedDisk:
         if record.epoch != offer.epoch + 1:
             return f"its image is of a migration in epoch {record.epoch - 1}, and this one is in epoch {offer.epoch}"
         return ""
+
+    def is_as_released(self, offer: DiskOffer) -> bool:
+        """Tell whether the image is, provably, what was released to the source; before it is marked. May sleep."""
+        if self.image is None or self.image.io_error is not None:
+            return False
+        return is_as_released(
+            self.epoch_file.record,
+            image_id=offer.image_id,
+            epoch=offer.epoch,
+            session=offer.since,
+            stamp=stamp_of(self.image.stat()),
+        )
+
+    def stamp(self) -> str:
+        """Return what the image is like, which nobody here writes any more (`SourceDisk.stamp`). May sleep."""
+        return "" if self.image is None else settled_stamp(self.image.stat)
 
     def open_journal(self) -> ReceiptJournal:
         """Open the journal of what is received (`IncomingDisk.open_journal`)."""
@@ -398,6 +439,10 @@ class ServedDisk:
 
 
 _RECEIVABLE = frozenset({None, Ownership.INCOMING, Ownership.PREPARED, Ownership.RELEASED})
+
+
+def _is_same(offered: SharedBase, ours: BaseIdentity) -> bool:
+    return (offered.size, offered.digest) == (ours.size, ours.digest)
 
 
 def _exists(path: Path) -> bool:

@@ -82,14 +82,17 @@ class ChunkTracker:
         chunk = first >> _CHUNK_SHIFT
         last_chunk = stop - 1 >> _CHUNK_SHIFT
         if chunk == last_chunk:
-            self._mark_blocks(chunk, _RUN[stop - first] << (first & _IN_CHUNK))
+            self.mark_blocks(chunk, _RUN[stop - first] << (first & _IN_CHUNK))
             return
         base = chunk * BLOCKS_PER_CHUNK
-        self._mark_blocks(chunk, _RUN[base + BLOCKS_PER_CHUNK - first] << (first - base))
+        self.mark_blocks(chunk, _RUN[base + BLOCKS_PER_CHUNK - first] << (first - base))
         self.mark_chunks(chunk + 1, last_chunk)
-        self._mark_blocks(last_chunk, _RUN[stop - last_chunk * BLOCKS_PER_CHUNK])
+        self.mark_blocks(last_chunk, _RUN[stop - last_chunk * BLOCKS_PER_CHUNK])
 
-    def _mark_blocks(self, chunk: int, blocks: int) -> None:
+    def mark_blocks(self, chunk: int, blocks: int) -> None:
+        """Mark the blocks of a chunk that a mask tells."""
+        if not blocks:
+            return
         old = self._masks.get(chunk)
         if old is None:
             if not self._dirty.set(chunk):
@@ -174,7 +177,7 @@ class ChunkTracker:
         self._n_in_flight_blocks -= mask.bit_count()
         if self.mirror is not None:
             self.mirror.note_restored(chunk, mask.bit_count())
-        self._mark_blocks(chunk, mask)
+        self.mark_blocks(chunk, mask)
 
     def restore_all(self) -> None:
         """Make everything in flight dirty again: the connection is gone."""

@@ -24,6 +24,20 @@ EXIT_CODES: Final = {
     "guest": 9,
 }
 """By `FusemigError.kind`; 0 is success, 130 an interrupt that could not wait."""
+MEANINGS: Final = {
+    0: "it did what it was asked to",
+    1: "failed; the text says why",
+    2: "usage: something cannot be as given; nothing was started",
+    3: "FUSE is unavailable",
+    4: "authentication failed",
+    5: "the destination refused",
+    6: "cancelled; the disks are still here",
+    7: "in doubt: it is not known who owns the disks; see `fusemig resolve --help`",
+    8: "the two sides hold different bytes; nothing was handed over",
+    9: "the guest that was to move stands still",
+    130: "interrupted",
+}
+"""In short; docs/cli.md has more."""
 
 
 def fail(message: str, kind: str = "failed") -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+import click.shell_completion
 
 from fusemig import __version__
-from fusemig.cli.exits import EXIT_CODES, run
-from fusemig.cli.logs import set_up_logs
+from fusemig.cli.config_file import VARIABLE, ConfiguredCommand, find
+from fusemig.cli.exits import EXIT_CODES, fail, run
+from fusemig.cli.logs import LEVELS, set_up_logs
 from fusemig.errors import ConfigError
 from fusemig.units import parse_duration, parse_size
 
@@ -44,17 +47,26 @@ class _Time(click.ParamType[float]):
             self.fail(str(exc), param, ctx)
 
 
+class _Mountpoint(click.ParamType[Path]):
+    """A path that is not looked at: if it is a mount to be taken over, nobody answers there yet (click.Path stats)."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(value)
+
+
 SOCKET = click.argument("socket", type=click.Path(path_type=Path))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FUSEMIG"})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fusemig")
 def cli() -> None:
     """Serve VM disk images as files and move them to another host while they are being written."""
 
 
-@cli.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@cli.command(cls=ConfiguredCommand)
+@click.argument("mountpoint", type=_Mountpoint())
 @click.option(
     "--disk",
     "disks",
@@ -66,12 +78,22 @@ def cli() -> None:
 @click.option("--control", type=click.Path(path_type=Path), required=True, help="Control socket (QMP), mode 0600.")
 @click.option("--incoming", metavar="URI", help="Wait for disks at tcp:HOST:PORT, unix:PATH, or defer to QMP.")
 @click.option(
-    "--wire", type=click.Choice(["auto", "native", "qemu"]), default="auto", help="Stream format that --incoming takes."
+    "--wire",
+    type=click.Choice(["auto", "native", "qemu"]),
+    default="auto",
+    show_default=True,
+    help="Stream format that --incoming takes.",
 )
 @click.option("--readonly", "read_only", multiple=True, metavar="NAME", help="Serve this disk read-only.")
 @click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Keep epoch files here.")
 @click.option("--allow-other", is_flag=True, help="Let other users use the mount.")
-@click.option("--lane", type=click.Choice(["auto", "data", "pyfuse3"]), default="auto", help="How I/O is served.")
+@click.option(
+    "--lane",
+    type=click.Choice(["auto", "data", "pyfuse3"]),
+    default="auto",
+    show_default=True,
+    help="How I/O is served.",
+)
 @click.option(
     "--lane-threads", type=click.IntRange(1, 64), help="Threads of the data lane (default: cores, at most 2)."
 )
@@ -82,6 +104,13 @@ def cli() -> None:
     show_default=True,
     help="writeback: the kernel acknowledges buffered writes before fusemig has seen them; only fsync or O_SYNC makes "
     "them known and durable, also to a migration. Writes it still holds at the switchover fail with EROFS when synced.",
+)
+@click.option(
+    "--detect-zeroes",
+    type=click.Choice(["off", "on", "unmap"]),
+    default="off",
+    show_default=True,
+    help="What writes of zeros to whole blocks become: writes, cheap zeroings, or holes.",
 )
 @click.option(
     "--allow-guest-commands", is_flag=True, help="Run the --pause-command and --resume-command that `migrate` names."
@@ -97,19 +126,41 @@ def cli() -> None:
     "--tls-authz", multiple=True, metavar="IDENTITY", help="Admit the source with this name in its certificate."
 )
 @click.option("--insecure", is_flag=True, help="Let plain text cross the network, and anybody there send disks.")
-@click.option("--log-format", type=click.Choice(["console", "json"]), default="console")
-def serve(log_format: str, **options: Any) -> None:
+@click.option("--metrics", metavar="URI", help="Answer Prometheus at tcp:127.0.0.1:PORT or unix:PATH, path /metrics.")
+@click.option("--metrics-insecure", is_flag=True, help="Let other hosts read the metrics, in plain text.")
+@click.option(
+    "--resilient", is_flag=True, help="Keep the mount when the daemon dies, and start another: guests only wait."
+)
+@click.option("--standby", is_flag=True, help="With --resilient: have the next daemon wait warm, for a shorter pause.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["console", "json"]),
+    default="console",
+    show_default=True,
+    help="On stderr: lines for people, or JSON.",
+)
+@click.option("--log-level", type=click.Choice(list(LEVELS)), default="info", show_default=True, help="And above.")
+def serve(log_format: str, log_level: str, **options: Any) -> None:
     """Serve disk images as files of MOUNTPOINT, in the foreground.
 
     Ready when MOUNTPOINT/NAME can be stat'ed. Unmounts on SIGTERM and SIGINT.
     """
-    set_up_logs(log_format)
+    set_up_logs(log_format, log_level)
+    if options["resilient"] or options["standby"]:
+        from fusemig.cli.resilient import hold
+
+        hold(options["mountpoint"], options["lane"], is_resilient=options["resilient"], has_standby=options["standby"])
     from fusemig.cli.serve import ServeRequest, serve_command  # pyfuse3 is only needed here
+    from fusemig.handover.agreement import answer
+    from fusemig.succession.fdstore import open_store
 
-    sys.exit(run(serve_command, ServeRequest(**options)))
+    if not answer(os.environ):  # a candidate of an upgrade
+        sys.exit(EXIT_CODES["failed"])
+    store = open_store(os.environ)  # where a standby waits, with everything loaded
+    sys.exit(run(serve_command, ServeRequest(**options), store))
 
 
-@cli.command()
+@cli.command(cls=ConfiguredCommand)
 @SOCKET
 @click.argument("uri")
 @click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
@@ -130,11 +181,34 @@ def serve(log_format: str, **options: Any) -> None:
     help="Slow guests' writes down by so much, if that is needed to end (default: 0, never).",
 )
 @click.option(
-    "--wire", type=click.Choice(["native", "qemu"]), default="native", help="qemu: QEMU's own; it proves nothing."
+    "--mode",
+    type=click.Choice(["precopy", "mirror", "postcopy"]),
+    default="precopy",
+    show_default=True,
+    help="How it moves.",
+)
+@click.option(
+    "--wire",
+    type=click.Choice(["native", "qemu"]),
+    default="native",
+    show_default=True,
+    help="qemu: QEMU's own; it proves nothing.",
 )
 @click.option("--machine", metavar="TYPE", help="Machine type of the QEMU at URI, such as pc-q35-7.2.")
-@click.option("--compress", metavar="zstd[:LEVEL]")
-@click.option("--incremental", is_flag=True, help="Send only what the destination's copy lacks.")
+@click.option(
+    "--order",
+    type=click.Choice(["sequential", "heat"]),
+    default="sequential",
+    show_default=True,
+    help="Of the bulk phase; heat: what guests write all the time is sent last.",
+)
+@click.option("--compress", metavar="zstd[:LEVEL]", help="Compress where that is faster; levels 1 (the default) to 19.")
+@click.option(
+    "--incremental/--no-incremental",
+    default=None,
+    help="Compare with the destination's older copy, and insist on a shared base. Without either, what provably is "
+    "there is not sent; --no-incremental sends everything.",
+)
 @click.option("--resume", is_flag=True, help="Go on with a migration that was interrupted; sends what is missing.")
 @click.option(
     "--reconnect",
@@ -150,7 +224,13 @@ def serve(log_format: str, **options: Any) -> None:
 @click.option("--pause-command", metavar="COMMAND", help="Brings a guest of another runtime to a standstill.")
 @click.option("--resume-command", metavar="COMMAND", help="Lets it run again, on the side that $FUSEMIG_SIDE names.")
 @click.option("--command-deadline", type=_Time(), metavar="TIME", help="For each of the two (default: 30s).")
-@click.option("--progress", type=click.Choice(["auto", "plain", "json", "none"]), default="auto")
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "plain", "json", "none"]),
+    default="auto",
+    show_default=True,
+    help="auto: a live display on a terminal, else plain lines.",
+)
 @click.option("--detach", is_flag=True, help="Start it and return.")
 @click.option(
     "--tls-creds",
@@ -170,6 +250,27 @@ def migrate(socket: Path, uri: str, **options: Any) -> None:
 
     request = MigrateRequest(socket=socket, uri=uri, **options)
     sys.exit(run(migrate_command, request))
+
+
+@cli.command()
+@SOCKET
+@click.argument("uri", required=False)
+@click.option(
+    "--link", type=_Rate(), metavar="RATE", help="What the way to URI carries, such as 100M (default: measure it)."
+)
+@click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
+@click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def estimate(socket: Path, uri: str | None, **options: Any) -> None:
+    """Say what `migrate SOCKET URI` would take if it began now; nothing is started.
+
+    The daemon watches what guests write all the time: the longer it has, the better the estimate. Without --link it
+    sends to URI for a second to see how fast the way there is; with it, URI may be left out. A migration that
+    would not converge is named with what would make it.
+    """
+    from fusemig.cli.estimate import EstimateRequest, estimate_command
+
+    sys.exit(run(estimate_command, EstimateRequest(socket=socket, uri=uri, **options)))
 
 
 @cli.command()
@@ -201,6 +302,20 @@ def continue_(socket: Path) -> None:
 
 
 @cli.command()
+@SOCKET
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def upgrade(socket: Path, as_json: bool) -> None:
+    """Have the fusemig that is installed now take over from the daemon at SOCKET; guests only wait a moment.
+
+    The daemon must have been started with --resilient. It goes on as if nothing had happened if the new version cannot
+    take over.
+    """
+    from fusemig.cli.upgrade import upgrade_command
+
+    sys.exit(run(upgrade_command, socket, as_json))
+
+
+@cli.command()
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--disk", "disks", multiple=True, metavar="NAME", help="Of the daemon at a socket; may be repeated.")
 @click.option("--ask", metavar="URI", help="Ask the destination there, and from now on.")
@@ -208,7 +323,7 @@ def continue_(socket: Path) -> None:
 @click.option("--i-have-fenced-the-other", "is_other_fenced", is_flag=True, help="The other side can write it no more.")
 @click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Where an image's epoch file is.")
 def resolve(target: Path, **options: Any) -> None:
-    r"""Say who owns a disk that is in doubt, or where to ask, or take back one that was handed off.
+    """Say who owns a disk that is in doubt, or where to ask, or take back one that was handed off.
 
     With --ask, a destination that is at another address now is asked there, which settles it without anybody's word.
 
@@ -221,8 +336,8 @@ def resolve(target: Path, **options: Any) -> None:
                         --owner destination   handed-off: released
     on the destination  --owner destination   prepared: writable here
                         --owner source        prepared: waits for the source again
-    """
-    set_up_logs("console")
+    """  # noqa: D301  (\b is click's mark for lines that stay as they are)
+    set_up_logs()
     from fusemig.cli.resolve import ResolveRequest, resolve_command
 
     sys.exit(run(resolve_command, ResolveRequest(target=target, **options)))
@@ -245,6 +360,84 @@ def demo(size: int, seconds: float, directory: Path | None, guest: Path | None) 
     if guest is not None:
         sys.exit(run(demo_guest_command, size, seconds, directory, guest))
     sys.exit(run(demo_command, size, seconds, directory))
+
+
+@cli.command()
+@click.argument("socket", type=click.Path(path_type=Path), required=False)
+@click.option("--peer", metavar="URI", help="Look whether a destination answers there; its log tells of the visit.")
+@click.option(
+    "--tls-creds", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Look at these credentials."
+)
+@click.option("--tls-hostname", metavar="NAME", help="Name in the peer's certificate, if it is not URI's host.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line: subject, level, text, remedy.")
+def doctor(as_json: bool, **options: Any) -> None:
+    """Look at this machine, at the daemon at SOCKET and at a peer; say how to mend what is amiss.
+
+    Without SOCKET it is the disks of fusemig.toml that are looked at. Exits 1 if something does not work.
+    """
+    from fusemig.cli.config import effective
+    from fusemig.cli.doctor import DoctorRequest, doctor_command
+
+    try:
+        serve_values = {key: value for key, (value, _) in effective(find(None), cli)["serve"].items()}
+    except ConfigError as exc:
+        sys.exit(fail(str(exc), exc.kind))
+    sys.exit(run(doctor_command, DoctorRequest(as_json=as_json, configured=serve_values, **options)))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what completes fusemig's commands and options in SHELL; docs/cli.md says where to put it."""
+    complete = click.shell_completion.get_completion_class(shell)
+    assert complete is not None
+    print(complete(cli, {}, "fusemig", "_FUSEMIG_COMPLETE").source())
+
+
+@cli.group()
+def config() -> None:
+    """Look at fusemig.toml, which options may be written in; docs/cli.md describes it."""
+
+
+@config.command("check")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def config_check(file: Path) -> None:
+    """Exit 0 if every command would take FILE, else 2 with what is wrong."""
+    from fusemig.cli.config import check
+
+    try:
+        check(file, cli)
+    except ConfigError as exc:
+        sys.exit(fail(str(exc), exc.kind))
+
+
+@config.command("show")
+@click.option(
+    "--config", "file", type=click.Path(path_type=Path, dir_okay=False), envvar=VARIABLE, help="Instead of the usual."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: value and origin by command and key.")
+def config_show(file: Path | None, as_json: bool) -> None:
+    """Show the values that commands would use, and where each is from: environment, file or default."""
+    from fusemig.cli.config import as_toml, effective
+
+    path = find(file)
+    try:
+        found = effective(path, cli)
+        text = as_toml(path, found)
+    except ConfigError as exc:
+        sys.exit(fail(str(exc), exc.kind))
+    if as_json:
+        print_json(
+            {
+                "file": None if path is None else str(path),
+                "commands": {
+                    name: {key: {"value": value, "origin": origin} for key, (value, origin) in parameters.items()}
+                    for name, parameters in found.items()
+                },
+            }
+        )
+        return
+    print(text)
 
 
 def main() -> None:

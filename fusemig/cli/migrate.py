@@ -15,14 +15,19 @@ from fusemig.cli.guest import STUCK
 from fusemig.cli.guest import lines as guest_lines
 from fusemig.cli.progress import make_display
 from fusemig.control_client import open_control
-from fusemig.errors import StateError
+from fusemig.errors import ConnectError, ConnectionLostError, StateError
+from fusemig.units import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from fusemig.cli.progress import Display
     from fusemig.control_client import ControlClient
 
 POLL_INTERVAL_S: Final = 0.1
 DEFAULT_RECONNECT_S: Final = 30.0
+SUCCESSOR_DEADLINE_S: Final = 30.0
+"""For the successor of a daemon that has died to answer."""
 _UNPROVEN: Final = (
     "fusemig: warning: QEMU's wire has no acknowledgement: everything was sent, and nobody has said that it arrived.\n"
     "fusemig: the disks stay read-only here; before their guests run elsewhere, see that the destination completed"
@@ -45,8 +50,9 @@ class MigrateRequest:
     throttle_max: int | None = None
     wire: str = "native"
     machine: str | None = None
+    order: str = "sequential"
     compress: str | None = None
-    incremental: bool = False
+    incremental: bool | None = None
     resume: bool = False
     reconnect: float = DEFAULT_RECONNECT_S
     guest: str | None = None
@@ -72,10 +78,12 @@ class MigrateRequest:
             arguments["x-fusemig-wire"] = self.wire
         if self.machine is not None:
             arguments["x-fusemig-machine"] = self.machine
+        if self.order != "sequential":
+            arguments["x-fusemig-order"] = self.order
         if self.compress is not None:
             arguments["x-fusemig-compress"] = self.compress
-        if self.incremental:
-            arguments["inc"] = True
+        if self.incremental is not None:
+            arguments["inc"] = self.incremental
         if self.resume:
             arguments["resume"] = True
         if self.reconnect and self.wire == "native":
@@ -137,32 +145,69 @@ async def migrate_command(request: MigrateRequest) -> int:
         if request.detach:
             return 0
         with make_display(request.progress) as display:
-            info = await _follow(control, display)
+            info = await _Watch(request.socket, display).follow(control)
     return _outcome(info, is_quiet=request.progress == "json")
 
 
-async def _follow(control: ControlClient, display: Display) -> dict[str, Any]:
-    """Show the migration until it is over; return the last answer of ``query-migrate``."""
-    n_interrupts = 0
-    session = ""
-    with trio.open_signal_receiver(signal.SIGINT) as interrupts:
+class _Watch:
+    """Shows a migration until it is over, also across daemons that succeed each other."""
+
+    def __init__(self, socket: Path, display: Display) -> None:
+        self._socket = socket
+        self._display = display
+        self._n_interrupts = 0
+        self._session = ""
+        self._has_changed = False
+        """Whether another daemon answers, which may not have come as far as the migration yet."""
+        self._changed_at = 0.0
+
+    async def follow(self, control: ControlClient) -> dict[str, Any]:
+        """Return the last answer of ``query-migrate``.
+
+        Raises:
+            ConnectionLostError: the daemon has gone, and none came after it.
+            StateError: it is another migration that runs there.
+        """
+        with trio.open_signal_receiver(signal.SIGINT) as interrupts:
+            try:
+                return await self._follow(control, interrupts)
+            except ConnectionLostError as exc:
+                lost = exc
+            while True:
+                self._has_changed, self._changed_at = True, trio.current_time()
+                try:
+                    # Whoever is to be succeeded leaves a socket on which one can wait.
+                    async with open_control(self._socket, SUCCESSOR_DEADLINE_S) as successor:
+                        return await self._follow(successor, interrupts)
+                except ConnectionLostError:
+                    continue
+                except ConnectError:
+                    raise lost from None
+
+    async def _follow(self, control: ControlClient, interrupts: AsyncIterator[int]) -> dict[str, Any]:
         while True:
             info: dict[str, Any] = await control.execute("query-migrate")
             begun = info.get("x-fusemig", {}).get("session", "")
-            if session not in ("", begun):
-                raise StateError("another migration began before this one's outcome was read; see the daemon's log")
-            session = begun
-            display.show(info)
-            if info.get("status") in _OVER:
-                return info
+            if begun or not self._has_changed:
+                if self._session not in ("", begun) and not self._has_changed:
+                    raise StateError("another migration began before this one's outcome was read; see the daemon's log")
+                self._session, self._has_changed = begun, False
+                self._display.show(info)
+                if info.get("status") in _OVER:
+                    return info
+            elif trio.current_time() > self._changed_at + SUCCESSOR_DEADLINE_S:
+                raise StateError(
+                    "the daemon was restarted and knows of no migration: it may have ended just before; see"
+                    " `fusemig status` on both sides"
+                )
             with trio.move_on_after(POLL_INTERVAL_S):
                 await anext(interrupts)
-                n_interrupts += 1
-            if n_interrupts == 1:
-                n_interrupts += 1
+                self._n_interrupts += 1
+            if self._n_interrupts == 1:
+                self._n_interrupts += 1
                 print("fusemig: cancelling (interrupt again to stop waiting)", file=sys.stderr)
                 await control.execute("migrate_cancel")
-            elif n_interrupts > 2:
+            elif self._n_interrupts > 2:
                 raise KeyboardInterrupt
 
 
@@ -184,8 +229,10 @@ def _disks_outcome(info: dict[str, Any], *, is_quiet: bool) -> int:
     if info["status"] == "completed":
         if not is_quiet:
             seconds = info["total-time"] / 1000
+            kept = f", {format_size(own['kept-bytes'])} kept" if own["kept-bytes"] else ""
             print(
-                f"fusemig: completed in {seconds:.2f} s, {own['pass']} passes, downtime {info['downtime']} ms",
+                f"fusemig: completed in {seconds:.2f} s, {own['pass']} passes, "
+                f"downtime {info.get('downtime', '?')} ms{kept}",
                 file=sys.stderr,
             )
         if own["wire"] == "qemu":

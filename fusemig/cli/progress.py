@@ -137,9 +137,10 @@ def summary(info: dict[str, Any]) -> str:
         parts.append(f"{format_size(rate)}/s")
         if own.get("dirty-rate"):
             parts.append(f"dirtied {format_size(own['dirty-rate'])}/s")
-        spare = rate - own.get("dirty-rate", 0)
-        if pending and spare > 0:
-            parts.append(f"about {pending / spare:.0f} s left")
+        if "eta" in own:
+            parts.append(f"about {own['eta'] / 1000:.0f} s left")
+        elif own.get("converges") is False:
+            parts.append("does not converge (see `fusemig estimate -h`)")
     if "expected-downtime" in info:
         parts.append(f"expected downtime {info['expected-downtime']} ms")
     if "downtime" in info:

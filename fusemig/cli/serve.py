@@ -13,6 +13,7 @@ import trio
 from fusemig import failpoint
 from fusemig.credentials import Endpoint, load_credentials
 from fusemig.daemon import Daemon, ServeOptions
+from fusemig.disk.zeroes import DetectZeroes
 from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
 from fusemig.fuse.lanes import Lane
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from fusemig.credentials import Credentials
     from fusemig.served import DiskSpec
+    from fusemig.succession.fdstore import FdStore
 
 
 log = structlog.get_logger(__name__)
@@ -44,14 +46,19 @@ class ServeRequest:
     lane: str
     lane_threads: int | None
     cache: str
+    detect_zeroes: str
     allow_guest_commands: bool
     tls_creds: Path | None
     tls_authz: tuple[str, ...]
     insecure: bool
+    metrics: str | None
+    metrics_insecure: bool
+    resilient: bool
+    standby: bool
 
 
-async def serve_command(request: ServeRequest) -> None:
-    """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside.
+async def serve_command(request: ServeRequest, store: FdStore) -> None:
+    """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside; ``store`` is the way to a successor.
 
     Raises:
         FusemigError: it could not be started.
@@ -81,8 +88,12 @@ async def serve_command(request: ServeRequest) -> None:
         tls_identities=request.tls_authz,
         tls_client=tls_client,
         is_insecure=request.insecure,
+        metrics=request.metrics,
+        are_metrics_public=request.metrics_insecure,
+        is_resilient=request.resilient,
+        detect_zeroes=DetectZeroes(request.detect_zeroes),
     )
-    await Daemon(options).run()
+    await Daemon(options, store).run()
 
 
 def _load_tls(request: ServeRequest) -> tuple[Credentials | None, Credentials | None]:

@@ -51,6 +51,8 @@ def _describe(status: dict[str, Any]) -> list[str]:
         lines.append(
             f"  migration ({own['role']}): {migration['status']}, phase {own['phase']}, pass {own['pass']}, "
             + ", ".join([f"{format_size(migration['disk']['remaining'])} pending", *pacing_notes(own)])
+            + (f", about {own['eta'] / 1000:.0f} s left" if "eta" in own else "")
+            + (", does not converge" if own.get("converges") is False else "")
         )
         if "error-desc" in migration:
             lines.append(f"    {migration['error-desc']}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fusemig.errors import DiskError
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     Buffer = bytes | bytearray | memoryview
+
+_ZERO_STEP: Final = 1 << 20
 
 
 class Extent(NamedTuple):
@@ -54,6 +56,11 @@ class Disk(ABC):
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeros, deallocating it where the store can."""
 
+    def zero_allocated(self, offset: int, length: int) -> None:
+        """Make the range read as zeros and keep its room, cheaply where the store can."""
+        for at in range(offset, offset + length, _ZERO_STEP):
+            self.pwrite(bytes(min(_ZERO_STEP, offset + length - at)), at)
+
     @abstractmethod
     def flush(self) -> None:
         """Return when every finished write is durable; may sleep.
@@ -64,6 +71,10 @@ class Disk(ABC):
     @abstractmethod
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield the allocation of the range in ascending order without gaps; data where the store cannot tell."""
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Tell whether a range is known to be a hole, at the cost of one call whatever is allocated elsewhere."""
+        return False
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill ``buffer`` if that is only a memory copy; return False, having promised nothing, if it may sleep."""

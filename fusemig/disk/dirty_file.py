@@ -12,6 +12,7 @@ import structlog
 
 from fusemig.disk.dirty_map import DirtyMap, Since, dirty_file_size
 from fusemig.disk.raw import RawDisk, create_image
+from fusemig.disk.stamp import stamp_of
 from fusemig.errors import ConfigError, DiskError, StateError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fusemig.disk.base import Disk
     from fusemig.disk.dirty_map import MapBase
     from fusemig.disk.tracked import TrackedDisk
+    from fusemig.succession.fdstore import FdStore
 
 log = structlog.get_logger(__name__)
 
@@ -115,8 +117,10 @@ class DirtyFile:
             store.close()
 
 
-def open_dirty_file(disk: TrackedDisk, path: Path, boot: str, stat: Callable[[], os.stat_result]) -> DirtyFile:
-    """Return the maps that ``disk`` has in ``path``, which need not exist.
+def open_dirty_file(
+    disk: TrackedDisk, path: Path, boot: str, stat: Callable[[], os.stat_result], kept: FdStore | None = None
+) -> DirtyFile:
+    """Return the maps that ``disk`` has in ``path``, which need not exist; ``kept`` keeps its lock (`RawDisk`).
 
     A file that cannot be used is logged and replaced when a map is begun.
 
@@ -130,20 +134,19 @@ def open_dirty_file(disk: TrackedDisk, path: Path, boot: str, stat: Callable[[],
         try:
             new.unlink(missing_ok=True)
             create_image(new, size)
-            store = RawDisk(disk.name, new)
+            store = RawDisk(disk.name, new, store=kept)
             new.rename(path)
         except OSError as exc:
             raise ConfigError(f"cannot make {path}: {exc.strerror}") from exc
         return store
 
     def stamp() -> str:
-        found = stat()
-        return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+        return stamp_of(stat())
 
     store = None
     if path.exists() or path.is_symlink():
         try:
-            store = RawDisk(disk.name, path)
+            store = RawDisk(disk.name, path, store=kept)
             if store.size == size:
                 return DirtyFile(disk, boot, store, make, stamp)
             reason = f"{path} is for a disk of another size"

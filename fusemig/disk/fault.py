@@ -164,6 +164,10 @@ class FaultDisk(Disk):
         """Fill ``buffer`` if that does not sleep and no fault for reads is armed."""
         return not self._is_armed(Operation.READ) and self.image.pread_nowait(buffer, offset)
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Ask the image."""
+        return self.image.is_hole(offset, length)
+
     def pwrite_may_sleep(self, offset: int, length: int) -> bool:
         """Ask the image; a write that a fault may delay may sleep."""
         return self._is_armed(Operation.WRITE) or self.image.pwrite_may_sleep(offset, length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fusemig.disk.base import Disk, Extent
 from fusemig.units import BLOCK_SIZE
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fusemig.disk.base import Buffer
+
+_ZEROS: Final = bytes(BLOCK_SIZE)
 
 
 class MemoryDisk(Disk):
@@ -45,6 +47,10 @@ class MemoryDisk(Disk):
         """Zero the range."""
         self.content[offset : offset + length] = bytes(length)
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Tell whether all of it is zero."""
+        return not self.content[offset : offset + length].strip(b"\0")
+
     def flush(self) -> None:
         """Count the call."""
         self.n_flushes += 1
@@ -55,7 +61,7 @@ class MemoryDisk(Disk):
         at, is_data = start, False
         while at < end:
             step = min(BLOCK_SIZE - at % BLOCK_SIZE, end - at)
-            kind = any(self.content[at : at + step])
+            kind = self.content[at : at + step] != _ZEROS[:step]
             if at > start and kind != is_data:
                 yield Extent(start, at - start, is_data)
                 start = at

@@ -29,10 +29,12 @@ from fusemig.units import BLOCK_SIZE, mask_runs
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fusemig.disk.allocation import AllocationMap
+    from fusemig.disk.allocation import AllocationMap, BaseIdentity
     from fusemig.disk.base import Buffer
 
 _SHIFT: Final = BLOCK_SIZE.bit_length() - 1
+_COPY_STEP: Final = 1 << 20
+"""Bytes of the base that are copied at a time."""
 _ZERO_STEP: Final = 1 << 30
 """Bytes that are zeroed under one claim."""
 
@@ -56,6 +58,11 @@ class OverlayDisk(Disk):
         self._claims_changed = threading.Condition()
         self._claims: list[tuple[int, int]] = []  # guarded by _claims_changed
         self._flush_error: DiskError | None = None
+
+    @property
+    def shared_base(self) -> BaseIdentity:
+        """Which base this lies over, as it was seen when it was opened."""
+        return self._allocation.base
 
     # Reading
 
@@ -222,6 +229,19 @@ class OverlayDisk(Disk):
         self._allocation.forget()
         self.image.write_zeroes(0, self.size)
 
+    def copy_base(self, offset: int, length: int) -> None:
+        """Make a range of whole blocks read as its base; blocks that the overlay holds stay its own, as copies.
+
+        Raises:
+            DiskError: a store failed.
+        """
+        buffer = memoryview(bytearray(min(length, _COPY_STEP)))
+        for start, n in list(self.allocated(offset, length)):
+            for at in range(start, start + n, _COPY_STEP):
+                part = buffer[: min(_COPY_STEP, start + n - at)]
+                self._read_base(part, at)
+                self.image.pwrite(part, at)
+
     # Allocation
 
     def allocated(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -244,6 +264,11 @@ class OverlayDisk(Disk):
             yield from self.image.extents(start, n)
             at = start + n
         yield from self._base_extents(at, end - at)
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Ask the image where it holds the whole range; of others a guest's zeroing has made it hold them."""
+        first, stop = offset >> _SHIFT, offset + length + BLOCK_SIZE - 1 >> _SHIFT
+        return self._allocation.mask(first, stop) == (1 << (stop - first)) - 1 and self.image.is_hole(offset, length)
 
     def _base_extents(self, offset: int, length: int) -> Iterator[Extent]:
         n = min(length, max(0, self.base.size - offset))

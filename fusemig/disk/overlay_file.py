@@ -10,7 +10,6 @@ image holds no data, so a crash in between leaves what is taken for a new overla
 
 from __future__ import annotations
 
-import stat
 import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
@@ -20,6 +19,7 @@ from xxhash import xxh3_128
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, boot_id, map_size, write_header
 from fusemig.disk.overlay import OverlayDisk, check_sizes
 from fusemig.disk.raw import RawDisk, create_image
+from fusemig.disk.stamp import stamp_of
 from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
 from fusemig.units import CHUNK_SIZE, chunks_of
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fusemig.disk.base import Disk
+    from fusemig.succession.fdstore import FdStore
 
 _ZEROS: Final = bytes(CHUNK_SIZE)
 _YOUNG_NS: Final = 2_000_000_000
@@ -38,7 +39,16 @@ _YOUNG_NS: Final = 2_000_000_000
 class OverlayFile(OverlayDisk):
     """An overlay in files: an image, its map and a base."""
 
-    def __init__(self, name: str, path: Path, base_path: Path, map_path: Path, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        base_path: Path,
+        map_path: Path,
+        *,
+        read_only: bool = False,
+        store: FdStore | None = None,
+    ) -> None:
         """Open and lock ``path`` over ``base_path``.
 
         An overlay that does not exist is made, as large as its base; so is the map of an image without any data
@@ -59,13 +69,14 @@ class OverlayFile(OverlayDisk):
                     f"overlay {path} of disk '{name}' is missing and its map {map_path} is there: restore the image, "
                     "or delete the map too to begin anew"
                 )
-            self._raw = opened.enter_context(RawDisk(name, path, read_only=read_only))
+            image = RawDisk(name, path, read_only=read_only, store=store, role="image")
+            self._raw = opened.enter_context(image)
             if not self._raw.is_regular:
                 raise ConfigError(f"overlay {path} of disk '{name}' is a device: an overlay is a file")
             if not map_path.exists():
                 self._make_map(map_path, base, base_path)
-            store = opened.enter_context(RawDisk(name, map_path, read_only=read_only))
-            allocation = AllocationMap(store, self._raw.size, boot_id())
+            map_file = opened.enter_context(RawDisk(name, map_path, read_only=read_only, store=store))
+            allocation = AllocationMap(map_file, self._raw.size, boot_id())
             stamp = _check_base(base, base_path, path, allocation)
             super().__init__(self._raw, base, allocation)
             if not read_only:
@@ -158,6 +169,4 @@ def _check_base(base: RawDisk, base_path: Path, path: Path, allocation: Allocati
 def _stamp_of(base: RawDisk) -> str:
     """Return what changes whenever a file does, or nothing where that cannot be told."""
     found = base.stat()
-    if not stat.S_ISREG(found.st_mode) or time.time_ns() - found.st_ctime_ns < _YOUNG_NS:
-        return ""
-    return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+    return stamp_of(found) if time.time_ns() - found.st_ctime_ns >= _YOUNG_NS else ""

@@ -20,16 +20,19 @@ from typing import TYPE_CHECKING, Final
 from fusemig.disk.base import Disk, Extent
 from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError, DiskError
+from fusemig.succession.fdstore import identity
 from fusemig.units import BLOCK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fusemig.disk.base import Buffer
+    from fusemig.succession.fdstore import FdStore
 
 _F_OFD_SETLK: Final = 37
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
+_FALLOC_FL_ZERO_RANGE: Final = 16
 _MEMORY_FILE_SYSTEMS: Final = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -39,8 +42,13 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class RawDisk(Disk):
     """An open, locked image."""
 
-    def __init__(self, name: str, path: Path, *, read_only: bool = False) -> None:
+    def __init__(
+        self, name: str, path: Path, *, read_only: bool = False, store: FdStore | None = None, role: str = "file"
+    ) -> None:
         """Open and lock ``path``.
+
+        With a ``store`` the lock outlives this process, as ``role``, until the disk is closed in order: nobody else
+        gets the image while a successor of ours may come for it. A descriptor that a predecessor left so is used.
 
         Raises:
             ConfigError: it does not exist, is no file or block device, is a link, has a size that is no multiple of
@@ -49,7 +57,10 @@ class RawDisk(Disk):
         self.name = name
         self.path = path
         self.read_only = read_only
-        self._fd = _open_image(name, path, read_only=read_only)
+        self._store = store
+        inherited = None if store is None else store.take(_kept_as(role, path))
+        self._fd = _open_image(name, path, read_only=read_only) if inherited is None else inherited
+        self._kept_as = f"{role}-{identity(self._fd)}"
         self._flush_error: DiskError | None = None
         self._close_lock = threading.Lock()
         try:
@@ -58,6 +69,8 @@ class RawDisk(Disk):
             self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
             self._is_memory = _file_system_of(self._fd) in _MEMORY_FILE_SYSTEMS
             self._has_nowait = self._probe_nowait()
+            if store is not None and inherited is None:
+                store.keep(self._kept_as, self._fd)
         except BaseException:
             os.close(self._fd)
             raise
@@ -127,17 +140,28 @@ class RawDisk(Disk):
         Raises:
             DiskError: the store's error.
         """
-        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-        while _libc.fallocate(self._fd, mode, offset, length):
+        if not self._fallocate(_FALLOC_FL_PUNCH_HOLE, offset, length):
+            super().zero_allocated(offset, length)
+
+    def zero_allocated(self, offset: int, length: int) -> None:
+        """Make the range zeros that are not written; where the store cannot, write them.
+
+        Raises:
+            DiskError: the store's error.
+        """
+        if not self._fallocate(_FALLOC_FL_ZERO_RANGE, offset, length):
+            super().zero_allocated(offset, length)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """Call fallocate; False if the store has no such mode."""
+        while _libc.fallocate(self._fd, mode | _FALLOC_FL_KEEP_SIZE, offset, length):
             code = ctypes.get_errno()
             if code == errno.EINTR:
                 continue
             if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL):
-                raise self._error(code, "punch hole", offset, length)
-            zeros = bytes(min(length, 1 << 20))
-            for at in range(offset, offset + length, len(zeros)):
-                self.pwrite(zeros[: offset + length - at], at)
-            return
+                raise self._error(code, "punch hole" if mode == _FALLOC_FL_PUNCH_HOLE else "zero", offset, length)
+            return False
+        return True
 
     def flush(self) -> None:
         """Return when every finished write is durable (fdatasync).
@@ -172,6 +196,11 @@ class RawDisk(Disk):
             at = min(self._seek(data, os.SEEK_HOLE, end), end)
             yield Extent(data, at - data, is_data=True)
 
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Ask for the next data only: to ask for the next hole may walk over all that lies before it."""
+        self._check_whole()
+        return self._seek(offset, os.SEEK_DATA, offset + length) >= offset + length
+
     def _check_whole(self) -> None:
         """Raise `DiskError` (EIO) if somebody has cut the image since it was opened."""
         if self.is_regular and (size := os.fstat(self._fd).st_size) < self.size:
@@ -201,6 +230,8 @@ class RawDisk(Disk):
         """Close the image, which unlocks it; idempotent."""
         with self._close_lock:
             if self._fd >= 0:
+                if self._store is not None:
+                    self._store.release(self._kept_as)
                 os.close(self._fd)
                 self._fd = -1
 
@@ -226,6 +257,15 @@ def create_image(path: Path, size: int) -> None:
         raise ConfigError(f"cannot make image {path} {size} bytes large: {exc.strerror}") from exc
     finally:
         os.close(fd)
+
+
+def _kept_as(role: str, path: Path) -> str:
+    """Return the name under which the descriptor of ``path`` is kept, if it is; empty if there is no such file."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return ""
+    return f"{role}-{status.st_dev:x}-{status.st_ino:x}"
 
 
 def _open_image(name: str, path: Path, *, read_only: bool) -> int:

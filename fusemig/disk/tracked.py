@@ -5,13 +5,31 @@
                                      │   └─ marks ──> trackers of running migrations
                                      └─ write gate: open · closed (park) · read-only (EROFS)
 
-One lock guards the gate's state, the admission count and every map, so a write is marked *in the step that admits it*;
-it is marked again in the step that ends it, also if the store failed, unless nothing was taken for sending in between
-(rule 1 of `fusemig.tracker`). The lock is held for microseconds and never during I/O. Reads never take it.
+Admission without a lock. Everything that decides about a write is in one `_Regime`, which is never changed, only
+replaced, under the lock. A write, which takes no lock in the usual case, and whoever replaces the regime go opposite
+ways:
+
+    write       read the regime · enter (append to ``inside``) · look whether it is still the regime · mark · store ·
+                look again, and if it is not, mark once more · leave (pop) · look again, and if it is not, wake waiters
+    the others  replace the regime · then look at ``inside``, or at the marks
+
+Each step is one operation that Python makes as a whole (its documentation promises that of a deque's ends), so of two
+that meet one sees the other's first step. A write that was not seen inside finds the regime replaced and begins anew.
+So once the gate is closed and ``inside`` is empty no write is under way, nor will one be.
+
+Marks without a lock. A write marks its blocks before it stores, and again after it, also if the store failed, unless
+the regime is still the same (rule 1 of `fusemig.tracker`). Marks are bytes, one a block, in ``fresh`` by chunk. To move
+them into the trackers, or to take a chunk, is: take the bytes out of ``fresh``, *replace the regime*, look at them, and
+only then read the image. A mark that is set too late to be seen belongs to a write that read the regime before it was
+replaced and has not looked again since: it will, and marks once more. A write that had looked again before that had set
+its mark earlier, and all of it is in the image.
+
+The lock guards the rest. It is held for microseconds and never during I/O. Reads never take it.
 
 Persistent maps. Before a write is admitted its chunks are *noted* in every persistent map, without the lock as that
-writes to a file; ``_noted_bits`` are the chunks that all maps have, so it costs one look in the usual case. `begin_map`
-empties a map under a running guest: the notes of writes that began before it would be lost, so it waits for their end.
+writes to a file; ``noted`` are the chunks that all maps have, so it costs one look in the usual case, and none where
+``fresh`` has the chunk. `begin_map` empties a map under a running guest: the notes of writes that began before it would
+be lost, so it waits for their end.
 
 The write gate. A closed gate refuses a write with `GateClosedError`, and nothing has happened to it: the lane *parks*
 it, that is, keeps the data and asks `park` for a call when the gate has changed. A parked write is data held for a
@@ -30,6 +48,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -37,13 +56,15 @@ import structlog
 
 from fusemig.bitmap import ChunkBitmap
 from fusemig.disk.base import Disk
-from fusemig.disk.pacing import Pacing
+from fusemig.disk.tracking import Tracking
+from fusemig.disk.zeroes import DetectZeroes, is_zero_blocks
 from fusemig.errors import DiskError, GateClosedError
+from fusemig.heat import Heat
 from fusemig.tracker import ChunkTracker
-from fusemig.units import CHUNK_SIZE, chunks_of, n_chunks
+from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, chunks_of, n_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from fusemig.admission import Brake
     from fusemig.disk.base import Buffer, Extent
@@ -52,6 +73,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _CHUNK_SHIFT: Final = CHUNK_SIZE.bit_length() - 1
+_BLOCK_SHIFT: Final = BLOCK_SIZE.bit_length() - 1
+_IN_CHUNK: Final = BLOCKS_PER_CHUNK - 1
+_CLEAN: Final = b"0" * BLOCKS_PER_CHUNK
+"""The marks of a chunk are written as a number's digits, so that `int` reads them: the last one is block 0's."""
+_DIRTY: Final = ord("1")
+
+MAX_FRESH: Final = 1024
+"""Chunks whose marks may wait to get into the trackers, half a KiB each; others are marked there, under the lock."""
 
 MAX_PARKED_WRITES: Final = 1024
 """Parked writes per disk; further ones are answered EAGAIN so that one frozen disk cannot starve the others."""
@@ -68,8 +97,25 @@ class Gate(Enum):
     """It is answered EROFS: the disk is not (yet, or no longer) ours to write."""
 
 
-_OPEN: Final = Gate.OPEN
-"""Every write looks at it twice, and a member of an enumeration is found slowly."""
+_OFF: Final = DetectZeroes.OFF
+"""Every write looks at it, and a member of an enumeration is found slowly."""
+
+
+class _Regime:
+    """What goes for the writes that are admitted under it; never changed, only replaced by whoever holds the lock."""
+
+    __slots__ = ("fresh", "gate", "inside", "is_open", "noted")
+
+    def __init__(self, gate: Gate, inside: deque[None], noted: bytearray, fresh: dict[int, bytearray] | None) -> None:
+        self.gate = gate
+        self.is_open = gate is Gate.OPEN
+        self.inside = inside
+        """An item for each write that was admitted and has not ended."""
+        self.noted = noted
+        """Chunks that the written map and every persistent map have, as bits; set under the lock."""
+        self.fresh = fresh
+        """The marks of noted chunks that no tracker has yet, a digit for each block; items come and go under the lock.
+        None while nothing is tracked."""
 
 
 class DiskCounters(NamedTuple):
@@ -83,6 +129,10 @@ class DiskCounters(NamedTuple):
     n_flushes: int
     highest_written: int
     """Where the write that reached farthest ended."""
+    n_failed_reads: int
+    """By the store's own error; what the gate or the disk's end refused is not counted."""
+    n_failed_writes: int
+    n_failed_flushes: int
 
 
 class TrackedDisk(Disk):
@@ -91,17 +141,21 @@ class TrackedDisk(Disk):
     The migration reads and writes `image`, the layer below, directly: its own traffic is neither gated nor marked.
     """
 
-    def __init__(self, image: Disk, *, gate: Gate = Gate.OPEN) -> None:
+    def __init__(self, image: Disk, *, gate: Gate = Gate.OPEN, detect_zeroes: DetectZeroes = DetectZeroes.OFF) -> None:
         """Lay the guest's side over ``image``; `close` closes the image too."""
         self.image = image
+        self._detect_zeroes = detect_zeroes
         self.name = image.name
+        self.heat = Heat(image.size)
+        """What guests write, for migrations to come; noted without the lock."""
         self._lock = threading.Lock()
-        self._drained = threading.Condition(self._lock)
+        self._left = threading.Condition(self._lock)
+        """Notified when a write leaves a regime that was replaced."""
+        # Written under _lock:
+        self._regime = _Regime(gate, deque(), bytearray((n_chunks(image.size) >> 3) + 1), None)
         # Guarded by _lock:
-        self._gate = gate
         self._gate_unheld = gate
         self._is_held = False
-        self._n_writing = 0
         self._parked: list[Callable[[], None]] = []
         self._brake: Brake | None = None
         self._on_waiting: Callable[[], None] = lambda: None
@@ -109,23 +163,21 @@ class TrackedDisk(Disk):
         self.holds_replies = False
         """Whether `hold_reply` is to be asked before a write is answered; read without the lock."""
         self._trackers: tuple[ChunkTracker, ...] = ()
-        self._n_taken = 0
-        """Counts what makes marks disappear from a tracker, or a tracker appear without them."""
         self._written = ChunkBitmap(n_chunks(image.size))
+        self._zeroed = ChunkBitmap(n_chunks(image.size))
         self._maps: tuple[DirtyMap, ...] = ()
-        self._noted_bits = bytearray((n_chunks(image.size) >> 3) + 1)
-        """Chunks that `_written` and every one of `_maps` have, as bits; so that the usual case costs one look."""
-        self._begun_at = 0
-        """What `_n_taken` was when `_noted_bits` was last emptied."""
-        self._n_old = 0
-        """Writes that were admitted before that and have not ended."""
+        self._old: list[deque[None]] = []
+        """What `_Regime.inside` was before the notes were forgotten: writes that the newest map may not know."""
+        # Not guarded: two threads that meet may count once, and only people look at these.
         self._bytes_written = 0
         self._n_writes = 0
         self._highest_written = 0
-        # Not guarded, because reads take no lock; two threads that meet may count once, and only people look at these:
         self._bytes_read = 0
         self._n_reads = 0
         self._n_flushes = 0
+        self._n_failed_reads = 0
+        self._n_failed_writes = 0
+        self._n_failed_flushes = 0
 
     @property
     def size(self) -> int:  # type: ignore[override]
@@ -136,14 +188,22 @@ class TrackedDisk(Disk):
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from the image; never gated."""
-        self.image.pread_into(buffer, offset)
+        try:
+            self.image.pread_into(buffer, offset)
+        except DiskError:
+            self._n_failed_reads += 1
+            raise
         self._bytes_read += len(buffer)
         self._n_reads += 1
 
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill ``buffer`` if that does not sleep; never gated."""
-        if not self.image.pread_nowait(buffer, offset):
-            return False
+        try:
+            if not self.image.pread_nowait(buffer, offset):
+                return False
+        except DiskError:
+            self._n_failed_reads += 1
+            raise
         self._bytes_read += len(buffer)
         self._n_reads += 1
         return True
@@ -151,6 +211,12 @@ class TrackedDisk(Disk):
     def pwrite_may_sleep(self, offset: int, length: int) -> bool:
         """Ask the image."""
         return self.image.pwrite_may_sleep(offset, length)
+
+    def write_may_sleep(self, data: Buffer, offset: int) -> bool:
+        """Tell whether writing ``data`` may wait: as the image says, and always where it becomes a zeroing."""
+        if self._detect_zeroes is not _OFF and is_zero_blocks(data, offset):
+            return True
+        return self.image.pwrite_may_sleep(offset, len(data))
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         """Admit, mark, write, mark again.
@@ -160,11 +226,22 @@ class TrackedDisk(Disk):
             DiskError: EROFS where the disk is not ours to write, EINVAL outside the disk, or the store's own error.
         """
         length = len(data)
-        n_taken = self._admit(offset, length)
+        regime = self._admit(offset, length)
         try:
-            self.image.pwrite(data, offset)
+            if length:
+                self.heat.note(offset, length)
+            if self._detect_zeroes is _OFF or not is_zero_blocks(data, offset):
+                self.image.pwrite(data, offset)
+            elif self._detect_zeroes is DetectZeroes.UNMAP:
+                self._note_zeroed(offset, length)
+                self.image.write_zeroes(offset, length)
+            else:
+                self.image.zero_allocated(offset, length)
+        except DiskError:
+            self._n_failed_writes += 1
+            raise
         finally:
-            self._end(offset, length, n_taken)
+            self._end(offset, length, regime)
 
     def waits_for_peer(self, offset: int, length: int, *, is_write: bool) -> bool:
         """Ask the image."""
@@ -172,15 +249,32 @@ class TrackedDisk(Disk):
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Admit, mark, zero, mark again; raises as `pwrite` does."""
-        n_taken = self._admit(offset, length)
+        regime = self._admit(offset, length)
         try:
+            self._note_zeroed(offset, length)
             self.image.write_zeroes(offset, length)
+        except DiskError:
+            self._n_failed_writes += 1
+            raise
         finally:
-            self._end(offset, length, n_taken)
+            self._end(offset, length, regime)
+
+    def _note_zeroed(self, offset: int, length: int) -> None:
+        touched = chunks_of(offset, length)
+        with self._lock:
+            self._zeroed.set_range(touched.start, touched.stop)
+
+    def was_zeroed(self, chunk: int) -> bool:
+        """Tell whether guests made holes in a chunk since the disk was opened; it may be full again."""
+        return self._zeroed[chunk]
 
     def flush(self) -> None:
         """Make finished writes durable; never gated, so that a frozen guest's fsync is answered."""
-        self.image.flush()
+        try:
+            self.image.flush()
+        except DiskError:
+            self._n_failed_flushes += 1
+            raise
         self._n_flushes += 1
 
     @property
@@ -196,72 +290,96 @@ class TrackedDisk(Disk):
         """Close the image."""
         self.image.close()
 
-    def _admit(self, offset: int, length: int) -> int:
-        """Admit a write and mark it; whoever calls this owes an `_end` and what this returned.
+    def _admit(self, offset: int, length: int) -> _Regime:
+        """Admit a write and mark it; whoever calls this owes an `_end` with what it returned.
 
         The two are plain calls because every guest write makes them: a context manager would cost as much as the write.
         """
         end = offset + length
         if offset < 0 or end > self.image.size:
             self.check_range(offset, length)
-        first = offset >> _CHUNK_SHIFT
+        chunk = offset >> _CHUNK_SHIFT
+        is_in_chunk = offset < end <= chunk + 1 << _CHUNK_SHIFT
         while True:
-            with self._lock:
-                if self._gate is not _OPEN:
-                    self._refuse(offset, length)
-                if (
-                    self._noted_bits[first >> 3] >> (first & 7) & 1 and end <= first + 1 << _CHUNK_SHIFT
-                ) or self._is_noted(offset, length):
-                    if self._brake is not None and not self._brake.admit(offset, length):
-                        raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is paced", offset, length)
-                    self._n_writing += 1
-                    if self._trackers:
-                        for tracker in self._trackers:
-                            tracker.mark(offset, length)
-                    return self._n_taken
-            self._note(offset, length)
+            regime = self._regime
+            if not regime.is_open:
+                self._refuse(regime.gate, offset, length)
+            regime.inside.append(None)
+            if self._regime is regime:
+                if regime.fresh is None:
+                    if is_in_chunk and regime.noted[chunk >> 3] >> (chunk & 7) & 1:
+                        return regime
+                elif is_in_chunk and (marks := regime.fresh.get(chunk)) is not None:
+                    first = offset >> _BLOCK_SHIFT
+                    if end <= first + 1 << _BLOCK_SHIFT:
+                        marks[~first & _IN_CHUNK] = _DIRTY
+                    else:
+                        _mark_run(marks, first & _IN_CHUNK, ((end - 1 >> _BLOCK_SHIFT) & _IN_CHUNK) + 1)
+                    return regime
+            is_noted = (
+                regime.noted[chunk >> 3] >> (chunk & 7) & 1 if is_in_chunk else _has_noted(regime.noted, offset, length)
+            )
+            if is_noted and self._mark(regime, offset, length, chunk if is_in_chunk else None):
+                return regime
+            self._leave(regime)
+            if not is_noted:
+                self._note(offset, length)
 
-    def _end(self, offset: int, length: int, n_taken: int) -> None:
-        """Mark a write again and count it out.
+    def _mark(self, regime: _Regime, offset: int, length: int, chunk: int | None) -> bool:
+        """Mark a noted write that is inside, in the trackers; return False if the regime was replaced meanwhile.
 
-        The marks of `_admit` are all there if nothing was taken and no tracker was attached since, so in the usual case
-        there is nothing to mark.
+        The next write to ``chunk``, if that is the only one that it touches, may find bytes there to mark.
         """
         with self._lock:
-            if self._n_taken != n_taken:
-                for tracker in self._trackers:
-                    tracker.mark(offset, length)
-                if n_taken < self._begun_at:
-                    self._n_old -= 1
-                    self._drained.notify_all()
-            self._bytes_written += length
-            self._n_writes += 1
-            if offset + length > self._highest_written:
-                self._highest_written = offset + length
-            self._n_writing -= 1
-            if not self._n_writing and self._gate is not _OPEN:
-                self._drained.notify_all()
+            if self._regime is not regime:
+                return False
+            if self._brake is not None and not self._brake.admit(offset, length):
+                regime.inside.pop()
+                self._left.notify_all()
+                raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is paced", offset, length)
+            self._mark_in_trackers(offset, length)
+            fresh = regime.fresh
+            if fresh is not None and chunk is not None and len(fresh) < MAX_FRESH and self._brake is None:
+                fresh.setdefault(chunk, bytearray(_CLEAN))
+            return True
 
-    def _is_noted(self, offset: int, length: int) -> bool:
-        noted = self._noted_bits
-        return all(noted[chunk >> 3] >> (chunk & 7) & 1 for chunk in chunks_of(offset, length))
+    def _mark_in_trackers(self, offset: int, length: int) -> None:
+        for tracker in self._trackers:
+            tracker.mark(offset, length)
+
+    def _end(self, offset: int, length: int, regime: _Regime) -> None:
+        """Mark a write again, unless nobody can have missed the marks of `_admit`, and let it leave."""
+        if self._regime is not regime:
+            with self._lock:
+                self._mark_in_trackers(offset, length)
+        self._bytes_written += length
+        self._n_writes += 1
+        if offset + length > self._highest_written:
+            self._highest_written = offset + length
+        regime.inside.pop()  # `_leave`, spelled out
+        if self._regime is not regime:
+            with self._lock:
+                self._left.notify_all()
+
+    def _leave(self, regime: _Regime) -> None:
+        regime.inside.pop()
+        if self._regime is not regime:
+            with self._lock:
+                self._left.notify_all()
 
     def _note(self, offset: int, length: int) -> None:
         """Note a write that has not been admitted in every map; it may be noted and then be refused or parked."""
         touched = chunks_of(offset, length)
         with self._lock:
-            begun_at, maps = self._begun_at, self._maps
+            noted, maps = self._regime.noted, self._maps
         for one in maps:
             try:
                 one.note(touched.start, touched.stop)
             except DiskError as exc:
                 self._drop_map(one, exc)
         with self._lock:
-            if self._begun_at != begun_at:
-                return  # a map was emptied meanwhile: once more
             self._written.set_range(touched.start, touched.stop)
-            noted = self._noted_bits
-            for chunk in touched:
+            for chunk in touched:  # of the present notes, or of those that were forgotten meanwhile: then once more
                 noted[chunk >> 3] |= 1 << (chunk & 7)
 
     def _drop_map(self, dropped: DirtyMap, reason: DiskError) -> None:
@@ -270,7 +388,11 @@ class TrackedDisk(Disk):
         Raises:
             DiskError: it might be believed after a restart, so nothing that it does not know of may be written.
         """
-        log.warning("the map of written chunks is lost; after a restart contents are compared", reason=str(reason))
+        log.warning(
+            "the map of written chunks is lost; after a restart contents are compared",
+            disk=self.name,
+            reason=str(reason),
+        )
         try:
             dropped.drop()
         except DiskError as exc:
@@ -278,8 +400,8 @@ class TrackedDisk(Disk):
         with self._lock:
             self._maps = tuple(one for one in self._maps if one is not dropped)
 
-    def _refuse(self, offset: int, length: int) -> None:
-        if self._gate is Gate.CLOSED:
+    def _refuse(self, gate: Gate, offset: int, length: int) -> None:
+        if gate is Gate.CLOSED:
             why = "frozen" if self._gate_unheld is Gate.CLOSED else "stopped"
             raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is {why}", offset, length)
         raise DiskError(errno.EROFS, f"write to disk '{self.name}'", offset, length)
@@ -301,10 +423,11 @@ class TrackedDisk(Disk):
         with self._lock:
             if len(self._parked) + self.paced_writes >= MAX_PARKED_WRITES:
                 raise DiskError(errno.EAGAIN, f"disk '{self.name}' has {MAX_PARKED_WRITES} parked writes")
-            if self._gate is Gate.CLOSED:
+            gate = self._regime.gate
+            if gate is Gate.CLOSED:
                 self._parked.append(resume)
                 return True
-            if self._gate is not _OPEN or self._brake is None:
+            if gate is not Gate.OPEN or self._brake is None:
                 return False
             if not self._brake.wait(resume, refused.offset, refused.length):
                 return False
@@ -343,7 +466,7 @@ class TrackedDisk(Disk):
     @property
     def gate(self) -> Gate:
         """What happens to a guest's write at this moment."""
-        return self._gate
+        return self._regime.gate
 
     @property
     def is_frozen(self) -> bool:
@@ -378,18 +501,27 @@ class TrackedDisk(Disk):
     def _change_gate(self) -> list[Callable[[], None]]:
         """Bring the gate in line with both wishes; return the parked writes that are to be tried again."""
         is_stopped = self._is_held and self._gate_unheld is Gate.OPEN
-        self._gate = Gate.CLOSED if is_stopped else self._gate_unheld
-        if self._gate is Gate.CLOSED:
+        gate = Gate.CLOSED if is_stopped else self._gate_unheld
+        self._replace(gate=gate)
+        if gate is Gate.CLOSED:
             return []
         parked, self._parked = self._parked, []
-        if self._gate is Gate.READ_ONLY and self._brake is not None:
+        if gate is Gate.READ_ONLY and self._brake is not None:
             parked += self._brake.release_waiting()
         return parked
 
+    def _replace(self, *, gate: Gate | None = None) -> None:
+        """Put another regime in the place of the present one, so that every write under way notices."""
+        old = self._regime
+        self._regime = _Regime(gate or old.gate, old.inside, old.noted, old.fresh)
+
     def wait_drained(self, timeout_s: float) -> bool:
-        """Wait until no admitted write is running; False if one still is after ``timeout_s`` seconds."""
+        """Wait until no admitted write is running; False if one still is after ``timeout_s`` seconds.
+
+        The gate is not open.
+        """
         with self._lock:
-            return self._drained.wait_for(lambda: self._n_writing == 0, timeout_s)
+            return self._left.wait_for(lambda: not self._regime.inside and not any(self._old), timeout_s)
 
     @property
     def parked_writes(self) -> int:
@@ -422,16 +554,16 @@ class TrackedDisk(Disk):
             if one not in self._maps:
                 self._maps = (*self._maps, one)
             self._forget_notes()
-            if not self._drained.wait_for(lambda: self._n_old == 0, timeout_s):
+            if not self._left.wait_for(lambda: not any(self._old), timeout_s):
                 return False
         one.seal(base)
         return True
 
     def _forget_notes(self) -> None:
-        self._noted_bits = bytearray(len(self._noted_bits))
-        self._n_taken += 1
-        self._begun_at = self._n_taken
-        self._n_old = self._n_writing
+        self.absorb_all()
+        old = self._regime
+        self._old = [inside for inside in (*self._old, old.inside) if inside]
+        self._regime = _Regime(old.gate, deque(), bytearray(len(old.noted)), old.fresh)
 
     # Tracking, for the migration
 
@@ -439,43 +571,52 @@ class TrackedDisk(Disk):
         """Attach a tracker, with nothing dirty yet; from now on every write is marked in it."""
         tracker = ChunkTracker(self.size)
         with self._lock:
-            self._trackers = (*self._trackers, tracker)
-            self._n_taken += 1
+            self._change_trackers((*self._trackers, tracker))
         return Tracking(self, self._lock, tracker)
-
-    def take_next(self, tracker: ChunkTracker, start: int) -> tuple[int, int] | None:
-        """Take a tracker's first dirty chunk at or after ``start`` that is not in flight; return it with its mask."""
-        with self._lock:
-            chunk = tracker.next_dirty(start)
-            while chunk is not None and tracker.is_in_flight(chunk):
-                chunk = tracker.next_dirty(chunk + 1)
-            if chunk is None:
-                return None
-            return chunk, self._take(tracker, chunk)
-
-    def take_mirrored(self, tracker: ChunkTracker) -> tuple[int, int] | None:
-        """Take the mirrored chunk that has been dirty for longest; return it with its mask."""
-        with self._lock:
-            chunk = None if tracker.mirror is None else tracker.mirror.next_chunk()
-            return None if chunk is None else (chunk, self._take(tracker, chunk))
-
-    def _take(self, tracker: ChunkTracker, chunk: int) -> int:
-        self._n_taken += 1
-        mask = tracker.take(chunk)
-        if self._brake is not None:
-            self._brake.note_taken(chunk)
-        return mask
 
     def stop_tracking(self, tracker: ChunkTracker) -> None:
         """Detach a tracker; the others are untouched."""
         with self._lock:
-            self._trackers = tuple(other for other in self._trackers if other is not tracker)
+            self._change_trackers(tuple(other for other in self._trackers if other is not tracker))
+
+    def _change_trackers(self, trackers: tuple[ChunkTracker, ...]) -> None:
+        self.absorb_all()
+        self._trackers = trackers
+        old = self._regime
+        self._regime = _Regime(old.gate, old.inside, old.noted, {} if trackers else None)
+
+    def absorb(self, chunks: Iterable[int]) -> None:
+        """Have the trackers know every mark of ``chunks``, and every write under way mark once more; under the lock."""
+        fresh = self._regime.fresh or {}
+        taken = [(chunk, fresh.pop(chunk, None)) for chunk in list(chunks)]
+        self._replace()
+        for chunk, marks in taken:
+            if marks is not None:
+                mask = int(marks, 2)
+                for tracker in self._trackers:
+                    tracker.mark_blocks(chunk, mask)
+
+    def absorb_all(self) -> None:
+        """Have the trackers know every mark; under the lock."""
+        if self._regime.fresh:
+            self.absorb(self._regime.fresh)
 
     def lay_brake(self, brake: Brake | None, on_waiting: Callable[[], None] = lambda: None) -> None:
-        """Have a brake decide from now on which writes are admitted, or none; the one before is to be released."""
+        """Have a brake decide from now on which writes are admitted, or none; the one before is to be released.
+
+        While one lies here every write is admitted, and marked in the trackers, under the lock: what the brake counts
+        is never behind.
+        """
         with self._lock:
             self._brake, self._on_waiting = brake, on_waiting
+            self.absorb_all()
+            self._replace()
             self.holds_replies = brake is not None and brake.is_blocking
+
+    def note_taken(self, chunk: int) -> None:
+        """Have the brake know that a chunk was taken, before it is read; under the lock."""
+        if self._brake is not None:
+            self._brake.note_taken(chunk)
 
     @property
     def written_chunks(self) -> int:
@@ -497,111 +638,16 @@ class TrackedDisk(Disk):
                 n_writes=self._n_writes,
                 n_flushes=self._n_flushes,
                 highest_written=self._highest_written,
+                n_failed_reads=self._n_failed_reads,
+                n_failed_writes=self._n_failed_writes,
+                n_failed_flushes=self._n_failed_flushes,
             )
 
 
-class Tracking:
-    """The migration's side of a tracked disk: every call is one short step under the disk's lock."""
+def _has_noted(noted: bytearray, offset: int, length: int) -> bool:
+    return all(noted[chunk >> 3] >> (chunk & 7) & 1 for chunk in chunks_of(offset, length))
 
-    def __init__(self, disk: TrackedDisk, lock: threading.Lock, tracker: ChunkTracker) -> None:
-        """Made by `TrackedDisk.start_tracking`."""
-        self.disk = disk
-        self._lock = lock
-        self._tracker = tracker
-        self.pacing = Pacing(disk, lock, tracker)
 
-    def mark_chunks(self, first: int, stop: int) -> None:
-        """Mark chunks as wholes (the start of a migration)."""
-        with self._lock:
-            self._tracker.mark_chunks(first, stop)
-
-    def mark(self, offset: int, length: int) -> None:
-        """Mark a range that has to be sent again."""
-        with self._lock:
-            self._tracker.mark(offset, length)
-
-    def take_next(self, start: int) -> tuple[int, int] | None:
-        """Take the first dirty chunk at or after ``start`` that is not in flight; return it with its block mask."""
-        return self.disk.take_next(self._tracker, start)
-
-    def acknowledge(self, chunks: Sequence[int]) -> None:
-        """Forget chunks in flight: the destination holds what was taken."""
-        with self._lock:
-            for chunk in chunks:
-                self._tracker.acknowledge(chunk)
-        self.pacing.note_acknowledged(chunks)
-
-    def restore(self, chunk: int) -> None:
-        """Make a chunk in flight dirty again: it could not be read or sent."""
-        with self._lock:
-            self._tracker.restore(chunk)
-
-    def restore_all(self) -> None:
-        """Make everything in flight dirty again: the connection is gone."""
-        with self._lock:
-            self._tracker.restore_all()
-
-    def settle(self, chunk: int, unless: ChunkBitmap) -> bool:
-        """Have a chunk count as sent unless guests wrote it, as a persistent map tells; return whether it does.
-
-        In one step with the admission of writes, which are noted in the map before that: a write that the map does not
-        tell of yet is marked after this.
-        """
-        with self._lock:
-            if unless[chunk] or self._tracker.is_in_flight(chunk):
-                return False
-            if self._tracker.take(chunk):
-                self._tracker.acknowledge(chunk)
-            return True
-
-    def next_dirty(self, start: int) -> int | None:
-        """Return the first dirty chunk at or after ``start``; None where there is none."""
-        with self._lock:
-            return self._tracker.next_dirty(start)
-
-    def next_clean(self, start: int) -> int:
-        """Return the first chunk at or after ``start`` that is not dirty; beyond the disk where there is none."""
-        with self._lock:
-            return self._tracker.next_clean(start)
-
-    def dirty_runs(self) -> list[tuple[int, int]]:
-        """Return ``(first, stop)`` of each run of dirty 4 KiB blocks; for a closed gate, as it may take long."""
-        with self._lock:
-            return list(self._tracker.dirty_runs())
-
-    def stop(self) -> None:
-        """Detach from the disk; idempotent."""
-        self.pacing.release()
-        self.disk.stop_tracking(self._tracker)
-
-    def take_mirrored(self) -> tuple[int, int] | None:
-        """Take the mirrored chunk that has been dirty for longest; return it with its block mask."""
-        return self.disk.take_mirrored(self._tracker)
-
-    @property
-    def dirty_bytes(self) -> int:
-        """Bytes to be sent."""
-        with self._lock:
-            return self._tracker.dirty_bytes
-
-    @property
-    def dirty_chunks(self) -> int:
-        """Chunks to be sent, wholly or in part."""
-        return self._tracker.dirty_chunks
-
-    @property
-    def in_flight_chunks(self) -> int:
-        """Chunks taken and not acknowledged."""
-        return self._tracker.in_flight_chunks
-
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes to be sent or acknowledged."""
-        with self._lock:
-            return self._tracker.pending_bytes
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether the destination holds every byte that was ever marked."""
-        with self._lock:
-            return self._tracker.is_clean
+def _mark_run(marks: bytearray, first: int, stop: int) -> None:
+    """Mark blocks ``first`` to ``stop - 1`` of a chunk."""
+    marks[BLOCKS_PER_CHUNK - stop : BLOCKS_PER_CHUNK - first] = b"1" * (stop - first)

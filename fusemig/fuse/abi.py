@@ -1,8 +1,13 @@
 """The messages of /dev/fuse as far as the data lane reads, edits or writes them: a pure codec, no I/O.
 
 Source: ``include/uapi/linux/fuse.h``, ``FUSE_KERNEL_VERSION`` 7, structures as of ``FUSE_KERNEL_MINOR_VERSION`` 38, and
-two newer constants, `INIT_DIRECT_IO_ALLOW_MMAP` (7.39) and `Notify.RESEND` (7.40). They are part of the kernel's user
-space ABI: fields are only ever added at the end, and only when both sides have agreed to a later minor version.
+newer constants: `INIT_DIRECT_IO_ALLOW_MMAP` (7.39), `Notify.RESEND` and `INIT_HAS_RESEND` (7.40). They are part of the
+kernel's user space ABI: fields are only ever added at the end, and only when both sides have agreed to a later minor
+version.
+
+A request that is sent again because of `Notify.RESEND` has the bit `UNIQUE_RESEND` set in its unique from then on, in
+INTERRUPTs about it too, and must be answered with it (fs/fuse/dev.c: fuse_resend, fuse_read_interrupt,
+fuse_request_find). So nothing here ever takes it off.
 
 Rules: integers are in the machine's byte order. A request is an `InHeader`, the structure of its opcode, then data; a
 reply is an out-header, then the structure of the opcode or data, and nothing else when its error is not 0. A
@@ -101,6 +106,11 @@ INIT_EXT: Final = 1 << 30
 """Both sides have a flags2 word: bits 32 to 63 of the flags."""
 INIT_DIRECT_IO_ALLOW_MMAP: Final = 1 << 36
 """Files opened with `FOPEN_DIRECT_IO` can be mapped shared, and stay coherent with mappings."""
+INIT_HAS_RESEND: Final = 1 << 39
+"""The kernel knows `Notify.RESEND`."""
+
+UNIQUE_RESEND: Final = 1 << 63
+"""In the unique of a request that was sent before, and may have been carried out."""
 
 FALLOC_KEEP_SIZE: Final = 0x01
 FALLOC_PUNCH_HOLE: Final = 0x02
@@ -329,6 +339,12 @@ def init_reply(unique: int, out: InitOut) -> bytes:
     """Return the reply to an INIT."""
     low, high = out.flags & 0xFFFFFFFF, out.flags >> 32
     return reply(unique, _INIT_OUT.pack(*out[:3], low, *out[4:], high))
+
+
+def with_unique(message: Buffer, unique: int) -> bytes:
+    """Return a reply as the one to another request."""
+    header = parse_out_header(message)
+    return OUT_HEADER.pack(header.length, header.error, unique) + bytes(message[OUT_HEADER_SIZE:])
 
 
 def open_reply(unique: int, out: OpenOut) -> bytes:

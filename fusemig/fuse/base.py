@@ -67,6 +67,7 @@ class BaseMount(ABC):
         self._ended = trio.Event()
         self._failure: Exception | None = None
         self._n_invalidating = 0
+        self._is_adopted = False
 
     async def invalidate(self, export: Export, *, attributes_only: bool = False) -> None:
         """Push out the kernel's dirty pages of an export, then drop its cached pages and attributes.
@@ -112,7 +113,12 @@ class BaseMount(ABC):
             ) from self._failure
 
     def is_busy(self, export: Export | None = None) -> bool:
-        """Tell whether a file of the mount, or of this export, is open."""
+        """Tell whether a file of the mount, or of this export, is open.
+
+        Of a mount that a predecessor made that is not known, and the answer is yes: what it opened may still be open.
+        """
+        if self._is_adopted:
+            return True
         exports = self._exports if export is None else (export,)
         return any(self._operations.open_handles(one) for one in exports)
 

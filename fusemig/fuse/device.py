@@ -12,6 +12,7 @@ import array
 import ctypes
 import errno
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -111,7 +112,27 @@ def unmount(mountpoint: Path, *, lazily: bool = False) -> bool:
     return ctypes.get_errno() in (errno.EINVAL, errno.ENOENT)
 
 
+def mounted_at(mountpoint: Path) -> int | None:
+    """Return the ``st_dev`` of our kind of file system at ``mountpoint``, without asking it; None if none is there."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        rest = fields[fields.index("-") + 1 :]
+        path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+        if path == os.fspath(mountpoint) and rest[0] == f"fuse.{NAME}":
+            major, minor = fields[2].split(":")
+            found = os.makedev(int(major), int(minor))  # the last one lies on top
+    return found
+
+
 def is_mounted(device_number: int) -> bool:
     """Tell whether the file system with this ``st_dev`` is mounted anywhere in our namespace."""
     wanted = f"{os.major(device_number)}:{os.minor(device_number)}"
     return any(line.split()[2] == wanted for line in Path("/proc/self/mountinfo").read_text().splitlines())
+
+
+def replace_by_null(descriptor: int) -> None:
+    """Close a descriptor whose number must not be used again: a late answer to it shall reach nobody."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, descriptor, inheritable=False)
+    os.close(null)

@@ -21,8 +21,14 @@ Rules:
    keeps the answer of one that was made: `TrackedDisk.hold_reply` calls back, on any thread, within a deadline.
 5. A request is answered exactly once, on the descriptor that it was read from. `_held` decides who answers a held one:
    whoever takes it out.
-6. Nothing here outlives the process: a node id is an export's inode number, file handles are not looked at, and the
-   INIT request is kept (`init_request`) for a successor.
+6. Nothing here outlives the process: a node id is an export's inode number, and file handles are not looked at. A
+   request that a predecessor left unanswered comes again, with a bit more in its unique (`abi.UNIQUE_RESEND`); it is
+   like any other, and interrupts name it so too.
+
+The end for a successor (`leave`): the threads sleep in a read, and must take no further request, at once and without an
+answer to anybody. So they read from a number of their own, which comes to mean /dev/null, and a signal has them look
+again: a read that a signal ends has taken no request (fs/fuse/dev.c, fuse_dev_do_read), and Python repeats it on the
+same number (PEP 475), which says that there is nothing more. What was read by then is answered, or will be sent again.
 
 A request's data is in its thread's buffer until the next request is read, so what is handed over copies it.
 
@@ -35,9 +41,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,8 +53,8 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from fusemig.errors import DiskError, GateClosedError
-from fusemig.fuse import abi
+from fusemig.errors import DiskError, GateClosedError, StateError
+from fusemig.fuse import abi, device
 from fusemig.fuse.abi import AbiError, Opcode
 from fusemig.fuse.pool import SleepPool
 
@@ -73,6 +81,8 @@ _TRANSIENT: Final = frozenset({errno.EINTR, errno.EAGAIN, errno.ENOENT})
 """Reading found nothing: a signal, another thread was faster, or the caller took its request back."""
 _UNWANTED: Final = _ENDED | {errno.ENOENT}
 """Answering says that nobody waits any more."""
+_LEAVE_SIGNAL: Final = signal.SIGURG
+"""Ignored where it comes from anywhere else."""
 _N_OPCODES: Final = 64
 _SIGKILL_BIT: Final = 1 << 8
 _ANSWERED_HERE: Final = frozenset({Opcode.READ, Opcode.WRITE, Opcode.FSYNC, Opcode.FALLOCATE, Opcode.LSEEK})
@@ -151,32 +161,34 @@ class DataLane:
 
     def __init__(
         self,
-        device: int,
+        descriptor: int,
         exports: Exports,
         forward: Callable[[int, int, bytes], None],
         *,
         n_threads: int,
         ended: Callable[[], None],
     ) -> None:
-        """Serve ``exports`` on the open and mounted /dev/fuse descriptor ``device``, which stays its owner's.
+        """Serve ``exports`` on an open and mounted ``descriptor`` of /dev/fuse, which stays its owner's.
 
         Args:
-            device: the descriptor; blocking.
+            descriptor: of /dev/fuse; blocking.
             exports: the fixed set of files.
             forward: takes every request that the lane does not answer: opcode, unique, the whole message. Called by
                 lane threads; must not wait long, and sees to the answer.
             n_threads: not more than there are processors: threads that wait for each other's lock make it slower.
             ended: called once, by the last thread to end.
         """
-        self._device = device
+        self._device = descriptor
+        self._reading = -1
+        """What the threads read from; of them alone, and closed by the last."""
         self._exports = {export.inode: export for export in exports}
         self._pools = {export.inode: _Pools(export.name) for export in exports}
         self._forward_to = forward
         self._ended = ended
         self._is_stopping = False
+        self._is_leaving = False
         self._threads: list[threading.Thread] = []
         self._counters = [_Counters() for _ in range(n_threads)]
-        self.init_request: bytes | None = None
         self._lock = threading.Lock()
         # Guarded by _lock:
         self._n_alive = n_threads
@@ -190,6 +202,7 @@ class DataLane:
 
     def start(self) -> None:
         """Start the threads."""
+        self._reading = os.dup(self._device)
         for number, counters in enumerate(self._counters):
             thread = threading.Thread(target=self._run, args=(counters,), name=f"lane-{number}", daemon=True)
             self._threads.append(thread)
@@ -210,6 +223,33 @@ class DataLane:
     def stop(self) -> None:
         """Have each thread end after the request it has in hand, or after the next one it reads."""
         self._is_stopping = True
+
+    def leave(self, timeout_s: float) -> bool:
+        """Read no more requests, and answer those that were read; False if one is left when the time is out.
+
+        For a successor, to which the kernel sends what has no answer: held changes, and what a store has not done yet.
+        Only from the main thread; `ended` is not called. May wait ``timeout_s`` seconds.
+        """
+        self._is_leaving = True
+        former = signal.signal(_LEAVE_SIGNAL, lambda *_: None)  # by default a signal would not end a read
+        try:
+            self._stop_reading()
+            for thread in self._threads:
+                if thread.ident is not None and thread.is_alive():
+                    with suppress(ProcessLookupError):  # it has just ended
+                        signal.pthread_kill(thread.ident, _LEAVE_SIGNAL)
+            return self.join(timeout_s)
+        finally:
+            signal.signal(_LEAVE_SIGNAL, former)
+
+    def abandon(self) -> None:
+        """Let go of the descriptor, while threads still run: a store does not answer."""
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        with self._lock:
+            if self._n_alive:
+                device.replace_by_null(self._reading)
 
     @property
     def n_alive(self) -> int:
@@ -262,12 +302,14 @@ class DataLane:
             with self._lock:
                 self._n_alive -= 1
                 is_last = not self._n_alive
-            if is_last:
+                if is_last:
+                    os.close(self._reading)
+            if is_last and not self._is_leaving:
                 self._ended()
 
     def _serve(self, counters: _Counters) -> None:
         """Read requests and answer them; the common READ and WRITE are spelled out here, because calls cost."""
-        device, export_of = self._device, self._exports.get
+        reading, replies, export_of = self._reading, self._device, self._exports.get
         readv, write, time_ns = os.readv, os.write, time.time_ns
         unpack, pack_header = abi.IO_REQUEST.unpack_from, abi.OUT_HEADER.pack_into
         pack_written = abi.WRITE_REPLY.pack
@@ -278,12 +320,14 @@ class DataLane:
         requests = counters.requests
         while not self._is_stopping:
             try:
-                n = readv(device, buffers)
+                n = readv(reading, buffers)
             except OSError as exc:
                 if exc.errno in _TRANSIENT:
                     continue
                 if exc.errno not in _ENDED:
                     log.error("reading /dev/fuse failed, this lane ends", error=str(exc))
+                return
+            if not n:  # left (`leave`)
                 return
             opcode, unique, nodeid, _, offset, size, flags = unpack(head)
             requests[opcode & 63] += 1
@@ -296,7 +340,7 @@ class DataLane:
                         if size <= MAX_READ and disk.pread_nowait(reply_data[:size], offset):
                             counters.read_bytes += size
                             pack_header(reply, 0, 16 + size, 0, unique)
-                            write(device, reply[: 16 + size])
+                            write(replies, reply[: 16 + size])
                             continue
                 elif opcode == _WRITE and not flags & os.O_DSYNC:
                     export = export_of(nodeid)
@@ -306,7 +350,7 @@ class DataLane:
                         and (disk := export.disk) is not None
                         and not export.read_only
                         and offset + size <= disk.size
-                        and not disk.pwrite_may_sleep(offset, size)
+                        and not disk.write_may_sleep(body[:size], offset)
                     ):
                         disk.pwrite(body[:size], offset)
                         export.mtime_ns = time_ns()
@@ -314,7 +358,7 @@ class DataLane:
                         answer = pack_written(24, 0, unique, size, 0)
                         if disk.holds_replies and disk.hold_reply(offset, size, partial(self._give, unique, answer)):
                             continue
-                        write(device, answer)
+                        write(replies, answer)
                         continue
                 self._dispatch(head, body, n)
             except GateClosedError:
@@ -341,8 +385,6 @@ class DataLane:
         elif self._is_stopping and opcode not in abi.WITHOUT_REPLY:
             self._answer_error(unique, errno.ENOTCONN)
         elif opcode not in _ANSWERED_HERE:
-            if opcode == Opcode.INIT:
-                self.init_request = message
             self._count("forwarded")
             self._forward_to(opcode, unique, message)
         elif (export := self._exports.get(header.nodeid)) is None:
@@ -400,7 +442,7 @@ class DataLane:
             n_written=length,
             is_durable=bool(request.flags & os.O_DSYNC),  # O_SYNC contains O_DSYNC
         )
-        if disk.pwrite_may_sleep(request.offset, length):
+        if disk.write_may_sleep(copy, request.offset):
             pool = self._pool(export, request.offset, length, is_write=True)
             self._hand_over(pool, header.unique, partial(self._make, change))
         else:
@@ -530,8 +572,8 @@ class DataLane:
 
     def _resume(self, change: _Change) -> None:
         """Have a held change made again; called by whoever changed the gate."""
-        if self._take(change.unique) is None:
-            return  # it was answered EINTR or EIO: nothing is left to make
+        if self._is_leaving or self._take(change.unique) is None:
+            return  # it is a successor's, or was answered EINTR or EIO: nothing is left to make
         pool = self._pools[change.export.inode].io
         self._guard(change.unique, partial(self._hand_over, pool, change.unique, partial(self._make, change)))
 
@@ -574,6 +616,8 @@ class DataLane:
 
     def _answer_exception(self, unique: int, exc: Exception) -> None:
         """Answer a request that raised; never raises itself."""
+        if self._is_leaving and isinstance(exc, StateError):
+            return  # its pool has ended before it was done: it is sent to the successor
         try:
             if isinstance(exc, DiskError):
                 self._answer_error(unique, exc.errno)

@@ -19,6 +19,13 @@ The end, whatever the body did, shielded and timed:
 4. Requests in the pools are finished and answered. pyfuse3 ends; the link thread ends with it.
 5. The descriptor is closed: guests that still have files open get ENOTCONN. Where a thread still uses its number,
    because a store does not answer, /dev/null takes the number over.
+
+A mount that outlives its daemon (docs/resilience.md): its descriptor and its INIT request are kept elsewhere
+(`fusemig.succession`), and an end that nobody asked for unmounts nothing. A successor *adopts* the mount: pyfuse3 is
+given the INIT request again, its reply goes to nobody, because the kernel has one, and the kernel is asked to send
+again what nobody has answered. Requests that come so may have been carried out. That is harmless for every one of ours:
+they set what they say, whatever was before, and none was acknowledged. What a predecessor's guests have opened or
+cached is not known, and they may have opened and cached all of it (`BaseMount.is_busy`).
 """
 
 from __future__ import annotations
@@ -37,10 +44,11 @@ import pyfuse3
 import structlog
 import trio
 
+from fusemig import failpoint
 from fusemig.errors import FuseUnavailableError
 from fusemig.fuse import abi, device
 from fusemig.fuse.abi import AbiError, Opcode
-from fusemig.fuse.base import GONE, STOP_TIMEOUT_S, BaseMount, only_session
+from fusemig.fuse.base import GONE, START_TIMEOUT_S, STOP_TIMEOUT_S, BaseMount, only_session
 from fusemig.fuse.lane import MAX_WRITE, DataLane
 from fusemig.fuse.operations import DiskOperations, MountStatistics
 from fusemig.fuse.pool import SleepPool
@@ -48,10 +56,11 @@ from fusemig.fuse.preflight import MountOptions, check_mountable
 from fusemig.fuse.tuning import raise_limits
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from fusemig.fuse.export import Exports
     from fusemig.fuse.lane import LaneStatistics
+    from fusemig.succession.mount import KeptMount
 
 MAX_BACKGROUND: Final = 128
 """Asynchronous requests that the kernel has in flight; its default of 12 leaves deep queues waiting."""
@@ -71,9 +80,10 @@ log = structlog.get_logger()
 class MetadataLink:
     """The way of other requests to pyfuse3, and of its replies to the kernel."""
 
-    def __init__(self, device_fd: int) -> None:
-        """Make the socket pair."""
+    def __init__(self, device_fd: int, keep_init: Callable[[bytes, int], None] | None = None) -> None:
+        """Make the socket pair; ``keep_init`` is given the kernel's INIT request, and its flags, before its answer."""
         self._device = device_fd
+        self._keep_init = keep_init
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._ours, self._theirs):
             try:
@@ -85,16 +95,35 @@ class MetadataLink:
         # Requests whose reply will be edited, by unique; each is written by one thread and taken by another.
         self._asked: dict[int, int] = {}
         self._direct: set[int] = set()
+        # Of an adopted mount: the reply to the INIT request that pyfuse3 was given again.
+        self._is_adopted = False
+        self._init_reply: bytes | None = None
+        self._init_unique: int | None = None
+        self._init_lock = threading.Lock()
+        self.has_init = threading.Event()
+        """Set when pyfuse3 has answered an INIT."""
 
     def start(self) -> str:
         """Start the thread; return the mount point to give to pyfuse3, whose session owns the descriptor from now."""
         self._thread.start()
         return f"/dev/fd/{self._theirs.detach()}"
 
+    def adopt(self, init_request: bytes) -> None:
+        """Give pyfuse3 the INIT request of a mount that exists, before any other; after `start`."""
+        self._is_adopted = True
+        self._asked[abi.parse_in_header(init_request).unique] = abi.parse_init(init_request).flags
+        self._ours.send(abi.without_splice(init_request), socket.MSG_NOSIGNAL)
+
     def forward(self, opcode: int, unique: int, message: bytes) -> None:
         """Send a request to pyfuse3; from any thread, does not wait."""
         if opcode == Opcode.INIT:
-            self._asked[unique] = abi.parse_init(message).flags
+            if self._is_adopted:  # the predecessor died before it had answered
+                self._settle_init(unique=unique)
+                return
+            flags = abi.parse_init(message).flags
+            if self._keep_init is not None:
+                self._keep_init(message, flags)
+            self._asked[unique] = flags
             message = abi.without_splice(message)
         elif opcode == Opcode.OPEN and abi.parse_open(message).flags & os.O_DIRECT:
             self._direct.add(unique)
@@ -117,15 +146,26 @@ class MetadataLink:
                 n = self._ours.recv_into(buffer)
                 if n == 0:
                     return
-                os.write(self._device, self._edited(view[:n]))
+                if reply := self._edited(view[:n]):
+                    os.write(self._device, reply)
             except AbiError:
                 log.exception("pyfuse3 sent a malformed reply")
             except OSError as exc:
                 if exc.errno not in GONE:
                     log.exception("a reply of pyfuse3 was lost")
 
+    def _settle_init(self, *, unique: int | None = None, reply: bytes | None = None) -> None:
+        """Answer the kernel's own INIT request of an adopted mount, when it has come and what to answer is known."""
+        with self._init_lock:
+            self._init_unique = self._init_unique if unique is None else unique
+            self._init_reply = self._init_reply if reply is None else reply
+            if self._init_unique is None or self._init_reply is None:
+                return
+            answer = abi.with_unique(self._init_reply, self._init_unique)
+        os.write(self._device, answer)
+
     def _edited(self, message: memoryview) -> memoryview | bytes:
-        """Return the reply that the kernel gets for this one of pyfuse3."""
+        """Return the reply that the kernel gets for this one of pyfuse3; nothing if it gets none."""
         header = abi.parse_out_header(message)
         if header.unique in self._direct:
             self._direct.discard(header.unique)
@@ -136,7 +176,12 @@ class MetadataLink:
         elif header.unique in self._asked:
             asked = self._asked.pop(header.unique)
             if not header.error:
-                return abi.init_reply(header.unique, edited_init(asked, abi.parse_init_reply(message)))
+                reply = abi.init_reply(header.unique, edited_init(asked, abi.parse_init_reply(message)))
+                self.has_init.set()
+                if self._is_adopted:
+                    self._settle_init(reply=reply)
+                    return b""
+                return reply
         return message
 
     def close(self) -> None:
@@ -173,14 +218,32 @@ def edited_init(asked: int, out: abi.InitOut) -> abi.InitOut:
 class DataLaneMount(BaseMount):
     """A file system served by a data lane; made by `open_data_lane_mount`."""
 
-    def __init__(self, mountpoint: Path, exports: Exports, device_fd: int, n_threads: int, *, write_back: bool) -> None:
+    def __init__(
+        self,
+        mountpoint: Path,
+        exports: Exports,
+        device_fd: int,
+        n_threads: int,
+        *,
+        write_back: bool,
+        kept: KeptMount | None = None,
+    ) -> None:
         """Made by `open_data_lane_mount`, which also serves and ends it."""
         super().__init__(mountpoint, exports, DiskOperations(exports, write_back=write_back))
         self._device = device_fd
+        self._kept = kept
+        self._is_adopted = kept is not None and kept.device is not None
         self._token = trio.lowlevel.current_trio_token()
-        self._link = MetadataLink(device_fd)
+        self._link = MetadataLink(device_fd, None if kept is None else self._keep_init)
         self._lane = DataLane(device_fd, exports, self._link.forward, n_threads=n_threads, ended=self._lane_ended)
         self._metadata_ended = trio.Event()
+        self.started_s = 0.0
+        """When requests about data were first taken (`time.monotonic`)."""
+
+    def _keep_init(self, request: bytes, flags: int) -> None:
+        assert self._kept is not None
+        self._kept.keep_init(request, can_resend=bool(flags & abi.INIT_HAS_RESEND))
+        failpoint.reach("after-init-kept")
 
     def _lane_ended(self) -> None:
         with contextlib.suppress(trio.RunFinishedError):
@@ -201,6 +264,10 @@ class DataLaneMount(BaseMount):
         """Return how many reads and writes guests have made; cheap, and callable from any thread."""
         return self._lane.count_requests()
 
+    def leave(self, timeout_s: float) -> bool:
+        """Take no more requests, for a successor (`DataLane.leave`); the process ends soon, and not the mount."""
+        return self._lane.leave(timeout_s)
+
     def statistics(self) -> MountStatistics:
         """Return the counters as they are now."""
         lane, metadata = self._lane.statistics(), self._operations.statistics()
@@ -220,11 +287,6 @@ class DataLaneMount(BaseMount):
         """Return the lane's own counters: requests by opcode, errors, what was handed over."""
         return self._lane.statistics()
 
-    @property
-    def init_request(self) -> bytes | None:
-        """The kernel's INIT request, which a successor gives to its own pyfuse3."""
-        return self._lane.init_request
-
     async def _serve_metadata(self) -> None:
         """Run pyfuse3's loop until it ends; its failure is kept for `wait_unmounted`."""
         try:
@@ -241,10 +303,35 @@ class DataLaneMount(BaseMount):
         """Give pyfuse3 its end of the link, then let the requests come."""
         try:
             pyfuse3.init(self._operations, self._link.start(), set())
+            if self._is_adopted:
+                self._ask_again()
         except BaseException:
             self._link.close()
             raise
         self._lane.start()
+        self.started_s = time.monotonic()
+
+    def _ask_again(self) -> None:
+        """Adopt the mount: INIT to pyfuse3, and to us again what the kernel has no answer to."""
+        assert self._kept is not None
+        if self._kept.init_request:
+            self._link.adopt(self._kept.init_request)
+        failpoint.reach("before-resend")
+        try:
+            os.write(self._device, abi.resend())
+        except OSError as exc:
+            if exc.errno not in GONE:
+                raise FuseUnavailableError(f"the kernel does not send requests again: {exc.strerror}") from exc
+        failpoint.reach("after-resend")
+
+    async def _wait_served(self) -> int | None:
+        """Wait until requests are answered; return the device number of the mount, None if it is mounted nowhere."""
+        if self._kept is None or not self._is_adopted or not self._kept.init_request:
+            return await self._wait_ready()
+        # Not by a request of ours: until somebody answers it, this process could not even be killed.
+        if not await trio.to_thread.run_sync(self._link.has_init.wait, START_TIMEOUT_S, abandon_on_cancel=True):
+            raise FuseUnavailableError(f"pyfuse3 did not take the mount at {self.mountpoint} over; see the log")
+        return device.mounted_at(self.mountpoint)
 
     async def _stop(self, device_number: int | None) -> None:
         """End everything, in the caller's shield; see the steps at the top."""
@@ -261,15 +348,20 @@ class DataLaneMount(BaseMount):
         await self._metadata_ended.wait()
         pyfuse3.close(unmount=False)
         await trio.to_thread.run_sync(self._link.close)
+        if self._kept is not None:
+            self._kept.forget()  # until now who keeps it would have unmounted in our place
         if is_clean and not self._n_invalidating:
             os.close(self._device)
         else:
             log.error("a store does not answer: ending the mount without it", mountpoint=str(self.mountpoint))
-            _replace_by_null(self._device)
+            self._lane.abandon()
+            device.replace_by_null(self._device)
 
     def _stop_threads(self, device_number: int | None) -> bool:
         """Unmount and wait for the lane; False if something still uses the descriptor."""
-        if device_number is None or device.is_mounted(device_number):
+        if device_number is None and self._is_adopted:
+            self._lane.stop()  # it was unmounted lazily, and what may be at its place now is not ours
+        elif device_number is None or device.is_mounted(device_number):
             self._unmount()
         return self._lane.join(STOP_TIMEOUT_S)
 
@@ -302,11 +394,17 @@ class DataLaneMount(BaseMount):
                 time.sleep(0.0005)
 
 
-def _started(mountpoint: Path, exports: Exports, device_fd: int, n_threads: int, *, write_back: bool) -> DataLaneMount:
+def _started(
+    mountpoint: Path, exports: Exports, device_fd: int, n_threads: int, kept: KeptMount | None, *, write_back: bool
+) -> DataLaneMount:
     try:
-        mount = DataLaneMount(mountpoint, exports, device_fd, n_threads, write_back=write_back)
+        mount = DataLaneMount(mountpoint, exports, device_fd, n_threads, write_back=write_back, kept=kept)
         mount._start()  # noqa: SLF001
     except BaseException as exc:
+        if kept is not None:
+            if kept.device is not None:
+                kept.leave(exc)
+            kept.forget()
         os.close(device_fd)  # first: nobody is there to answer what an unmount might ask
         device.unmount(mountpoint, lazily=True)
         if isinstance(exc, RuntimeError):
@@ -318,13 +416,6 @@ def _started(mountpoint: Path, exports: Exports, device_fd: int, n_threads: int,
     return mount
 
 
-def _replace_by_null(descriptor: int) -> None:
-    """Close a descriptor whose number must not be used again: a late answer to it shall reach nobody."""
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    os.dup2(null, descriptor, inheritable=False)
-    os.close(null)
-
-
 def _ask(root: int) -> None:
     with contextlib.suppress(OSError):
         os.fstatvfs(root)
@@ -332,36 +423,56 @@ def _ask(root: int) -> None:
 
 @asynccontextmanager
 async def open_data_lane_mount(
-    mountpoint: Path, exports: Exports, options: MountOptions | None = None, *, n_threads: int | None = None
+    mountpoint: Path,
+    exports: Exports,
+    options: MountOptions | None = None,
+    *,
+    n_threads: int | None = None,
+    kept: KeptMount | None = None,
 ) -> AsyncIterator[DataLaneMount]:
     """Mount ``exports`` at ``mountpoint`` and serve them while the body runs, their data by lane threads.
 
-    The body starts when the file system has answered its first request.
+    The body starts when the file system has answered its first request. With ``kept`` the mount outlives this process
+    where that can be; one that a predecessor left there is adopted, and is not mounted.
 
     Raises:
         FuseUnavailableError: it cannot be mounted here, with the cause and what to do about it.
         StateError: this process has a mount already.
 
     Resource handling: no mount is left behind, also if the body raises or is cancelled. Nothing below is closed: the
-    disks are their owner's.
+    disks are their owner's. But what outlives this process is left to the successor, and an error of the body's ends
+    the process at once (`KeptMount.leave`).
     """
     options = MountOptions() if options is None else options
     if n_threads is None:
         n_threads = min(LANE_THREADS, len(os.sched_getaffinity(0)))
     with only_session():
         mountpoint = Path(os.path.abspath(mountpoint))  # noqa: ASYNC240  (no link is followed, no file touched)
-        await trio.to_thread.run_sync(check_mountable, mountpoint, options)
-        device_fd = await trio.to_thread.run_sync(device.mount_device, mountpoint, options)
-        mount = _started(mountpoint, exports, device_fd, n_threads, write_back=options.write_back)
+        if kept is not None and kept.device is not None:
+            device_fd = kept.device
+        else:
+            await trio.to_thread.run_sync(check_mountable, mountpoint, options)
+            device_fd = await trio.to_thread.run_sync(device.mount_device, mountpoint, options)
+            if kept is not None:
+                kept.keep_device(device_fd)
+            failpoint.reach("after-mount")
+        mount = _started(mountpoint, exports, device_fd, n_threads, kept, write_back=options.write_back)
         error: BaseException | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mount._serve_metadata)  # noqa: SLF001
             device_number = None
+            is_left = kept is not None and kept.device is not None
             try:
-                device_number = await mount._wait_ready()  # noqa: SLF001
-                await trio.to_thread.run_sync(raise_limits, device_number, MAX_BACKGROUND)
+                device_number = await mount._wait_served()  # noqa: SLF001
+                if kept is not None:
+                    kept.check()
+                if device_number is not None:
+                    await trio.to_thread.run_sync(raise_limits, device_number, MAX_BACKGROUND)
+                is_left = True
                 yield mount
             except BaseException as exc:
+                if kept is not None and is_left:
+                    kept.leave(exc)
                 error = exc
             with trio.CancelScope(shield=True):
                 await mount._stop(device_number)  # noqa: SLF001

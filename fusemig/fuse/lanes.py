@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from fusemig.fuse.export import Exports
     from fusemig.fuse.preflight import MountOptions
+    from fusemig.succession.mount import KeptMount
 
 AnyMount = Mount | DataLaneMount
 
@@ -37,9 +38,22 @@ class Lane(Enum):
 
 @asynccontextmanager
 async def open_lane(
-    lane: Lane, mountpoint: Path, exports: Exports, options: MountOptions, n_threads: int | None = None
+    lane: Lane,
+    mountpoint: Path,
+    exports: Exports,
+    options: MountOptions,
+    n_threads: int | None = None,
+    kept: KeptMount | None = None,
 ) -> AsyncIterator[AnyMount]:
-    """Mount and serve while the body runs; ``n_threads`` is the data lane's, None for as many as cores, at most 2.
+    """Mount and serve while the body runs.
+
+    Args:
+        lane: which one.
+        mountpoint: an empty directory; or where a predecessor's mount is, which is adopted.
+        exports: what to serve.
+        options: how to mount.
+        n_threads: the data lane's; None for as many as there are cores, at most 2.
+        kept: has the mount outlive this process where it can, and is one to be adopted perhaps.
 
     Raises:
         FuseUnavailableError: it cannot be mounted here, with the cause and what to do about it.
@@ -50,10 +64,10 @@ async def open_lane(
             mount: AnyMount = await stack.enter_async_context(open_mount(mountpoint, exports, options))
         else:
             try:
-                data_lane = open_data_lane_mount(mountpoint, exports, options, n_threads=n_threads)
+                data_lane = open_data_lane_mount(mountpoint, exports, options, n_threads=n_threads, kept=kept)
                 mount = await stack.enter_async_context(data_lane)
             except FuseUnavailableError as exc:
-                if lane is Lane.DATA:
+                if lane is Lane.DATA or (kept is not None and (kept.is_demanded or kept.device is not None)):
                     raise
                 log.warning("the pyfuse3 lane serves this mount, the data lane cannot", reason=str(exc))
                 mount = await stack.enter_async_context(open_mount(mountpoint, exports, options))

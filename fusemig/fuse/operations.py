@@ -150,7 +150,10 @@ class DiskOperations(pyfuse3.Operations):
     # For the mount
 
     def open_handles(self, export: Export) -> int:
-        """Return how many open files of this export the kernel has not released."""
+        """Return how many open files of this export the kernel has not released.
+
+        Of a mount that a predecessor made: at least some of those that were opened since.
+        """
         return self._n_handles[export.inode]
 
     def count_requests(self) -> int:
@@ -381,8 +384,8 @@ class DiskOperations(pyfuse3.Operations):
 
     @_guarded
     async def release(self, fh: int) -> None:
-        """Count the handle out."""
-        self._n_handles[fh] -= 1
+        """Count the handle out, unless it was a predecessor that counted it in."""
+        self._n_handles[fh] = max(0, self._n_handles[fh] - 1)
 
     @_guarded
     async def flush(self, fh: int) -> None:
@@ -438,7 +441,7 @@ class DiskOperations(pyfuse3.Operations):
         return len(data)
 
     async def _write_once(self, fh: int, disk: TrackedDisk, data: bytes | memoryview, off: int) -> None:
-        if disk.pwrite_may_sleep(off, len(data)):
+        if disk.write_may_sleep(data, off):
             self._n_thread_requests += 1
             # Never abandoned: a write that outlives its mount could meet an image that was closed.
             limit = self._limit(fh, disk, off, len(data), is_write=True)

@@ -35,35 +35,44 @@ def check_mountable(mountpoint: Path, options: MountOptions) -> None:
         raise FuseUnavailableError(
             "FUSE_URING_ENABLE is set: libfuse would run its own threads, which pyfuse3 does not survive; unset it"
         )
-    _check_device()
+    check_device()
     is_root = os.geteuid() == 0
     if not is_root and shutil.which("fusermount3") is None:
         raise FuseUnavailableError("mounting without root needs fusermount3: install the package fuse3, or run as root")
-    if options.allow_other and not is_root and not _is_allow_other_allowed():
+    if options.allow_other and not is_root and not is_allow_other_allowed():
         raise FuseUnavailableError(
             f"allow-other without root needs the line user_allow_other in {FUSE_CONFIG}: add it, or run as root"
         )
     _check_mountpoint(mountpoint)
 
 
-def _check_device() -> None:
+def check_device(device: Path = FUSE_DEVICE) -> None:
+    """Raise `FuseUnavailableError` unless this process may open ``device``."""
     try:
-        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError as exc:
         raise FuseUnavailableError(
-            f"there is no {FUSE_DEVICE}: load the module (modprobe fuse), "
-            "or start the container with --device /dev/fuse"
+            f"there is no {device}: load the module (modprobe fuse), or start the container with --device /dev/fuse"
         ) from exc
     except OSError as exc:
         raise FuseUnavailableError(
-            f"cannot open {FUSE_DEVICE}: {exc.strerror}; "
+            f"cannot open {device}: {exc.strerror}; "
             "give this user access to it, or start the container with --device /dev/fuse"
         ) from exc
 
 
-def _is_allow_other_allowed() -> bool:
+def check_library() -> None:
+    """Raise `FuseUnavailableError` if pyfuse3, or the libfuse that it was built for, cannot be loaded."""
     try:
-        lines = FUSE_CONFIG.read_text(errors="replace").splitlines()
+        import pyfuse3  # noqa: F401
+    except ImportError as exc:
+        raise FuseUnavailableError(f"pyfuse3 cannot be loaded: {exc}; install libfuse3 and fusemig anew") from exc
+
+
+def is_allow_other_allowed(config: Path = FUSE_CONFIG) -> bool:
+    """Tell whether users may use ``--allow-other``, by fuse.conf."""
+    try:
+        lines = config.read_text(errors="replace").splitlines()
     except OSError:
         return False
     return any(line.strip() == "user_allow_other" for line in lines)

@@ -18,6 +18,7 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import structlog
 import trio
 
@@ -50,9 +51,11 @@ class SourceDisk:
     push_out_pages: Callable[[], Awaitable[None]]
     """Has the kernel write back what guests stored through mmap; must be called while the gate is open."""
     dirty_file: DirtyFile | None = None
-    """Where it is kept what guests wrote since a migration began."""
+    """Where it is kept what guests wrote since a migration began, and since the disk came here."""
     count_allocated: Callable[[], int] = lambda: 0
     """Tells about how many bytes of the image are no holes; 0: not known. May sleep."""
+    stamp: Callable[[], str] = lambda: ""
+    """Returns what the image is like, once nobody writes it any more (`fusemig.disk.stamp`); may sleep."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,18 @@ class HandoffRecords:
                     await self._offload(other.epoch_file.write, old)
                 raise
             done.append((lent, record))
+
+    async def release(self, peer: str) -> None:
+        """Make durable that the disks are the destination's, and what their images were like then.
+
+        Raises:
+            StateError: an epoch file cannot be written.
+        """
+        for lent, record in zip(self._lent, self._records, strict=True):
+            stamp = await self._offload(lent.stamp)
+            released = self._record(record, Ownership.RELEASED, peer)
+            await self._offload(lent.epoch_file.write, msgspec.structs.replace(released, stamp=stamp))
+            reach(f"after-one-{Ownership.RELEASED.value}")
 
     def assume(self, state: Ownership, peer: str) -> None:
         """Go by a state that could not be written, but may be durable."""
@@ -269,7 +284,7 @@ class OutgoingHandoff:
     async def release(self, link: NativeLink) -> None:
         """Note that the destination owns the disks, and let it know that we know; never fails."""
         try:
-            await self._records.write(Ownership.RELEASED, self._peer)
+            await self._records.release(self._peer)
             reach("after-released")
             with trio.move_on_after(1):
                 await link.send_message(native.Released())

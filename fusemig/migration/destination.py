@@ -14,17 +14,21 @@ sends no disks; it is answered by `fusemig.migration.witness`.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
+from fusemig.disk.overlay import OverlayDisk
 from fusemig.epoch import Ownership
 from fusemig.errors import DiskError, FusemigError, MigrationError, PeerBusyError, PeerRefusedError, RemoteProtocolError
 from fusemig.failpoint import reach
 from fusemig.handoff import DestinationEvent, DestinationHandoff, DestinationState
 from fusemig.migration.borrow import Borrowing
+from fusemig.migration.delta import DestinationDelta
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink, Need
+from fusemig.migration.probe import answer_probes
 from fusemig.migration.receipt import Receipt
 from fusemig.migration.receiver import FrameReceiver
 from fusemig.migration.witness import Witness
@@ -85,7 +89,7 @@ class DestinationMigration(IncomingMigration):
         self._borrowing: Borrowing | None = None
 
     async def run(self) -> None:
-        """Receive (`IncomingMigration.run`), or answer a source that asks who owns its disks.
+        """Receive (`IncomingMigration.run`), or answer a source that asks who owns its disks or how fast the way is.
 
         A question leaves `phase` at NONE, or at COMPLETED if disks were taken over.
         """
@@ -95,6 +99,10 @@ class DestinationMigration(IncomingMigration):
                 self.is_question = True
                 self.session = self._first.session
                 await Witness(self._link, self._host, self._offload, self._on_taken).answer(self._first)
+                return
+            if isinstance(self._first, native.Probe) and not self._refusal:
+                self.is_question = True
+                await answer_probes(self._link)
                 return
             if isinstance(self._first, native.Lend) and not self._refusal:
                 await self._borrow(self._first)
@@ -145,7 +153,7 @@ class DestinationMigration(IncomingMigration):
     async def _meet(self) -> list[IncomingDisk]:
         if isinstance(self._first, native.Hello):
             return await self._claim(self._first)
-        if isinstance(self._first, native.Ask | native.Lend):
+        if isinstance(self._first, native.Ask | native.Lend | native.Probe):
             await self._refuse(self._refusal)
             raise PeerRefusedError(self._refusal)
         raise RemoteProtocolError(f"{self.peer} began with {type(self._first).__name__}")
@@ -190,9 +198,23 @@ class DestinationMigration(IncomingMigration):
 
     async def _receive_all(self, receipt: Receipt) -> None:
         await receipt.open()
+        reach("before-welcome")
+        delta = DestinationDelta(self._link, self.disks, receipt.hello.disks, self._offload)
+        await self._lie_over_bases(receipt, delta)
         features = [native.POSTCOPY, *([native.RESUME] if receipt.is_kept else [])]
-        await self._link.send_message(native.Welcome(native.VERSION, features, receipt.resumption, receipt.covered))
+        await self._link.send_message(
+            native.Welcome(
+                native.VERSION,
+                [*features, native.DELTA, native.THIN, native.ZSTD],
+                receipt.resumption,
+                receipt.covered,
+                delta.deltas if delta.is_any else [],
+                [disk.is_thin for disk in self.disks],
+            )
+        )
         await receipt.tell(self._link)
+        if delta.is_any:
+            await delta.run(partial(receipt.tell_contents, self._link))
         self._enter(MigrationPhase.BULK)
         receiver = FrameReceiver(self._link, FrameWriter(self.disks, self._pool))
         applied = 0
@@ -221,6 +243,17 @@ class DestinationMigration(IncomingMigration):
                 await self._note_progress(event, applied)
             elif event is not Need.SLICE and await self._handle(event):
                 return
+
+    async def _lie_over_bases(self, receipt: Receipt, delta: DestinationDelta) -> None:
+        """Decide which disks' bases are shared; an overlay that begins anew is its base, with nothing of its own."""
+        for disk, offer, known in zip(self.disks, receipt.hello.disks, delta.deltas, strict=True):
+            image = disk.disk.image
+            # That it is the same one was seen when the disk was claimed.
+            if offer.base is None or not isinstance(image, OverlayDisk):
+                continue
+            disk.is_thin = True
+            if not offer.is_resumed and known is native.Delta.NOTHING:
+                await self._offload(image.forget)
 
     async def _note_progress(self, progress: native.Progress, applied: int) -> None:
         """Show it, and prove that we are alive."""
@@ -253,6 +286,11 @@ class DestinationMigration(IncomingMigration):
         self._to_fetch = self._to_fetch or [[] for _ in self.disks]
         if not 0 <= missing.disk < len(self.disks) or len(missing.runs) > native.MAX_RUNS:
             raise RemoteProtocolError(f"{self.peer} sent {len(missing.runs)} missing runs of disk {missing.disk}")
+        disk = self.disks[missing.disk].disk
+        if missing.runs and isinstance(disk.image, OverlayDisk):
+            raise MigrationError(
+                f"disk '{disk.name}' is an overlay there, which cannot fetch what is missing: migrate without post-copy"
+            )
         known, end = self._to_fetch[missing.disk], n_blocks(self.disks[missing.disk].disk.size)
         for first, stop in missing.runs:
             if not (known[-1][1] if known else 0) <= first < stop <= end:

@@ -27,13 +27,14 @@ from fusemig.convergence import Convergence, Decision, Rate, RateLimit, Throughp
 from fusemig.disk.tracked import Gate
 from fusemig.errors import CancelledByUserError, DiskError, FusemigError, InDoubtError, MigrationError, StateError
 from fusemig.migration.guest import NoGuest
+from fusemig.migration.outlook import Outlook
 from fusemig.migration.pacer import Pacer
 from fusemig.migration.reader import OutgoingDisk
 from fusemig.migration.stats import DiskStatistics, MigrationStatistics
 from fusemig.phase import MigrationPhase, PhaseMachine
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from fusemig.migration.commit import SourceDisk
     from fusemig.migration.guest import MovingGuest
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 TICK_S: Final = 0.1
+_SENDING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
 
 
 class Handoff(Protocol):
@@ -92,6 +94,8 @@ class OutgoingMigration(ABC):
         self.error: FusemigError | None = None
         self.guest: MovingGuest = NoGuest()
         """The guest that moves with the disks; set before `run`."""
+        self.elapsed_before_s = 0.0
+        """How long the daemons before this one ran it; set before `run`."""
         self._handoff: Handoff
         self._lent = disks
         self._connect = connect
@@ -103,6 +107,7 @@ class OutgoingMigration(ABC):
         self._disks: list[OutgoingDisk] = []
         self._limit = RateLimit(0)
         self._convergence = Convergence()
+        self._outlook = Outlook(parameters)
         self._peer = ""
         self._log = log.bind(migration=self.session[:8])
         # The whole run, and why a background task ended it:
@@ -195,12 +200,34 @@ class OutgoingMigration(ABC):
         """
         if self._machine.phase is not MigrationPhase.PRE_SWITCHOVER:
             raise StateError(f"Migration not in expected state: {self._machine.phase.value}")
+        self.allow_switchover()
+
+    @property
+    def may_switch_over(self) -> bool:
+        """Whether somebody has let it go on from pre-switchover, or beforehand."""
+        return self._proceed.is_set()
+
+    def allow_switchover(self) -> None:
+        """Have it not wait at pre-switchover."""
         self._proceed.set()
+
+    def stand_for(self, phase: MigrationPhase, error: FusemigError | None) -> None:
+        """Be what has become of a migration that another daemon ran and that does not go on here; instead of `run`."""
+        self.started_at = trio.current_time() - self.elapsed_before_s
+        self.error = error
+        self._enter(phase)
+        if self.is_over:
+            self._ended_at = trio.current_time()
+        self._over.set()
 
     async def wind_down(self) -> None:
         """Call the migration off if that is still possible, and wait for its end; for the daemon's own end."""
         with suppress(StateError):  # committed or over: it ends by itself, within its deadlines
             self.cancel()
+        await self._over.wait()
+
+    async def wait_over(self) -> None:
+        """Wait until it has ended; the outcome is in `phase` and `error`."""
         await self._over.wait()
 
     def forget(self) -> None:
@@ -224,7 +251,7 @@ class OutgoingMigration(ABC):
         Cancellation: before the commit the gates are open again when this returns; from the commit on it is shielded
         until TAKEN came or its deadline passed.
         """
-        self.started_at = trio.current_time()
+        self.started_at = trio.current_time() - self.elapsed_before_s
         self._enter(MigrationPhase.SETUP)
         try:
             await self._migrate_with_guest()
@@ -297,9 +324,11 @@ class OutgoingMigration(ABC):
         self._log.info("migration phase", phase=phase.value, pass_number=self._pass_number)
         self._on_phase(phase)
 
-    async def _start_tracking(self) -> None:
+    async def _start_tracking(self, thin: Collection[int] = ()) -> None:
+        """Track every disk and find what is to be sent; of those whose place is in ``thin``, what is not their base."""
         for index, lent in enumerate(self._lent):
             self._disks.append(OutgoingDisk(index, lent.disk, lent.disk.start_tracking()))
+            self._disks[-1].is_thin = index in thin
         for disk in self._disks:
             try:
                 await self._offload(disk.find_allocated)
@@ -405,6 +434,7 @@ class OutgoingMigration(ABC):
 
     def _begin_pass(self) -> None:
         self._pass_number += 1
+        self._outlook.begin_pass(trio.current_time())
         self._on_pass(self._pass_number)
 
     def _pending_bytes(self) -> int:
@@ -484,6 +514,11 @@ class OutgoingMigration(ABC):
         now = trio.current_time()
         end = self._ended_at or now
         pending = self._pending_bytes()
+        prediction = None
+        if self._machine.phase in _SENDING and not self._is_postcopy():
+            is_bulk = self._machine.phase is MigrationPhase.BULK
+            send_rate = self._send_rate.per_second(now) if is_bulk else 0.0
+            prediction = self._outlook.look(now, self._disks, pending, self._bandwidth.per_second, send_rate)
         return MigrationStatistics(
             phase=self._machine.phase,
             session=self.session,
@@ -510,7 +545,10 @@ class OutgoingMigration(ABC):
             bandwidth=self._bandwidth.per_second,
             send_rate=self._send_rate.per_second(now),
             dirty_rate=self._dirty_rate.per_second(now),
-            expected_downtime_s=self._convergence.forecast(pending, self._bandwidth.per_second).expected_downtime_s,
+            expected_downtime_s=self._convergence.forecast(pending, self._bandwidth.per_second).expected_downtime_s
+            if prediction is None
+            else prediction.downtime_s,
+            prediction=prediction,
             setup_s=(self._set_up_at or end) - self.started_at,
             total_s=end - self.started_at,
             frozen_s=0.0 if self._frozen_at is None else (self._taken_at or end) - self._frozen_at,

@@ -24,7 +24,7 @@ from fusemig.migration.resume import content_pages, group_resumption, journal_pa
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fusemig.migration.link import NativeLink, Offload
     from fusemig.migration.writer import IncomingDisk
@@ -47,7 +47,7 @@ class Receipt:
         self.resumption = native.Resumption.NOTHING
         self.covered: list[native.Covered] = []
         self._disks = disks
-        self._hello = hello
+        self.hello = hello
         self._offload = offload
         self._written = 0
         self._told = 0
@@ -65,7 +65,7 @@ class Receipt:
         """
         self.is_kept = self.is_kept and all(disk.open_journal is not None for disk in self._disks)
         kinds = []
-        for disk, offer in zip(self._disks, self._hello.disks, strict=True):
+        for disk, offer in zip(self._disks, self.hello.disks, strict=True):
             if self.is_kept:
                 await self._offload(self._open_journal, disk, offer)
             if not offer.is_resumed:
@@ -75,7 +75,7 @@ class Receipt:
             else:
                 kinds.append(native.Resumption.COMPARE)
         self.resumption = group_resumption(kinds)
-        for disk, offer in zip(self._disks, self._hello.disks, strict=True):
+        for disk, offer in zip(self._disks, self.hello.disks, strict=True):
             if self.is_kept and self.resumption is not native.Resumption.JOURNAL:
                 await self._offload(self._begin, disk, offer)
         self._due_at = trio.current_time() + JOURNAL_INTERVAL_S
@@ -87,7 +87,7 @@ class Receipt:
             ]
 
     def _owner(self, offer: native.DiskOffer) -> JournalOwner:
-        return JournalOwner(image_id=offer.image_id, epoch=offer.epoch + 1, session=self._hello.session)
+        return JournalOwner(image_id=offer.image_id, epoch=offer.epoch + 1, session=self.hello.session)
 
     def _open_journal(self, disk: IncomingDisk, offer: native.DiskOffer) -> None:
         assert disk.open_journal is not None
@@ -125,13 +125,29 @@ class Receipt:
                 pages = journal_pages(index, disk.digest)
             else:
                 pages = content_pages(index, disk.disk.image)
-            while (have := await self._offload(next, pages, None)) is not None:
-                await link.send_message(have)
-                if self.resumption is native.Resumption.COMPARE:
-                    asked.append(have)
-                    # The next one is read while the source compares this one; more would fill the stream both ways.
-                    if len(asked) > 1:
-                        await self._hear_kept(link, asked.popleft())
+            is_compared = self.resumption is native.Resumption.COMPARE
+            await self._tell_pages(link, pages, asked, is_compared=is_compared)
+        await self._end_pages(link, asked)
+
+    async def tell_contents(self, link: NativeLink, indices: Sequence[int]) -> None:
+        """Tell the source the hashes of what some disks hold; raises as `tell`."""
+        asked: deque[native.Have] = deque()
+        for index in indices:
+            await self._tell_pages(link, content_pages(index, self._disks[index].disk.image), asked, is_compared=True)
+        await self._end_pages(link, asked)
+
+    async def _tell_pages(
+        self, link: NativeLink, pages: Iterator[native.Have], asked: deque[native.Have], *, is_compared: bool
+    ) -> None:
+        while (have := await self._offload(next, pages, None)) is not None:
+            await link.send_message(have)
+            if is_compared:
+                asked.append(have)
+                # The next one is read while the source compares this one; more would fill the stream both ways.
+                if len(asked) > 1:
+                    await self._hear_kept(link, asked.popleft())
+
+    async def _end_pages(self, link: NativeLink, asked: deque[native.Have]) -> None:
         while asked:
             await self._hear_kept(link, asked.popleft())
         await link.send_message(native.Have(-1))
@@ -190,7 +206,7 @@ class Receipt:
         journals = [disk.journal for disk in self._disks if disk.journal is not None]
         try:
             for journal, sectors in zip(journals, snapshots, strict=True):
-                await self._offload(journal.write, sectors, Mark(self._hello.attempt, sequence))
+                await self._offload(journal.write, sectors, Mark(self.hello.attempt, sequence))
         except DiskError as exc:
             self._give_up(self._disks[0].disk.name, exc)
             return

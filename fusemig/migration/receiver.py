@@ -53,7 +53,7 @@ class FrameReceiver:
                 if self._link.stream.poll_readable(POLL_S):
                     continue
                 return Need.STREAM
-            if not isinstance(event, native.DataFrame | native.ZeroFrame):
+            if not isinstance(event, native.Frame):
                 return event
             n_bytes = max(self._writer.apply(event), BLOCK_SIZE)  # zeros must not make a slice endless
             self.applied = event.sequence

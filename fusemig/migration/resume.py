@@ -130,7 +130,7 @@ class LivingReconciliation(Reconciliation):
         """Take nothing as sent that is ``doubtful``, or nothing at all if that is None."""
         super().__init__(disk)
         self._doubtful = doubtful
-        disk.holes = []
+        disk.holes, disk.bases = [], []
 
     def _compare(self, first: int, values: bytes) -> None:
         theirs = array("Q", struct.unpack(f"<{len(values) // 8}Q", values))
@@ -149,7 +149,8 @@ class LivingReconciliation(Reconciliation):
         while first < stop:
             end = min(tracking.next_clean(first), stop)
             if end > first:
-                tracking.mark_chunks(first, end)  # of what is dirty in parts, the rest too
+                self._disk.mark_whole(first, end)  # of what is dirty in parts, the rest too
+                digest.forget(first, end)  # what was sent last may not have arrived
                 first = end
                 continue
             dirty = tracking.next_dirty(first)
@@ -161,19 +162,16 @@ class LivingReconciliation(Reconciliation):
             end = min(end, first + native.HAVE_HASHES)
             for chunk in range(first, end):
                 if digest.value_of(chunk):
-                    tracking.mark_chunks(chunk, chunk + 1)
+                    self._disk.mark_whole(chunk, chunk + 1)
+                    digest.forget(chunk, chunk + 1)
                 else:
                     self._say_zeros(chunk, chunk + 1)
             first = end
 
     def _say_zeros(self, first: int, stop: int) -> None:
-        """Have clean chunks without a value, which are zeros, said to be so once more."""
+        """Have clean chunks without a value, which are zeros or the base's, said to be so once more."""
         offset, end = first * CHUNK_SIZE, min(stop * CHUNK_SIZE, self._disk.disk.size)
-        holes = self._disk.holes
-        if holes and sum(holes[-1]) == offset:
-            holes[-1] = (holes[-1][0], end - holes[-1][0])
-        else:
-            holes.append((offset, end - offset))
+        self._disk.say_again(offset, end - offset)
 
 
 class MappedReconciliation(Reconciliation):
@@ -244,9 +242,13 @@ class ContentReconciliation(Reconciliation):
 
 
 def _make_whole(disk: OutgoingDisk, chunk: int) -> None:
-    """Have a chunk sent as a whole if any of it is: the destination has a value of it that is not ours."""
-    if disk.tracking.next_dirty(chunk) == chunk:
-        disk.tracking.mark_chunks(chunk, chunk + 1)
+    """Have a chunk sent as a whole if any of it is: the destination has a value of it that is not ours.
+
+    A chunk of which nothing is to be sent is a hole, which gives it the value 0 at both ends; but over a shared base it
+    may be one in parts only.
+    """
+    if disk.is_thin or disk.tracking.next_dirty(chunk) == chunk:
+        disk.mark_whole(chunk, chunk + 1)
 
 
 # The destination's side

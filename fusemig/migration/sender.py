@@ -104,14 +104,14 @@ class PassSender:
             MigrationError: a chunk could not be read.
             ConnectionLostError: the peer is gone.
         """
-        stop_at = self.wire_bytes + limit_bytes
+        stop_at, idle_bytes = self.wire_bytes + limit_bytes, 0
         self._politeness.begin()
         while True:
             if self._batch is not None and not self._send_rest(self._batch, stream, is_courteous=is_courteous):
                 return Need.STREAM
             if is_courteous:
                 self._politeness.rest()
-            if self.wire_bytes >= stop_at:
+            if self.wire_bytes + idle_bytes >= stop_at:
                 return Need.SLICE
             if not self.has_room:
                 return Need.ACKNOWLEDGEMENT
@@ -122,6 +122,9 @@ class PassSender:
                 self.is_reading = False
             if batch is None:
                 return Need.NOTHING
+            if not batch.frames:  # what was read had been sent before
+                idle_bytes += batch.cost_bytes
+                continue
             self.unacknowledged.extend(batch.frames)
             self.last_sequence = batch.frames[-1].sequence
             self.sent_bytes += batch.disk_bytes

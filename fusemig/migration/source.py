@@ -6,9 +6,9 @@
     hand-off              OutgoingHandoff: FINAL, PREPARED, COMMIT, TAKEN
 
 The order of things is `fusemig.migration.outgoing`'s. When a migration fails, the tracker still knows what the
-destination does not hold: `resume_point`. A connection that is lost before the freeze is made again, with pauses that
-grow, until there was no progress for as long as the parameters allow; guests notice nothing of it. So is one over which
-damaged bytes came, whichever side noticed.
+destination does not hold: `resume_point`. A connection that is lost, or over which damaged bytes came, whichever side
+noticed, is made again, with pauses that grow, until there was no progress for as long as the parameters allow. Guests
+notice nothing of it; in the switchover, they go on first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
+from fusemig.compression import Packer
 from fusemig.disk.dirty_map import MapBase, Since
 from fusemig.errors import (
     AuthenticationError,
@@ -32,10 +33,14 @@ from fusemig.errors import (
     RemoteProtocolError,
     TransportError,
 )
+from fusemig.failpoint import reach
 from fusemig.migration.commit import NO_ROUTE, OutgoingHandoff
+from fusemig.migration.delta_offers import DeltaOffers
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
+from fusemig.migration.order import HeatOrder, Order
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
+from fusemig.migration.packing import PackingWatch
 from fusemig.migration.reader import PassReader
 from fusemig.migration.resume import (
     ContentReconciliation,
@@ -66,12 +71,14 @@ FIRST_RETRY_S: Final = 0.25
 MAX_RETRY_S: Final = 10.0
 
 
+MAX_LOST_SWITCHOVERS: Final = 3
+"""Connections that may be lost while guests' writes wait: each costs the guests a pause."""
+
+_SENDING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
+
 _CONNECTION_ERRORS: Final = (TransportError, PeerBusyError, RemoteProtocolError)
 """What another connection may be free of. Once bytes came damaged, nothing that follows them can be told from garbage:
 what was sent and is not known to be durable is sent again, over a connection that begins anew."""
-
-_RECONNECTING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
-"""When a lost connection is made again: not before anything was sent, and not with guests' writes waiting."""
 
 
 class SourceMigration(OutgoingMigration):
@@ -92,6 +99,9 @@ class SourceMigration(OutgoingMigration):
         on_pace: Callable[[Reach, int], None] = lambda _reach, _percent: None,
         resume: ResumePoint | None = None,
         route: Route = NO_ROUTE,
+        *,
+        n_reconnects: int = 0,
+        waiting: str = "",
     ) -> None:
         """Prepare as `OutgoingMigration` does.
 
@@ -106,6 +116,8 @@ class SourceMigration(OutgoingMigration):
             on_pace: as `OutgoingMigration` has it.
             resume: where an earlier migration of the same disks was interrupted, to go on from there.
             route: how the destination is talked to, for whoever has to ask it later.
+            n_reconnects: how often it got its connection back before, in another daemon.
+            waiting: why it has none now; "" for one that begins.
         """
         super().__init__(disks, connect, parameters, offload, on_phase, on_pass, on_pace)
         self._count_requests = count_requests
@@ -113,6 +125,7 @@ class SourceMigration(OutgoingMigration):
         self._resume = resume
         if resume is not None:
             self.session = resume.session
+            self._log = self._log.bind(migration=self.session[:8])
             self._disks = resume.disks
         self._attempt = 0
         self._attempt_scope = trio.CancelScope()
@@ -122,18 +135,24 @@ class SourceMigration(OutgoingMigration):
         self._lending: Lending | None = None
         self._stalled_since: float | None = None
         self._n_retries = 0
-        self._n_reconnects = 0
+        self._n_reconnects = n_reconnects
+        self._n_lost_switchovers = 0
+        self._was_connected = False
         self._kept_bytes = 0
-        self._waiting = ""
+        self._waiting = waiting
         self._missing_bytes = 0
         """What the destination was told to fetch."""
         self._lending_scope = trio.CancelScope()
         # What the connections before this one sent, and what of it was taken back:
         self._earlier_wire_bytes = 0
         self._earlier_acknowledged_bytes = 0
+        self._delta = DeltaOffers(disks, parameters.incremental, offload)
         self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload, route)
         self._pool = BufferPool()
         self._sender = PassSender(self._pool, count_requests)
+        self._reader = PassReader((), self._pool)
+        self._packer = None if parameters.compression_level is None else Packer(parameters.compression_level)
+        self._earlier_unchanged_bytes = 0
         # Set by the receiver:
         self._progress_made = trio.Event()
         self._synced = trio.Event()
@@ -154,6 +173,8 @@ class SourceMigration(OutgoingMigration):
             if not self._may_reconnect(failure):
                 raise failure
             self._failure = None
+            if self._machine.phase is MigrationPhase.FROZEN:
+                await self._go_on()
             await self._put_off(failure)
             self._renew()
         if self._handoff.is_loan:
@@ -165,13 +186,15 @@ class SourceMigration(OutgoingMigration):
         self._is_reconciled = False
         stream = await self._connect()
         self._peer = stream.peer
+        self._was_connected = True
         try:
             decoder = native.Decoder(native.FROM_DESTINATION, preface=False)
             link = self._link = NativeLink(stream, decoder, self._pool)
             welcome = await self._handshake(link, records)
+            reach("after-welcome")
             try:
                 await self._find_what_to_send(link, welcome, records)
-                self._reader = PassReader(self._disks, self._pool)
+                self._reader = PassReader(self._disks, self._pool, self._packer)
                 self._pacer.start()
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._receive, link)
@@ -209,13 +232,11 @@ class SourceMigration(OutgoingMigration):
 
     async def _handshake(self, link: NativeLink, records: Sequence[EpochRecord]) -> native.Welcome:
         offers = [
-            native.DiskOffer(
-                lent.disk.name,
-                lent.disk.size,
-                record.image_id,
-                record.epoch,
-                self._resume is not None,
-                await self._offload(lent.count_allocated),
+            self._delta.offer(
+                lent,
+                record,
+                is_resumed=self._resume is not None,
+                allocated_bytes=await self._offload(lent.count_allocated),
             )
             for lent, record in zip(self._lent, records, strict=True)
         ]
@@ -230,6 +251,11 @@ class SourceMigration(OutgoingMigration):
             raise kind(f"{link.peer} refused: {answer.reason}")
         if not isinstance(answer, native.Welcome):
             raise RemoteProtocolError(f"{link.peer} sent {type(answer).__name__} where an answer to HELLO was due")
+        self._delta.check(link.peer, offers, answer)
+        if self._packer is not None and native.ZSTD not in answer.features:
+            raise PeerRefusedError(
+                f"{link.peer} cannot unpack what is compressed: upgrade fusemig there, or migrate without --compress"
+            )
         return answer
 
     # What is to be sent
@@ -246,6 +272,8 @@ class SourceMigration(OutgoingMigration):
                 f"{link.peer} cannot go on with an interrupted migration: migrate without --resume, to send everything"
             )
         has_lived = resume is not None and bool(resume.disks) and resumption is native.Resumption.JOURNAL
+        if has_lived and [disk.is_thin for disk in self._disks] != (welcome.thin or [False] * len(self._disks)):
+            raise MigrationError(f"{link.peer} has other bases than before: migrate without --resume")
         if not has_lived:
             self.forget()
             self._disks = []
@@ -255,11 +283,20 @@ class SourceMigration(OutgoingMigration):
                 await self._begin_maps(records)
             elif not all(map(self._has_map, self._lent, records)):
                 raise MigrationError("there is no map of what was written since: this is a bug, please report it")
-            await self._start_tracking()
+            await self._start_tracking([at for at, is_thin in enumerate(welcome.thin) if is_thin])
             if resume is not None:
                 resume.disks = self._disks
         if resume is not None:
             await self._reconcile(link, welcome, has_lived=has_lived)
+            is_mapped = not has_lived and resumption is native.Resumption.JOURNAL
+            if is_mapped and not all(map(self._has_map, self._lent, records)):
+                # It may have lacked a write when it was asked; one that counts now did not.
+                raise MigrationError("the map of what was written was lost just now: migrate with --resume again")
+        elif welcome.deltas:
+            pending = self._pending_bytes()
+            await self._delta.run(link, self._disks, welcome.deltas)
+            self._kept_bytes += max(0, pending - self._pending_bytes())
+        if resume is not None or welcome.deltas:
             # So that what is pending now does not count as dirtied by guests.
             allocated = sum(disk.allocated_bytes for disk in self._disks)
             self._earlier_acknowledged_bytes = allocated + self._dirtied_bytes - self._pending_bytes()
@@ -357,9 +394,32 @@ class SourceMigration(OutgoingMigration):
             return False  # it may stand still: it is better off running on here
         phase = self._machine.phase
         if phase is MigrationPhase.SETUP:
-            # The destination may not have noticed yet that the connection which is gone on with is gone.
-            return self._resume is not None and isinstance(failure, PeerBusyError)
-        return phase in _RECONNECTING and self._can_resume
+            return self._may_begin_again(failure)
+        if phase is MigrationPhase.FROZEN:
+            return self._can_resume and self._handoff.may_thaw and self._n_lost_switchovers < MAX_LOST_SWITCHOVERS
+        return phase in _SENDING and self._can_resume
+
+    def _may_begin_again(self, failure: FusemigError) -> bool:
+        """Tell whether to try again what has not got as far as sending: not an address where nobody ever was."""
+        if isinstance(failure, AuthenticationError | RemoteProtocolError):
+            return False
+        if isinstance(failure, PeerBusyError):
+            # It may not have noticed yet that the connection which is gone on with is gone.
+            return self._resume is not None or bool(self._waiting)
+        return self._was_connected or bool(self._waiting)
+
+    async def _go_on(self) -> None:
+        """Let the guests go on: the destination was lost in the switchover, which is tried again when it is back."""
+        self._n_lost_switchovers += 1
+        await self._handoff.call_off()
+        self._thaw()
+        if self._is_cancel_requested:  # meanwhile
+            raise self._cancelled_error()
+        self._frozen_at = None
+        self._missing_bytes = 0
+        self._enter(MigrationPhase.DIRTY)
+        self._handoff = OutgoingHandoff(self._lent, self.session, self._parameters, self._offload)
+        await self._handoff.own_records()
 
     async def _put_off(self, failure: FusemigError) -> None:
         """Wait before the next try.
@@ -385,7 +445,9 @@ class SourceMigration(OutgoingMigration):
         """Begin a new account of frames, for a new connection."""
         sender = self._sender
         self._earlier_wire_bytes += sender.wire_bytes
-        self._earlier_acknowledged_bytes += sender.acknowledged_bytes
+        self._earlier_acknowledged_bytes += sender.acknowledged_bytes + self._reader.unchanged_bytes
+        self._earlier_unchanged_bytes += self._reader.unchanged_bytes
+        self._reader = PassReader((), self._pool)
         self._sender = PassSender(self._pool, self._count_requests)
         self._synced = trio.Event()
 
@@ -395,10 +457,16 @@ class SourceMigration(OutgoingMigration):
         """Send everything that is dirty once, and wait until it is acknowledged."""
         self._begin_pass()
         self._check_can_lend()
-        self._reader.begin_pass(only_holes=self._is_postcopy() and not is_limited)
+        is_bulk = self._machine.phase is MigrationPhase.BULK
+        self._reader.begin_pass(
+            self._heat_order() if is_bulk and self._parameters.order is Order.HEAT else None,
+            only_holes=self._is_postcopy() and not is_limited,
+        )
         link = self._link
         sender, need = self._sender, Need.SLICE
-        is_bulk = self._machine.phase is MigrationPhase.BULK
+        # Of compressed bytes a slice would take long, and its end is when it is looked whether they were worth it.
+        slice_bytes = SLICE_BYTES if self._packer is None else SLICE_BYTES >> 3
+        run_slice = partial(sender.run_slice, self._reader, link.stream, is_courteous=is_bulk)
         while need is not Need.NOTHING and not (is_limited and self._is_postcopy()):
             if need is Need.ACKNOWLEDGEMENT:
                 await self._wait_progress(lambda: sender.has_room)
@@ -409,12 +477,16 @@ class SourceMigration(OutgoingMigration):
             if not sender.unacknowledged:
                 self._busy_since = trio.current_time()
             wire_bytes = sender.wire_bytes
+            watch = PackingWatch(self._packer, sender.sent_bytes)
             async with link.sending, link.frame():
-                need = await self._offload(run_slice, self._limit.step_bytes(SLICE_BYTES))
+                need = await self._offload(run_slice, self._limit.step_bytes(slice_bytes))
                 while need is Need.STREAM:
-                    await link.stream.wait_writable()
+                    with watch.waiting():
+                        await link.stream.wait_writable()
                     need = await self._offload(run_slice, 0)
-            await trio.sleep(self._limit.delay_s(sender.wire_bytes - wire_bytes, trio.current_time()))
+            with watch.waiting():
+                await trio.sleep(self._limit.delay_s(sender.wire_bytes - wire_bytes, trio.current_time()))
+            watch.end(sender.sent_bytes)
         if sender.unacknowledged:
             await self._say_progress(link)  # which has the destination acknowledge at once
         await self._wait_progress(lambda: not sender.unacknowledged)
@@ -427,6 +499,9 @@ class SourceMigration(OutgoingMigration):
             sender.prompt = native.encode_message(self._progress())
         else:
             sender.window_bytes, sender.prompt = WINDOW_BYTES, b""
+
+    def _heat_order(self) -> HeatOrder:
+        return HeatOrder([(disk.disk.heat, disk.disk.size) for disk in self._disks])
 
     def _check_can_lend(self) -> None:
         if self._is_postcopy() and not self._can_lend:
@@ -524,7 +599,7 @@ class SourceMigration(OutgoingMigration):
     @property
     def may_start_postcopy(self) -> bool:
         """Whether the hand-off may still be made to come at once."""
-        return self._machine.phase in (MigrationPhase.SETUP, *_RECONNECTING) and not self.guest.is_moving
+        return self._machine.phase in (MigrationPhase.SETUP, *_SENDING) and not self.guest.is_moving
 
     async def _tell_missing(self, link: NativeLink) -> None:
         """Tell the destination what it has to fetch, if there is anything."""
@@ -584,11 +659,21 @@ class SourceMigration(OutgoingMigration):
 
     def statistics(self) -> MigrationStatistics:
         """Return what is known at this moment."""
-        stats = super().statistics()
+        stats, packer = super().statistics(), self._packer
         if self._lending is not None:
             pending = max(0, self._missing_bytes - self._lending.sent_bytes)
             stats = replace(stats, pending_bytes=0 if stats.phase is MigrationPhase.COMPLETED else pending)
-        return replace(stats, n_reconnects=self._n_reconnects, kept_bytes=self._kept_bytes, waiting=self._waiting)
+        return replace(
+            stats,
+            n_reconnects=self._n_reconnects,
+            kept_bytes=self._kept_bytes,
+            unchanged_bytes=self._earlier_unchanged_bytes + self._reader.unchanged_bytes,
+            has_packer=packer is not None,
+            packed_in_bytes=0 if packer is None else packer.bytes_in,
+            packed_out_bytes=0 if packer is None else packer.bytes_out,
+            is_packing=packer is not None and packer.rule.is_on,
+            waiting=self._waiting,
+        )
 
     @property
     def _wire_bytes(self) -> int:
@@ -597,7 +682,7 @@ class SourceMigration(OutgoingMigration):
 
     @property
     def _acknowledged_bytes(self) -> int:
-        return self._earlier_acknowledged_bytes + self._sender.acknowledged_bytes
+        return self._earlier_acknowledged_bytes + self._sender.acknowledged_bytes + self._reader.unchanged_bytes
 
     def _window(self) -> WindowStatistics:
         sender = self._sender

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from fusemig.migration.order import Order
 from fusemig.mirror import Reach
 from fusemig.shaping import DEFAULT_LAG
 
 if TYPE_CHECKING:
+    from fusemig.forecast import Prediction
     from fusemig.phase import MigrationPhase
     from fusemig.shaping import MirrorLag
 
@@ -34,6 +36,8 @@ class MigrationParameters:
     taken_deadline_s: float = TAKEN_DEADLINE_S
     is_postcopy: bool = False
     """Hand over now, and let the destination fetch what it lacks."""
+    order: Order = Order.SEQUENTIAL
+    """Of the chunks of the bulk phase."""
     reconnect_limit_s: float = 0.0
     """How long to try to get a lost connection back, in seconds without progress; 0: not at all."""
     mirrors: bool = False
@@ -44,6 +48,13 @@ class MigrationParameters:
     """How far the destination may be behind with what is mirrored."""
     throttle_max: int = 0
     """Per cent by which guests' writes may be slowed down before anything is mirrored; 0: not at all."""
+    incremental: bool | None = None
+    """What is left out. None: what the destination provably has. True: also what it has after comparing contents, and
+    a shared base is a must. False: nothing."""
+    block_incremental: bool | None = None
+    """QMP's parameter: what ``incremental`` is where a migration does not say."""
+    compression_level: int | None = None
+    """Of Zstandard; None: nothing is compressed."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,7 @@ class MigrationStatistics:
     dirty_rate: float
     """Bytes per second dirtied lately."""
     expected_downtime_s: float
+    """As predicted; before and after that, what is pending over the bandwidth."""
     setup_s: float
     total_s: float
     frozen_s: float
@@ -131,10 +143,22 @@ class MigrationStatistics:
     error: str | None
     error_kind: str | None
     pacing: PacingStatistics = field(default_factory=PacingStatistics)
+    prediction: Prediction | None = None
+    """What is to be expected, while passes run and the link is known."""
     n_reconnects: int = 0
     """How often the connection was lost and made again."""
     kept_bytes: int = 0
-    """What the destination had of an interrupted migration and need not be sent again."""
+    """What the destination had already and need not be sent."""
+    unchanged_bytes: int = 0
+    """What guests wrote again with the bytes that were there, and was not sent again."""
+    has_packer: bool = False
+    """Whether compression was asked for."""
+    packed_in_bytes: int = 0
+    """What was compressed."""
+    packed_out_bytes: int = 0
+    """And what became of it."""
+    is_packing: bool = False
+    """Whether frames are being compressed at the moment."""
     is_postcopy: bool = False
     """Whether the hand-off comes, or came, before everything was sent."""
     waiting: str = ""

@@ -12,7 +12,9 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from fusemig.bitmap import ChunkBitmap
+from fusemig.compression import unpack
 from fusemig.digest import DiskDigest
+from fusemig.disk.overlay import OverlayDisk
 from fusemig.errors import RemoteProtocolError
 from fusemig.units import BLOCK_SIZE, chunks_of, format_size, n_blocks, n_chunks
 from fusemig.wire import native
@@ -20,6 +22,7 @@ from fusemig.wire import native
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from fusemig.disk.base import Buffer
     from fusemig.disk.journal import ReceiptJournal
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochFile
@@ -42,6 +45,10 @@ class IncomingDisk:
     """Takes back what `borrow` did: the source keeps the disk. May sleep."""
     on_taken: Callable[[str], None] = lambda _session: None
     """Called when the disk is ours and before guests may write it, with the session; may sleep."""
+    is_thin: bool = field(init=False, default=False)
+    """Whether only what its overlay holds comes; the rest is the base's on both sides."""
+    is_as_released: bool = False
+    """Whether the image is, provably, what this side released in the migration that the offer names."""
     received_bytes: int = 0
     digest: DiskDigest = field(init=False)
     journal: ReceiptJournal | None = field(init=False, default=None)
@@ -56,6 +63,11 @@ class IncomingDisk:
     def note_found(self, chunk: int, value: int) -> None:
         """Note a chunk that is in the image already, with its value for the digest."""
         self.digest.restore(chunk, value)
+        self.changed.set(chunk)
+
+    def note_blocks_found(self, chunk: int, value: int, mask: int) -> None:
+        """Note a chunk of which some blocks are in the image already, and its value for the digest as it is there."""
+        self.digest.restore_blocks(chunk, value, mask)
         self.changed.set(chunk)
 
     def missing(self, to_fetch: Sequence[tuple[int, int]] = ()) -> str:
@@ -94,7 +106,7 @@ class FrameWriter:
         self._disks = disks
         self._pool = pool
 
-    def apply(self, frame: native.DataFrame | native.ZeroFrame) -> int:
+    def apply(self, frame: native.Frame) -> int:
         """Write a frame; return how many bytes it carried.
 
         Raises:
@@ -106,14 +118,26 @@ class FrameWriter:
             for extent in frame.extents:
                 touched = chunks_of(*extent)
                 disk.changed.set_range(touched.start, touched.stop)
-        if isinstance(frame, native.DataFrame):
+        if isinstance(frame, native.DataFrame | native.PackedFrame):
             return self._write(disk, frame)
+        if isinstance(frame, native.BaseFrame):
+            self._uncover(disk, frame)
+            return 0
         for offset, length in frame.extents:
             disk.disk.image.write_zeroes(offset, length)
         disk.digest.apply_zero(frame.extents)
         return 0
 
-    def _disk_of(self, frame: native.DataFrame | native.ZeroFrame) -> IncomingDisk:
+    def _uncover(self, disk: IncomingDisk, frame: native.BaseFrame) -> None:
+        """Have ranges read as the base: they do, unless the overlay holds blocks of an older copy there."""
+        image = disk.disk.image
+        if not disk.is_thin or not isinstance(image, OverlayDisk):
+            raise RemoteProtocolError(f"frame {frame.sequence} is of a base that disk '{disk.disk.name}' has not")
+        for offset, length in frame.extents:
+            image.copy_base(offset, length)
+        disk.digest.apply_base(frame.extents)
+
+    def _disk_of(self, frame: native.Frame) -> IncomingDisk:
         if frame.disk >= len(self._disks):
             raise RemoteProtocolError(f"frame {frame.sequence} is for disk {frame.disk} of {len(self._disks)}")
         disk = self._disks[frame.disk]
@@ -125,15 +149,20 @@ class FrameWriter:
             )
         return disk
 
-    def _write(self, disk: IncomingDisk, frame: native.DataFrame) -> int:
-        payload_hash = frame.verify()
-        image, payload, at = disk.disk.image, frame.payload, 0
+    def _write(self, disk: IncomingDisk, frame: native.DataFrame | native.PackedFrame) -> int:
+        payload: Buffer = frame.payload
+        if isinstance(frame, native.PackedFrame):
+            payload = unpack(frame.payload, frame.length)
+            payload_hash = frame.verify(payload)
+        else:
+            payload_hash = frame.verify()
+        image, at = disk.disk.image, 0
         for offset, length in frame.extents:
             image.pwrite(payload[at : at + length], offset)
             at += length
         disk.digest.apply_data(frame.extents, payload_hash)
         disk.received_bytes += at
-        buffer = payload.obj
+        buffer = frame.payload.obj
         assert isinstance(buffer, bytearray)
         self._pool.give_back(buffer)
         return at

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
 
-from fusemig.qmp import block, codec, objects
+from fusemig.qmp import block, codec, estimate, objects
 from fusemig.qmp.base import Arguments as Arguments
 from fusemig.qmp.base import NoArguments as NoArguments
 from fusemig.qmp.base import Result as Result
@@ -150,6 +150,15 @@ class MirrorReach(StrEnum):
     ALL = "all"
 
 
+class Order(StrEnum):
+    """In which order the bulk phase sends chunks."""
+
+    SEQUENTIAL = "sequential"
+    """Ascending, as QEMU does."""
+    HEAT = "heat"
+    """What guests write most comes last."""
+
+
 class WireName(StrEnum):
     """The stream format."""
 
@@ -198,8 +207,10 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     uri: str
     blk: bool | UnsetType = UNSET
     """QEMU's way to ask for block migration; False cannot be honoured."""
-    inc: bool = False
-    """The destination has the shared base; send only what differs from it."""
+    inc: bool | UnsetType = UNSET
+    """QEMU: the destination has the shared base; send only what differs from it. Here also: compare with the older
+    copy that it has. False: send everything. Absent: as ``block-incremental`` says, if that was set; else leave out
+    what provably is there, a shared base included."""
     detach: bool = True
     """Of no meaning, in QEMU too: the command never waits."""
     resume: bool = False
@@ -212,8 +223,9 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     """The machine type of a destination that is a QEMU, which insists on its own; goes with ``qemu``."""
     x_fusemig_reconnect: UInt63 | UnsetType = UNSET
     """How long to try to get a lost connection back, in milliseconds without progress; absent or 0: not at all."""
+    x_fusemig_order: Order = Order.SEQUENTIAL
     x_fusemig_compress: str | UnsetType = UNSET
-    """``zstd`` or ``zstd:LEVEL``; absent: as the parameters say."""
+    """``zstd`` or ``zstd:LEVEL``; absent: nothing is compressed."""
     x_fusemig_guest: str | UnsetType = UNSET
     """``qmp:PATH`` of the QEMU that runs the guest, which moves with its disks."""
     x_fusemig_guest_destination: str | UnsetType = UNSET
@@ -296,7 +308,14 @@ class HumanMonitorCommand(Arguments, frozen=True, kw_only=True):
 class Estimate(Arguments, frozen=True, kw_only=True):
     """``x-fusemig-estimate``: what a migration to ``uri`` would take."""
 
-    uri: str
+    uri: str | UnsetType = UNSET
+    """The way there is measured, by sending for a second; not needed where ``link`` is given."""
+    link: Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1, description="a rate above 0")] | UnsetType = UNSET
+    """Bytes per second that the way to the destination carries."""
+    disks: list[str] | UnsetType = UNSET
+    """Names of the disks to move; absent: all."""
+    downtime_limit: DowntimeLimit | UnsetType = UNSET
+    """Absent: the parameter of that name."""
 
 
 class Resolve(Arguments, frozen=True, kw_only=True):
@@ -381,6 +400,8 @@ class MigratingDisk(Result, frozen=True, kw_only=True):
     name: str
     size: int
     dirty_bytes: int = 0
+    dirty_chunks: int = 0
+    """Chunks that are dirty, wholly or in part."""
     in_flight_chunks: int = 0
     sent_bytes: int = 0
     """Bytes of the disk that were sent, in all passes; what crossed the wire is in ``wire-bytes``."""
@@ -444,6 +465,17 @@ class MigrationPacing(Result, frozen=True, kw_only=True):
     """How often mirroring rested because the destination acknowledged nothing."""
 
 
+class CompressionInfo(Result, frozen=True, kw_only=True):
+    """What became of ``x-fusemig-compress``."""
+
+    active: bool
+    """Whether frames are being compressed at the moment; not where that would be slower."""
+    bytes_in: int
+    """Bytes that went compressed, before that."""
+    bytes_out: int
+    """And what they became."""
+
+
 class FusemigMigration(Result, frozen=True, kw_only=True):
     """``x-fusemig`` of ``query-migrate``: what QEMU has no word for."""
 
@@ -465,6 +497,10 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     """Measured: bytes that guests make dirty per second."""
     bytes_dirtied: int = 0
     """Bytes that guests made dirty since the start."""
+    converges: bool | UnsetType = UNSET
+    """Whether passes will come to fit the downtime limit while guests write as they do; absent: not known."""
+    eta: int | UnsetType = UNSET
+    """How long it will still take, in ms, waiting for ``migrate-continue`` not counted; absent: not known, or never."""
     wire_bytes: int = 0
     """Bytes that crossed the wire, framing included and compression counted."""
     frozen_ms: float = 0.0
@@ -472,7 +508,11 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     reconnects: int = 0
     """How often a lost connection was made again."""
     kept_bytes: int = 0
-    """What the destination had of an interrupted migration; it is not sent again unless it is written."""
+    """What the destination had already; it is not sent unless it is written."""
+    unchanged_bytes: int = 0
+    """What guests wrote again with the bytes that were there; it is not sent again."""
+    compression: CompressionInfo | UnsetType = UNSET
+    """Present where compression was asked for."""
     waiting: str | UnsetType = UNSET
     """Why there is no connection at the moment; another one is being tried."""
     error_kind: str | UnsetType = UNSET
@@ -523,6 +563,13 @@ class ServedDisk(Result, frozen=True, kw_only=True):
     """Present where it is not known who owns the disk: what has become of asking."""
 
 
+class Count(Result, frozen=True, kw_only=True):
+    """How often something was the case."""
+
+    what: str
+    count: int
+
+
 class Incoming(Result, frozen=True, kw_only=True):
     """What this daemon waits for, or receives, as a destination."""
 
@@ -530,8 +577,50 @@ class Incoming(Result, frozen=True, kw_only=True):
     status: MigrationStatus
     error_desc: str | UnsetType = UNSET
     rejected_connections: int = 0
+    rejected_by_reason: list[Count] = field(default_factory=list)
+    """The same by ``error-kind``; ``displaced`` had to give way to others who came."""
     tls: bool = False
     """Whether sources must prove who they are."""
+
+
+class FrozenWithin(Result, frozen=True, kw_only=True):
+    """One bucket of a histogram: how many freezes were no longer than this."""
+
+    limit_ms: float
+    count: int
+
+
+class MigrationTotals(Result, frozen=True, kw_only=True):
+    """What became of the daemon's migrations since it started."""
+
+    outgoing: list[Count] = field(default_factory=list)
+    """How many ended in which phase."""
+    incoming: list[Count] = field(default_factory=list)
+    passes: int = 0
+    """Passes of outgoing migrations, the running one included."""
+    n_frozen: int = 0
+    """Outgoing migrations that froze their guests."""
+    frozen_ms: float = 0.0
+    """How long those froze them, together."""
+    frozen_within: list[FrozenWithin] = field(default_factory=list)
+
+
+class Succession(Result, frozen=True, kw_only=True):
+    """Of a daemon that took over from another one."""
+
+    predecessors: int
+    """How many daemons served this mount before."""
+    predecessor: str
+    """The version of the last of them."""
+    pause_ms: float | UnsetType = UNSET
+    """How long no request was taken, after an upgrade; absent after a crash."""
+
+
+class UpgradeInfo(Result, frozen=True, kw_only=True):
+    """``x-fusemig-upgrade``: the versions, before the one takes over from the other."""
+
+    running: str
+    installed: str
 
 
 class DaemonStatus(Result, frozen=True, kw_only=True):
@@ -550,6 +639,11 @@ class DaemonStatus(Result, frozen=True, kw_only=True):
     """Requests answered EIO because of a bug of ours; the log has them."""
     incoming: Incoming | UnsetType = UNSET
     migration: MigrationInfo | UnsetType = UNSET
+    totals: MigrationTotals
+    metrics: str | UnsetType = UNSET
+    """Where Prometheus is answered, with the port as bound."""
+    succession: Succession | UnsetType = UNSET
+    """Absent: this is the first daemon of its mount."""
 
 
 class Uuid(Result, frozen=True, kw_only=True):
@@ -566,31 +660,6 @@ class SocketAddress(Result, frozen=True, kw_only=True):
     host: str | UnsetType = UNSET
     port: str | UnsetType = UNSET
     path: str | UnsetType = UNSET
-
-
-class EstimatedDisk(Result, frozen=True, kw_only=True):
-    """One disk of an estimate."""
-
-    name: str
-    size: int
-    data_bytes: int
-    """Allocated bytes, which the bulk phase reads."""
-    dirty_rate: int
-
-
-class EstimateInfo(Result, frozen=True, kw_only=True):
-    """``x-fusemig-estimate``."""
-
-    uri: str
-    disks: list[EstimatedDisk]
-    data_bytes: int
-    dirty_rate: int
-    bandwidth: int
-    converges: bool
-    """Whether the downtime limit can be met while guests write as they do now."""
-    expected_total_time: int | UnsetType = UNSET
-    expected_downtime: int | UnsetType = UNSET
-    expected_passes: int | UnsetType = UNSET
 
 
 # Events
@@ -629,6 +698,7 @@ EVENTS: Final[dict[str, type[Result] | None]] = {
     "RESUME": None,
     "SHUTDOWN": ShutdownEvent,
     "X_FUSEMIG_PACING": PacingEvent,
+    "X_FUSEMIG_UPGRADE": UpgradeInfo,
 }
 """Every event and its data."""
 
@@ -671,6 +741,7 @@ COMMANDS: Final[dict[str, type[Arguments]]] = {
     "x-fusemig-status": NoArguments,
     "x-fusemig-estimate": Estimate,
     "x-fusemig-resolve": Resolve,
+    "x-fusemig-upgrade": NoArguments,
     "x-fusemig-ask": Ask,
 }
 """Every command and its arguments. The server itself answers the first five."""
@@ -692,6 +763,7 @@ RESULTS: Final[dict[str, Any]] = {
     "query-migrate-capabilities": list[MigrationCapabilityStatus],
     "human-monitor-command": str,
     "x-fusemig-status": DaemonStatus,
-    "x-fusemig-estimate": EstimateInfo,
+    "x-fusemig-upgrade": UpgradeInfo,
+    "x-fusemig-estimate": estimate.EstimateInfo,
 }
 """What the commands return; those that are not here return the empty object."""

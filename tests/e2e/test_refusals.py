@@ -118,7 +118,11 @@ def test_a_uri_that_is_none(hosts: Hosts, place: Path) -> None:
 def test_what_is_not_built_yet_is_refused(hosts: Hosts, place: Path) -> None:
     """An option that cannot be honoured is never silently accepted."""
     source = hosts.start("source", {"vda": write_random(place / "a.img", MIB)})
-    for options in (["--resume", "--wire", "qemu"], ["--incremental"], ["--compress", "zstd"]):
+    for options in (
+        ["--resume", "--wire", "qemu"],
+        ["--incremental", "--wire", "qemu"],
+        ["--compress", "zstd", "--wire", "qemu"],
+    ):
         done = source.migrate("tcp:127.0.0.1:1", *options)
         assert done.exit_code != 0
         assert "leave it out" in done.stderr or "leave them out" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,10 +12,12 @@ import trio
 from fusemig.disk.dirty_map import Since
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import EpochRecord, Ownership
-from fusemig.errors import ConnectionLostError, PeerRefusedError
+from fusemig.errors import ConnectError, ConnectionLostError, PeerRefusedError
 from fusemig.migration.resume import ResumePoint
+from fusemig.migration.source import MAX_LOST_SWITCHOVERS
 from fusemig.phase import MigrationPhase as Phase
 from fusemig.units import CHUNK_SIZE
+from fusemig.wire.native import MAGIC, FrameType
 from support.pair import Pair
 from support.streams import memory_connection
 
@@ -288,6 +291,105 @@ class FlakyLink(Pair):
         async with trio.open_nursery() as self.nursery:
             await self.outgoing.run()
         self.sent_bytes += self.streams[0].sent_bytes
+
+
+class LostAt(FlakyLink):
+    """A link of which each connection is lost with a frame that one side sends."""
+
+    def __init__(self, directory: Path, frames: list[FrameType]) -> None:
+        super().__init__(directory, [])
+        self.frames = frames
+
+    async def _connect(self) -> MemoryStream:
+        await super()._connect()
+        if self.frames:
+            frame = self.frames.pop(0)
+
+            def cut(data: bytes) -> bytes | None:
+                return None if data[:3] == struct.pack(">HB", MAGIC, frame) else data
+
+            for stream in self.streams:
+                stream.on_send = cut
+        return self.streams[0]
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [FrameType.FINAL],
+        [FrameType.PREPARED],
+        [FrameType.PREPARED, FrameType.FINAL, FrameType.PREPARED],
+        [FrameType.HELLO],
+        [FrameType.WELCOME, FrameType.HELLO],
+        [FrameType.DATA, FrameType.HELLO, FrameType.WELCOME, FrameType.HAVE, FrameType.FINAL],
+        [FrameType.SYNCED, FrameType.PREPARED],
+    ],
+    ids=lambda frames: "-".join(frame.name.lower() for frame in frames),
+)
+async def test_lost_before_anything_was_sent_and_in_the_switchover(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, frames: list[FrameType]
+) -> None:
+    """Both are taken up again like the passes are: the guests run on between, and what they write then is moved."""
+    n_lost = len(frames)
+    pair = LostAt(tmp_path, frames)
+    fill(pair)
+
+    async def guest() -> None:
+        rng, n_seen = random.Random(3), 0
+        while not pair.outgoing.is_over:
+            if pair.n_connections > n_seen and pair.gates()[0] == {Gate.OPEN}:
+                n_seen = pair.n_connections
+                write(pair, rng)
+            await trio.sleep(0.02)
+        assert n_seen >= n_lost  # the last connection may be over before the guest writes again
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest)
+        await pair.run()
+    assert pair.outgoing.error is None
+    assert pair.is_equal()
+    assert pair.ownership() == ({Ownership.RELEASED}, {Ownership.OWNER})
+    assert pair.gates() == ({Gate.READ_ONLY}, {Gate.OPEN})
+
+
+async def test_a_switchover_is_not_lost_for_ever(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Each costs the guests a pause: after a few the migration fails, and they go on."""
+    pair = LostAt(tmp_path, [FrameType.FINAL] * 99)
+    fill(pair)
+    await pair.run()
+    assert isinstance(pair.outgoing.error, ConnectionLostError)
+    assert pair.n_connections == MAX_LOST_SWITCHOVERS + 1
+    assert pair.phases.count(Phase.FROZEN) == MAX_LOST_SWITCHOVERS + 1
+    assert pair.gates() == ({Gate.OPEN}, {Gate.READ_ONLY})
+    assert pair.ownership()[0] == {Ownership.OWNER}
+
+
+@pytest.mark.parametrize("frame", [FrameType.FINAL, FrameType.HELLO])
+async def test_without_a_limit_it_is_lost_at_once(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, frame: FrameType
+) -> None:
+    """The twin: whoever does not ask for it is told of the first loss."""
+    pair = LostAt(tmp_path, [frame])
+    pair.parameters.reconnect_limit_s = 0.0
+    fill(pair)
+    await pair.run()
+    assert isinstance(pair.outgoing.error, ConnectionLostError)
+    assert pair.n_connections == 1
+    assert pair.gates() == ({Gate.OPEN}, {Gate.READ_ONLY})
+
+
+async def test_where_nobody_ever_was_is_told_at_once(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """A wrong address is no lost connection."""
+    pair = FlakyLink(tmp_path, [])
+
+    async def refuse() -> MemoryStream:
+        pair.n_connections += 1
+        raise ConnectError("nobody listens there")
+
+    pair.outgoing._connect = refuse
+    await pair.run()
+    assert isinstance(pair.outgoing.error, ConnectError)
+    assert pair.n_connections == 1
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -16,6 +16,7 @@ import trio
 
 from fusemig.disk.fault import EVERY_OPERATION, Fault, Operation
 from fusemig.epoch import Ownership
+from fusemig.migration.order import Order
 from fusemig.migration.pacer import HOLD_DEADLINE_S
 from fusemig.phase import MigrationPhase as P
 from fusemig.shaping import MirrorLag
@@ -118,6 +119,7 @@ def simulate(seed: int, directory: Path, mirrored: Counter[str]) -> P:
             world.parameters.mirror_lag = MirrorLag(seconds=None, size=0)
         plan.append(("precopy", "precopy", "mirror", "mirror, lag 0")[mode])
         world.fill(rng)
+        world.parameters.order = Order.HEAT if seed % 2 else Order.SEQUENTIAL
         for _ in range(rng.choice([0, 1, 1, 1, 2])):
             action = rng.choice([break_stream, break_stream, break_disk, break_epoch_file, cancel_somewhere])
             plan.append(action(world, rng))

@@ -43,6 +43,7 @@ from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.epoch import EpochFile
 from fusemig.errors import DiskError, GateClosedError, MigrationError
 from fusemig.migration.link import BufferPool
+from fusemig.migration.order import HeatOrder
 from fusemig.migration.reader import OutgoingDisk, PassReader
 from fusemig.migration.resume import LivingReconciliation, MappedReconciliation, ResumePoint, journal_pages
 from fusemig.migration.writer import FrameWriter, IncomingDisk
@@ -355,10 +356,10 @@ class TrackingMachine(RuleBasedStateMachine):
                 self.mirror(Reach.ALL, is_blocking=True)
 
     @precondition(lambda self: self.read is None and self.has_work)
-    @rule()
-    def begin_pass(self) -> None:
-        """Put the cursor back."""
-        self.reader.begin_pass()
+    @rule(by_heat=st.booleans())
+    def begin_pass(self, by_heat: bool) -> None:
+        """Put the cursor back; the pass may leave hot chunks for its end."""
+        self.reader.begin_pass(HeatOrder([(self.disk.heat, SIZE)]) if by_heat else None)
 
     @precondition(lambda self: self.read is None and self.has_work)
     @rule(

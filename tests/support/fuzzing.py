@@ -14,12 +14,26 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_intdigest
 
+from fusemig.compression import Packer, unpack
 from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.memory import MemoryDisk
 from fusemig.epoch import EpochFile, EpochRecord, Ownership
-from fusemig.errors import AuthenticationError, ConfigError, RemoteProtocolError
+from fusemig.errors import AuthenticationError, ConfigError, RemoteProtocolError, StateError
+from fusemig.handover.state import (
+    SLOT_SIZE,
+    Mount,
+    Outgoing,
+    Request,
+    ServedFile,
+    State,
+    decode_state,
+    encode_slot,
+    encode_state,
+    newest,
+)
 from fusemig.qmp.codec import RequestParser, decode_server_line, encode_request
+from fusemig.qmp.objects import ObjectAdd, ObjectType
 from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native, qemu_block, savevm
 
@@ -38,6 +52,8 @@ def _native(data: bytes, allowed: frozenset[native.FrameType]) -> None:
         for event in decoder.feed(data):
             if isinstance(event, native.DataFrame):
                 event.verify()
+            elif isinstance(event, native.PackedFrame):
+                event.verify(unpack(event.payload, event.length))
 
 
 def native_from_source(data: bytes) -> None:
@@ -77,6 +93,12 @@ def with_checks(data: bytes) -> bytes:
         check = xxh3_64_intdigest(head + table, seed=xxh3_64_intdigest(payload))
         out += head + struct.pack(">Q", check) + table + payload
     return out
+
+
+def packed_frame(data: bytes) -> None:
+    """The compressed bytes of a frame that says that they are 4 KiB."""
+    with suppress(RemoteProtocolError):
+        assert len(unpack(data, 4096)) == 4096
 
 
 def savevm_container(data: bytes) -> None:
@@ -139,6 +161,15 @@ def overlay_map(data: bytes) -> None:
         found.close()
 
 
+def state_memory(data: bytes) -> None:
+    """What the daemon before left: two slots, or (behind a zero byte) a document by itself."""
+    with suppress(StateError):
+        if data[:1] == b"\0":
+            decode_state(data[1:])
+        else:
+            newest([data[:SLOT_SIZE], data[SLOT_SIZE : 2 * SLOT_SIZE]])
+
+
 def credentials(data: bytes) -> None:
     """The files of a credentials directory, one after the other; what is loaded proves something, or is refused."""
     with tempfile.TemporaryDirectory(prefix="fusemig-fuzz-", dir=_fast()) as name:
@@ -165,12 +196,14 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "native-from-source": native_from_source,
     "native-from-destination": native_from_destination,
     "native-behind-the-checks": native_behind_the_checks,
+    "packed-frame": packed_frame,
     "savevm": savevm_container,
     "block": block_section,
     "qmp-requests": qmp_requests,
     "qmp-answers": qmp_answers,
     "epoch-file": epoch_file,
     "overlay-map": overlay_map,
+    "state-memory": state_memory,
     "credentials": credentials,
 }
 
@@ -191,13 +224,18 @@ def seeds() -> dict[str, list[bytes]]:
         native.FinalProofs([native.DiskProof(1, 2)]),
     ]
     messages += [native.Commit(), native.Released(), native.Abort("why")]
+    messages += [native.Keep(0, b"\0" * 8 + b"\1" + b"\0" * 7), native.Weigh(0, b"\0" * 8), native.Like(b"\1" * 32)]
+    packed = Packer(1).pack(bytes(4096)) or b""
     data = native.encode_data(0, 1, [(0, 512)], xxh3_64_intdigest(payload), 512) + payload
     zero = native.encode_zero(0, 2, [(512, 512), (4096, 512)])
+    zero += native.encode_base(0, 3, [(0, 4096)])
+    zero += native.encode_packed(0, 4, [(0, 4096)], xxh3_64_intdigest(bytes(4096)), len(packed)) + packed
     answers: list[native.Message] = [
         native.Welcome(1),
         native.Synced(),
         native.PreparedProofs([native.DiskProof(1, 2)]),
         native.Taken(),
+        native.Weighed(b"\1" * 4096),
     ]
     block = qemu_block.Encoder(_DEVICES)
     records = b"".join(map(bytes, block.data(0, 0, bytes(CHUNK_SIZE))))[:300]
@@ -209,6 +247,14 @@ def seeds() -> dict[str, list[bytes]]:
         for epoch in range(2):
             file.write(EpochRecord(state=Ownership.OWNER, image_id="1" * 32, epoch=epoch))
         epoch_bytes = file.path.read_bytes()
+    state = encode_state(
+        State(
+            software="1",
+            mount=Mount(mountpoint="/mnt", files=(ServedFile(name="vda", inode=2, path="/a.img"),)),
+            objects=(ObjectAdd(qom_type=ObjectType.AUTHZ_SIMPLE, id="z", identity="CN=a"),),
+            outgoing=Outgoing(request=Request(uri="unix:/there", disks=("vda",)), session="0" * 32, began_s=1.5),
+        )
+    )
     bare = struct.pack(">HBBHHQQQII", native.MAGIC, 3, 1, 0, 2, 1, 0, 512, 1024, 0)
     return {
         "native-from-source": [
@@ -217,6 +263,7 @@ def seeds() -> dict[str, list[bytes]]:
         ],
         "native-from-destination": [b"".join(map(native.encode_message, answers)) + native.encode_ack(1)],
         "native-behind-the-checks": [bare + struct.pack(">QQ", 4096, 512) + payload * 2],
+        "packed-frame": [packed],
         "savevm": [stream],
         "block": [records_zero, records],
         "qmp-requests": [
@@ -227,6 +274,7 @@ def seeds() -> dict[str, list[bytes]]:
             b'{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}',
         ],
         "epoch-file": [epoch_bytes],
+        "state-memory": [b"\0" + state, encode_slot(state, 1)],
         "credentials": [
             BETWEEN_FILES.join([_pem("CERTIFICATE"), _pem("CERTIFICATE"), _pem("PRIVATE KEY"), _pem("X509 CRL")]),
             b"",

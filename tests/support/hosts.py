@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -126,6 +127,18 @@ class Qmp:
                 raise QmpRefusedError(message["error"]["desc"])
             else:
                 return message["return"]
+
+    def is_over(self) -> bool:
+        """Whether the daemon has closed the connection; what it said before is kept."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def hear_out(self) -> None:
+        """Read events until the daemon has closed the connection."""
+        with suppress(OSError):
+            while True:
+                self.events.append(self._receive())
 
     def event_names(self) -> list[str]:
         """Return the events so far, MIGRATION with its status."""
@@ -376,7 +389,7 @@ class Host:
     def kill(self) -> None:
         """End the daemon as a crash would, and clear its mount away."""
         assert self._daemon is not None
-        self._forget_qmp()
+        self.forget_qmp()
         self._daemon.process.kill()
         self._daemon.process.wait(DEADLINE_S)
         self._stop_watchdog()
@@ -397,7 +410,7 @@ class Host:
         """End the daemon with SIGTERM; return its exit code. Idempotent."""
         for command in self._commands:
             command.end()
-        self._forget_qmp()
+        self.forget_qmp()
         if self._daemon is None:
             return 0
         process = self._daemon.process
@@ -417,7 +430,8 @@ class Host:
             self.problems.append(f"{self.name} logged a traceback:\n{self.log()}")
         return process.returncode
 
-    def _forget_qmp(self) -> None:
+    def forget_qmp(self) -> None:
+        """Disconnect from the control socket: the daemon at the other end is going."""
         if self._qmp is not None:
             self._qmp.close()
             self._qmp = None
@@ -445,6 +459,10 @@ class Hosts:
         host = Host(name, self.directory / f"{name}{len(self._hosts)}", disks, **options)
         self._hosts.append(host)
         return host
+
+    def adopt(self, host: Host) -> None:
+        """Have a host stopped at the end of the test that was not made here."""
+        self._hosts.append(host)
 
     def start(self, name: str, disks: Mapping[str, Path], **options: Any) -> Host:
         """Prepare and start a host."""

@@ -101,6 +101,8 @@ def _cell(once: str, lasting: str | None = None, shown_by: str = "") -> Cell:
 NEVER: Final = Cell()
 _R, _C, _T = _cell("R"), _cell("C"), _cell("TC")
 _BACK = _cell("C", "R")
+_AGAIN = _cell("RC", "R")
+"""Lost in the handshake or in the switchover: it is tried again, a few times."""
 _DOUBT = _cell("BTC")
 
 
@@ -109,7 +111,7 @@ def _row(*cells: Cell) -> dict[Moment, Cell]:
 
 
 _CRASH = _row(_R, _R, _R, _R, _cell("RB"), _DOUBT, _T)
-_LOST = _row(_R, _BACK, _BACK, _R, _cell("RB"), _DOUBT, _T)
+_LOST = _row(_AGAIN, _BACK, _BACK, _AGAIN, _cell("RBC", "RB"), _DOUBT, _T)
 _COMMAND = "e2e/test_ends.py::test_a_command_that_is_killed_leaves_its_migration"
 _CLIENT = "control/test_control.py::test_dropping_a_client_does_not_cancel_its_command"
 
@@ -131,14 +133,14 @@ MATRIX: Final[dict[Fault, dict[Moment, Cell]]] = {
     # A failed write of `handed-off` that is durable all the same, and cannot be taken back: read-only after a restart.
     Fault.SOURCE_STATE: _row(_R, NEVER, NEVER, NEVER, _cell("RB"), NEVER, _T),
     Fault.DESTINATION_STATE: _row(_R, NEVER, NEVER, _R, NEVER, _cell("BT"), NEVER),
-    Fault.FLIPPED: _row(_R, _BACK, _BACK, _R, _cell("RB"), _DOUBT, _T),
+    Fault.FLIPPED: _row(_AGAIN, _BACK, _BACK, _AGAIN, _cell("RBC", "RB"), _DOUBT, _T),
     Fault.MANGLED: _row(_cell("RC"), _cell("RC"), _cell("RC"), _cell("RBC"), _cell("RBTC"), _DOUBT, _T),
     Fault.STRANGER: _row(*[_C] * 6, _T),
     Fault.RIVAL: _row(_C, _C, _C, _C, _C, _C, _T),
     Fault.MISMATCH: _row(_R, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER),
     Fault.CANCELLED: _row(_R, _R, _R, _R, _cell("RC"), _C, _T),
     Fault.SOURCE_ENDED: _row(_R, _R, _R, _R, _cell("RBTC"), _cell("TC"), _T),
-    Fault.DESTINATION_ENDED: _row(_R, _BACK, _BACK, _R, _cell("RB"), _DOUBT, _T),
+    Fault.DESTINATION_ENDED: _row(_AGAIN, _BACK, _BACK, _AGAIN, _cell("RBC", "RB"), _DOUBT, _T),
     Fault.CLIENT_GONE: _row(*[_cell("C", shown_by=_CLIENT)] * 2, *[_cell("C", shown_by=_COMMAND)] * 5),
     Fault.GUEST_BUSY: _row(_C, _C, _C, _C, _C, _C, _T),
     Fault.HANDLER: _row(

@@ -6,14 +6,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
+from xxhash import xxh3_128_hexdigest
 
 from fusemig.disk.dirty_file import DirtyFile
-from fusemig.disk.dirty_map import dirty_file_size
+from fusemig.disk.dirty_map import MapBase, Since, dirty_file_size
 from fusemig.disk.journal import ReceiptJournal, journal_size
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.epoch import EpochFile, EpochRecord, Ownership
+from fusemig.epoch import EpochFile, EpochRecord, Ownership, is_as_released
 from fusemig.errors import PeerRefusedError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
@@ -61,6 +62,8 @@ class Side:
             name: MemoryDisk(name, dirty_file_size(size)) for name, size in sizes.items()
         }
         self.dirty_files: dict[str, DirtyFile] = {}
+        self.suffix = ""
+        """Changes every image's stamp, as a write of the bytes that are there does."""
 
     def dirty_file(self, name: str) -> DirtyFile:
         """Return a disk's persistent map, opened at the first use."""
@@ -76,6 +79,17 @@ class Side:
         self.dirty_files = {}
         for name in self.disks:
             self.dirty_file(name)
+
+    def stamp(self, name: str) -> str:
+        """Return what changes whenever an image does; an ideal one."""
+        content = self.images[name].content
+        return xxh3_128_hexdigest(content) + self.suffix
+
+    def _taken(self, name: str, session: str) -> None:
+        record = self.epochs[name].record
+        assert record is not None
+        base = MapBase(image_id=record.image_id, epoch=record.epoch, session=session)
+        self.dirty_file(name).begin(Since.OWNED, base)
 
     async def awaited(self) -> list[AwaitedDisk]:
         return [AwaitedDisk(name, disk.size, isinstance(disk.image, OverlayDisk)) for name, disk in self.disks.items()]
@@ -93,10 +107,27 @@ class Side:
             known = self.epochs[offer.name].record
             if offer.is_resumed and (known is None or (known.image_id, known.epoch) != (record.image_id, record.epoch)):
                 raise PeerRefusedError(f"nothing of disk '{offer.name}' to go on with here")
+            is_proved = is_as_released(
+                known,
+                image_id=offer.image_id,
+                epoch=offer.epoch,
+                session=offer.since,
+                stamp=self.stamp(offer.name),
+            )
             self.epochs[offer.name].write(record)
             disk = self.disks[offer.name]
             open_journal = partial(ReceiptJournal, self.journals[offer.name], disk.size)
-            claimed.append(IncomingDisk(disk, self.epochs[offer.name], nothing, open_journal))
+            on_taken = partial(self._taken, offer.name)
+            claimed.append(
+                IncomingDisk(
+                    disk,
+                    self.epochs[offer.name],
+                    nothing,
+                    open_journal,
+                    on_taken=on_taken,
+                    is_as_released=is_proved,
+                )
+            )
         self.busy = True
         return claimed
 
@@ -135,7 +166,13 @@ class Pair:
 
     def _new_source(self, resume: ResumePoint | None = None) -> SourceMigration:
         lent = [
-            SourceDisk(disk, self.source.epochs[name], nothing, self.source.dirty_file(name))
+            SourceDisk(
+                disk,
+                self.source.epochs[name],
+                nothing,
+                self.source.dirty_file(name),
+                stamp=partial(self.source.stamp, name),
+            )
             for name, disk in self.source.disks.items()
         ]
 
@@ -152,6 +189,11 @@ class Pair:
         self.phases.clear()
         self.streams = memory_connection()
         self.outgoing = self._new_source(resume)
+
+    def turn_round(self) -> None:
+        """Have the next migration go the other way."""
+        self.source, self.destination = self.destination, self.source
+        self.renew()
 
     async def migrate(self) -> SourceMigration:
         """Run both ends to their end."""

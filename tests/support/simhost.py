@@ -192,7 +192,7 @@ class SimHost:
     async def _dial_nobody(self, uri: str) -> ByteStream:
         raise ConnectError(f"nobody is at {uri}")
 
-    def _on_settled(self, settled: Sequence[ServedDisk]) -> None:
+    def _on_settled(self, settled: Sequence[ServedDisk], *, is_by_hand: bool) -> None:
         for served in settled:
             served.look_again(is_destination=self.is_incoming)
         self.on_settled()

@@ -15,7 +15,7 @@ from xxhash import xxh3_64_intdigest
 from fusemig.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from fusemig.units import CHUNK_SIZE, MAX_DISK_SIZE
 from fusemig.wire import native
-from fusemig.wire.native import Ack, DataFrame, Decoder, FrameType, ZeroFrame
+from fusemig.wire.native import Ack, DataFrame, Decoder, FrameType, ZeroFrame, frames
 
 EVERY_TYPE = frozenset(FrameType)
 PAYLOAD = bytes(range(256)) * 4
@@ -37,10 +37,12 @@ def encode(event: native.Event | Data) -> bytes:
             return native.encode_ack(event.sequence)
         case ZeroFrame():
             return native.encode_zero(*event)
+        case native.BaseFrame():
+            return native.encode_base(*event)
         case Data():
             payload_hash = xxh3_64_intdigest(event.payload)
             return native.encode_data(*event[:3], payload_hash, len(event.payload)) + event.payload
-        case DataFrame():
+        case DataFrame() | native.PackedFrame():
             raise AssertionError(event)
         case _:
             return native.encode_message(event)
@@ -82,6 +84,13 @@ EVENTS: list[native.Event | Data] = [
     Ack((1 << 64) - 1),
     ZeroFrame(0, 1, [(0, MAX_DISK_SIZE)]),
     ZeroFrame(65535, 1, [(512 * 2 * i, 512) for i in range(native.MAX_EXTENTS)]),
+    native.BaseFrame(2, 1, [(0, 4096), (8192, 512)]),
+    native.Welcome(1, ["delta"], deltas=[native.Delta.PROVED, native.Delta.NOTHING], thin=[False, True]),
+    native.Keep(0, b"\0" * 16),
+    native.Weigh(-1),
+    native.Weigh(1, b"\1" * 8 * native.WEIGHED_CHUNKS),
+    native.Weighed(bytes(range(256)) * 16 * native.WEIGHED_CHUNKS),
+    native.Like(b"\xff" * 32),
     Data(0, 1, [(0, 1024)], PAYLOAD),
     Data(3, 1, [(512, 512), (4096, 512)], PAYLOAD),
     Data(0, 1, [(7 * CHUNK_SIZE, CHUNK_SIZE)], b"x" * CHUNK_SIZE),
@@ -161,16 +170,16 @@ def header(
     zero: int = 0,
 ) -> bytes:
     """Return a header with a right check over wrong fields (the payload taken for empty)."""
-    head = native._HEADER.pack(magic, frame_type, flags, 0, n_extents, sequence, offset, length, payload, zero)
-    return head + native._CHECK.pack(xxh3_64_intdigest(head, seed=xxh3_64_intdigest(b"")))
+    head = frames.HEADER.pack(magic, frame_type, flags, 0, n_extents, sequence, offset, length, payload, zero)
+    return head + frames.CHECK.pack(xxh3_64_intdigest(head, seed=xxh3_64_intdigest(b"")))
 
 
 def message(frame_type: FrameType, payload: bytes) -> bytes:
     """Return a control frame around any payload."""
-    return native._encode(frame_type, payload=payload)
+    return frames._encode(frame_type, payload=payload)
 
 
-ZERO, DATA, HELLO = FrameType.ZERO, FrameType.DATA, FrameType.HELLO
+ZERO, DATA, HELLO, PACKED = FrameType.ZERO, FrameType.DATA, FrameType.HELLO, FrameType.PACKED
 
 MALFORMED = [
     (header(magic=0xF5EE), "the stream is out of step: no frame begins here"),
@@ -217,6 +226,17 @@ MALFORMED = [
         "extents of 1024 bytes with a payload of 1536",
     ),
     (native.encode_data(0, 1, [(0, MAX_DISK_SIZE)], 0, 512), f"extents of {MAX_DISK_SIZE} bytes with a payload of 512"),
+    (header(PACKED, n_extents=1, length=512), "payload of 0 bytes in a PACKED frame; at most 1048576"),
+    (
+        native.encode_packed(0, 1, [(0, 512)], 0, 512),
+        "extents of 512 bytes with 512 compressed bytes",
+    ),
+    (
+        native.encode_packed(0, 1, [(0, CHUNK_SIZE + 512)], 0, 512),
+        f"extents of {CHUNK_SIZE + 512} bytes with 512 compressed bytes",
+    ),
+    (native.encode_base(0, 1, [(0, 1024), (512, 512)]), "extent 512+512 is empty, unaligned or out of order"),
+    (header(FrameType.BASE, n_extents=1, length=512, payload=1), "payload of 1 bytes in a BASE frame; at most 0"),
     (encode(ZeroFrame(0, 1, [(0, 512)]))[:-1] + b"\0", "checksum of a ZERO frame does not match"),
     (encode(Ack(5))[:-1] + b"\0", "checksum of a ACK frame does not match"),
     (encode(native.Sync())[:-1] + b" ", "checksum of a SYNC frame does not match"),
@@ -314,6 +334,25 @@ def test_a_damaged_data_frame_is_noticed(at: int) -> None:
         assert str(caught.value) == "checksum of data frame 1 does not match: it was damaged on the way"
 
 
+@pytest.mark.parametrize("at", [-1, 5, 18, 52])
+def test_a_damaged_packed_frame_is_noticed(at: int) -> None:
+    """The check is over what is unpacked: a flipped bit of head, table or contents shows."""
+    content = bytearray(PAYLOAD)
+    head = bytearray(native.encode_packed(3, 1, [(512, 512), (4096, 512)], xxh3_64_intdigest(content), 10))
+    frame = Decoder(EVERY_TYPE, preface=False).feed(bytes(head) + b"compressed")[0]
+    assert isinstance(frame, native.PackedFrame)
+    assert (bytes(frame.payload), frame.length) == (b"compressed", 1024)
+    assert frame.verify(content) == xxh3_64_intdigest(content)
+    if at == -1:
+        content[at] ^= 2
+    else:
+        head[at] ^= 2
+    with pytest.raises(RemoteProtocolError):
+        damaged = Decoder(EVERY_TYPE, preface=False).feed(bytes(head) + b"compressed")[0]
+        assert isinstance(damaged, native.PackedFrame)
+        damaged.verify(content)
+
+
 @pytest.mark.parametrize("allowed", [native.FROM_SOURCE, native.FROM_DESTINATION])
 def test_who_may_say_what(allowed: frozenset[FrameType]) -> None:
     """Between them the two sides say everything, and only ABORT may come from either."""
@@ -366,7 +405,7 @@ def number(events: list[native.Event | Data]) -> list[native.Event | Data]:
     numbered: list[native.Event | Data] = []
     sequence = 0
     for event in events:
-        if isinstance(event, Data | ZeroFrame):
+        if isinstance(event, Data | ZeroFrame | native.BaseFrame):
             sequence += 1
             numbered.append(event._replace(sequence=sequence))
         else:
@@ -459,7 +498,7 @@ json_like = st.recursive(
 )
 
 
-@given(st.sampled_from(sorted(native._MESSAGE_TYPES)), json_like)
+@given(st.sampled_from(sorted(native.MESSAGE_TYPES)), json_like)
 def test_any_json_in_any_message(frame_type: FrameType, value: object) -> None:
     """JSON of another shape is refused or ignored where it is unknown, never another error."""
     with suppress(RemoteProtocolError):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fusemig.disk.base import Buffer
-    from fusemig.disk.tracked import Tracking
+    from fusemig.disk.tracking import Tracking
 
 SIZE = 3 * CHUNK_SIZE + 1536
 REFUSED = GateClosedError(errno.EAGAIN, "refused", 0, 512)
@@ -122,6 +122,45 @@ def test_a_write_under_way_when_tracking_starts_is_marked_at_its_end(request_: C
     image.in_the_middle = lambda: started.append(disk.start_tracking())
     request_(disk)
     assert started[0].take_next(0) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("look", "expected"),
+    [
+        (lambda tracking: tracking.dirty_bytes, 2 * BLOCK_SIZE),
+        (lambda tracking: tracking.pending_bytes, 2 * BLOCK_SIZE),
+        (lambda tracking: tracking.dirty_chunks, 1),
+        (lambda tracking: tracking.is_clean, False),
+        (lambda tracking: tracking.next_dirty(1), 1),
+        (lambda tracking: tracking.next_clean(1), 2),
+        (lambda tracking: tracking.dirty_runs(), [(256, 257), (259, 260)]),
+        (lambda tracking: tracking.take_next(0), (1, 0b1001)),
+        (lambda tracking: tracking.take_next(1), (1, 0b1001)),
+    ],
+)
+def test_a_look_at_a_tracker_sees_the_newest_marks(look: Callable[[Tracking], object], expected: object) -> None:
+    """The mark of a second write to a chunk is not in the tracker yet."""
+    _, disk = make()
+    tracking = disk.start_tracking()
+    disk.pwrite(b"x", CHUNK_SIZE)
+    tracking.take_next(0)
+    tracking.acknowledge([1])
+    disk.pwrite(b"y", CHUNK_SIZE + 3 * BLOCK_SIZE)
+    assert tracking.dirty_chunks == 1
+    disk.pwrite(b"y", CHUNK_SIZE + 3 * BLOCK_SIZE)
+    disk.pwrite(b"z", CHUNK_SIZE)
+    assert look(tracking) == expected
+
+
+def test_more_chunks_than_may_have_fresh_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes to the others are marked in the trackers, and nothing is lost."""
+    monkeypatch.setattr("fusemig.disk.tracked.MAX_FRESH", 1)
+    _, disk = make()
+    tracking = disk.start_tracking()
+    for chunk in (0, 1, 2, 0, 1, 2):
+        disk.pwrite(b"x", chunk * CHUNK_SIZE)
+        disk.pwrite(b"x" * 3 * BLOCK_SIZE, chunk * CHUNK_SIZE + 3 * BLOCK_SIZE)
+    assert [tracking.take_next(chunk) for chunk in (0, 1, 2)] == [(chunk, 0b111001) for chunk in (0, 1, 2)]
 
 
 def test_every_tracker_sees_every_write() -> None:
@@ -399,4 +438,24 @@ def test_lifting_a_hold_opens_only_what_would_be_open() -> None:
     assert tried == ["parked"]
     disk.pwrite(b"x", 0)
     assert not disk.park(lambda: tried.append("late"), REFUSED)
-    assert disk.statistics() == (0, 0, 1, 1, 0, 1)
+    counters = disk.statistics()
+    assert (counters.written_bytes, counters.n_writes, counters.n_flushes) == (1, 1, 0)
+
+
+def test_requests_that_the_store_fails_are_counted_apart() -> None:
+    """A failed read, write and flush each; what the gate or the disk's end refuses is no failure of the store."""
+    fault = FaultDisk(MemoryDisk("a", CHUNK_SIZE), *(Fault(frozenset({one})) for one in Operation))
+    disk = TrackedDisk(fault)
+    buffer = memoryview(bytearray(512))
+    requests: list[Callable[[], None]] = [
+        partial(disk.pread_into, buffer, 0),
+        partial(disk.pwrite, b"x", 0),
+        disk.flush,
+        partial(disk.pwrite, b"x", CHUNK_SIZE),
+    ]
+    for request in requests:
+        with pytest.raises(DiskError):
+            request()
+    counters = disk.statistics()
+    assert (counters.n_failed_reads, counters.n_failed_writes, counters.n_failed_flushes) == (1, 1, 1)
+    assert (counters.n_reads, counters.n_flushes) == (0, 0)

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from benchlib import chart, report
 from benchlib.measure import BenchError, Row, say
-from benchlib.rows_bulk import row_b1, row_b2, row_b3
+from benchlib.rows_bulk import row_b1, row_b2, row_b3, row_b4
 from benchlib.rows_converge import row_c1, row_c2, row_c3, row_c4
 from benchlib.rows_dirty import row_d1, row_d2, row_d3
+from benchlib.rows_forecast import row_f1, row_f2
 from benchlib.rows_mount import row_m1, row_m2, row_m3, row_m4
 from benchlib.rows_scale import row_s1, row_s2
+from benchlib.rows_succession import row_u1
+from benchlib.rows_thrift import row_t1, row_t2, row_t3
 from benchlib.settings import Settings
 from benchlib.subject import why_missing
 from benchlib.versions import versions
@@ -34,6 +37,7 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
     "B1": row_b1,
     "B2": row_b2,
     "B3": row_b3,
+    "B4": row_b4,
     "D1": row_d1,
     "D2": row_d2,
     "D3": row_d3,
@@ -41,8 +45,14 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
     "C2": row_c2,
     "C3": row_c3,
     "C4": row_c4,
+    "F1": row_f1,
+    "F2": row_f2,
     "S1": row_s1,
     "S2": row_s2,
+    "U1": row_u1,
+    "T1": row_t1,
+    "T2": row_t2,
+    "T3": row_t3,
 }
 
 

@@ -23,6 +23,7 @@ class Link:
 
     host: str
     """The destination's address."""
+    source_host: str
     prefixes: tuple[tuple[str, ...], tuple[str, ...]]
     """What to put before a command to run it at the source or the destination; it shares our mounts."""
     source_namespace: str
@@ -56,7 +57,7 @@ def make_link(stage: Stage, mbit: int = 1000) -> Link:
         _command("tc", "-netns", name, "qdisc", "add", "dev", device, "root", *rate)
     # Not `ip netns exec`: that makes a mount namespace of its own, and we could not see the mounts made in it.
     prefixes = tuple(("nsenter", f"--net=/run/netns/{name}", "--") for name in names)
-    return Link(_DESTINATION, (prefixes[0], prefixes[1]), names[0])
+    return Link(_DESTINATION, _SOURCE, (prefixes[0], prefixes[1]), names[0])
 
 
 def _command(*words: str) -> None:

@@ -1,11 +1,11 @@
-"""B1 to B3: moving a disk that nobody writes. Every copy is compared byte for byte before it counts."""
+"""B1 to B4: moving a disk that nobody writes. Every copy is compared byte for byte before it counts."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchlib import copiers, images
-from benchlib.copiers import CONVERT, LIMIT, MIRROR, NBDCOPY, QEMU_MIGRATE
+from benchlib import copiers, images, subject
+from benchlib.copiers import CONVERT, LIMIT, MIRROR, NBDCOPY, QEMU_MIGRATE, Copier
 from benchlib.measure import Contender, Goal, Row, Sample, run_case
 from benchlib.settings import GIB, MIB
 from benchlib.stage import Stage, file_system_of
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from benchlib.copiers import Copier
     from benchlib.measure import Case
     from benchlib.settings import Settings
 
@@ -110,6 +109,25 @@ def row_b3(settings: Settings) -> Row:
         source = images.zero_image(stage.images / "source", size)
         ways = [*copiers.ours(settings), peers[zeroing]]
         row.cases.append(_measure(settings, _size_of(source), source, ways, (Goal(6, zeroing),)))
+    return row
+
+
+def row_b4(settings: Settings) -> Row:
+    """What encryption costs."""
+    row = Row("B4", "idle disk full of random data over TLS beside plain TCP, both ends on this machine, tmpfs")
+    reason = subject.why_missing(settings)
+    with Stage(settings) as stage:
+        secrets = subject.make_secrets(stage.images / "secrets")
+
+        def encrypted(inner: Stage, source: Path, destination: Path) -> Sample:
+            return subject.copy(inner, source, destination, lane=settings.lanes[0], secrets=secrets)
+
+        def plain(inner: Stage, source: Path, destination: Path) -> Sample:
+            return subject.copy(inner, source, destination, lane=settings.lanes[0])
+
+        source = images.random_image(stage.images / "source", settings.pick(2 * GIB, 512 * MIB))
+        ways = [Copier("fusemig, TLS", "us", encrypted, reason), Copier("fusemig, plain", "peer", plain, reason)]
+        row.cases.append(_measure(settings, _size_of(source), source, ways, (), is_allocated=True))
     return row
 
 

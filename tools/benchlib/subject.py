@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import trustme
+
 from benchlib import images
 from benchlib.measure import BenchError, Sample
 from benchlib.stage import file_system_of, free_port, is_listening, unmount
@@ -60,9 +62,15 @@ class Daemon:
         *,
         lane: str | None = None,
         incoming: str = "",
+        options: Sequence[str] = (),
         prefix: Sequence[str] = (),
+        base: Path | None = None,
+        goes_on: bool = False,
     ) -> None:
         """Start it and wait until it is ready; it ends with the stage.
+
+        All disks are overlays over ``base``, if there is one; what an earlier daemon left beside them counts if it
+        ``goes_on``.
 
         Raises:
             BenchError: it did not become ready.
@@ -73,12 +81,12 @@ class Daemon:
         stage.defer(unmount, self.mountpoint)
         words = [*prefix, *stage.settings.fusemig, "serve", str(self.mountpoint), "--control", str(self.control)]
         for name, path in disks.items():
-            for state in path.parent.glob(f"{path.name}.fusemig*"):
+            for state in () if goes_on else path.parent.glob(f"{path.name}.fusemig*"):
                 state.unlink()  # our own image, which an earlier round handed over
-            words += ["--disk", f"{name}={path}"]
-        words += ["--incoming", incoming] if incoming else []
-        words += ["--insecure"] if incoming and prefix else []  # it listens on a network, of namespaces
+            words += ["--disk", f"{name}={path}" + (f",base={base}" if base else "")]
+        words += ["--incoming", incoming, *_in_the_open(incoming)] if incoming else []
         words += ["--lane", lane] if lane else []
+        words += options
         self.program: Program = stage.start(*words)
         self._last = self.mountpoint / list(disks)[-1]
         self.program.wait_ready(self._is_ready, _READY_S)
@@ -94,6 +102,11 @@ class Daemon:
     def file(self, name: str = "disk") -> Path:
         """Return where a disk is mounted."""
         return self.mountpoint / name
+
+
+def _in_the_open(uri: str) -> list[str]:
+    """Return what allows plain text to an address that is not this host's own: the links here are."""
+    return [] if uri.startswith(("tcp:127.", "unix:")) else ["--insecure"]
 
 
 @dataclass
@@ -159,7 +172,8 @@ class Migration:
 
 def start_migration(stage: Stage, source: Daemon, uri: str, *options: str) -> Migration:
     """Start a migration of everything that ``source`` serves."""
-    words = [*stage.settings.fusemig, "migrate", str(source.control), uri, "--progress", "json", *options]
+    words = [*stage.settings.fusemig, "migrate", str(source.control), uri, "--progress", "json"]
+    words += [*_in_the_open(uri), *options]
     started = time.monotonic()
     return Migration(stage.start(*words), started)
 
@@ -175,19 +189,21 @@ class Pair:
         *,
         lane: str | None = None,
         host: str = "127.0.0.1",
+        options: Sequence[str] = (),
         prefixes: tuple[Sequence[str], Sequence[str]] = ((), ()),
     ) -> None:
-        """Serve ``source`` and make ``destination`` incoming, both as ``disk``."""
+        """Serve ``source`` and make ``destination`` incoming, both as ``disk``; ``options`` are the destination's."""
         self.stage = stage
         self.uri = f"tcp:{host}:{free_port()}"
         self.source = Daemon(stage, {"disk": source}, lane=lane, prefix=prefixes[0])
-        self.destination = Daemon(stage, {"disk": destination}, lane=lane, incoming=self.uri, prefix=prefixes[1])
+        self.destination = Daemon(
+            stage, {"disk": destination}, lane=lane, incoming=self.uri, options=options, prefix=prefixes[1]
+        )
         self._meters = self.source.program.meter(), self.destination.program.meter()
 
     def start(self, *options: str) -> Migration:
         """Start migrating."""
-        more = [] if self.uri.startswith("tcp:127.0.0.1:") else ["--insecure"]
-        return start_migration(self.stage, self.source, self.uri, *more, *options)
+        return start_migration(self.stage, self.source, self.uri, *options)
 
     def usage(self, migration: Migration) -> tuple[Usage, Usage]:
         """Return what each end cost since the pair was made; the `migrate` command counts for the source."""
@@ -200,15 +216,48 @@ class Pair:
         self.destination.program.stop()
 
 
-def copy(stage: Stage, source: Path, destination: Path, *, lane: str | None = None, timeout_s: float = 120) -> Sample:
+@dataclass(frozen=True)
+class Secrets:
+    """Credentials for one move over TLS."""
+
+    source: Path
+    destination: Path
+    identity: str
+    """Of the source, which the destination admits."""
+
+
+def make_secrets(directory: Path) -> Secrets:
+    """Have an authority sign both sides of a connection to 127.0.0.1; the layout is in docs/security.md."""
+    authority, host = trustme.CA(), "source.example"
+    for end, name in (("client", host), ("server", "127.0.0.1")):
+        place = directory / end
+        place.mkdir(parents=True)
+        issued = authority.issue_cert(name, common_name=name)
+        (place / "ca-cert.pem").write_bytes(authority.cert_pem.bytes())
+        (place / f"{end}-key.pem").write_bytes(issued.private_key_pem.bytes())
+        (place / f"{end}-cert.pem").write_bytes(b"".join(one.bytes() for one in issued.cert_chain_pems))
+    return Secrets(directory / "client", directory / "server", f"DNS:{host}")
+
+
+def copy(
+    stage: Stage,
+    source: Path,
+    destination: Path,
+    *,
+    lane: str | None = None,
+    secrets: Secrets | None = None,
+    timeout_s: float = 120,
+) -> Sample:
     """Move an idle disk and return the seconds; ``wall_s`` beside it is the whole `migrate` command.
 
     Raises:
         BenchError: it failed.
     """
-    pair = Pair(stage, source, destination, lane=lane)
+    there = ["--tls-creds", str(secrets.destination), "--tls-authz", secrets.identity] if secrets else []
+    here = ["--tls-creds", str(secrets.source)] if secrets else []
+    pair = Pair(stage, source, destination, lane=lane, options=there)
     images.warm(source, destination)
-    migration = pair.start().finish(timeout_s)
+    migration = pair.start(*here).finish(timeout_s)
     usages = pair.usage(migration)
     extra = {"wall_s": migration.wall_s}
     if (wire := migration.wire_bytes) is not None:

@@ -1,0 +1,104 @@
+"""`fusemig estimate`, the forecast of a running migration, and `--order heat`, with real daemons and mounts."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from support.hosts import MIB, QmpRefusedError, pwrite, wait_until
+
+if TYPE_CHECKING:
+    from support.hosts import Host, Hosts
+
+pytestmark = pytest.mark.fuse
+
+
+def estimate(host: Host, *words: object) -> dict[str, Any]:
+    done = host.command("estimate", *words, "--json")
+    assert done.exit_code == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def test_an_estimate_of_an_idle_disk_is_what_the_migration_takes(hosts: Hosts) -> None:
+    """Data and holes as they are, the way measured, nothing started; then the same bytes really cross."""
+    source, destination = hosts.pair(24 * MIB)
+    os.truncate(source.images["vda"], 24 * MIB)
+    answer = estimate(source, destination.uri)
+    assert answer["converges"]
+    assert answer["bandwidth-source"] == "measured"
+    assert answer["bandwidth"] > MIB
+    assert answer["data-bytes"] + answer["zero-bytes"] == 24 * MIB
+    assert answer["disks"][0]["working-set"][0].keys() == {"seconds", "bytes"}
+    said = source.command("estimate", "--link", "100M", "--downtime-limit", "50ms").stdout
+    assert "link: 100.0 MiB/s (given)" in said
+    assert "(limit 50 ms)" in said
+    assert source.phase() == destination.phase() == "none"
+    assert destination.status()["incoming"]["rejected-connections"] == 0
+    assert source.migrate(destination.uri, "--order", "heat").exit_code == 0
+    assert source.images["vda"].read_bytes() == destination.images["vda"].read_bytes()
+    assert source.migration()["disk"]["transferred"] == pytest.approx(answer["expected-bytes"], rel=0.02)
+
+
+def test_what_guests_write_is_in_it(hosts: Hosts) -> None:
+    """A guest that outruns the link is seen, without a destination; with the bandwidth that is named, it fits."""
+    source, _ = hosts.pair(16 * MIB)
+
+    def writes_are_seen() -> bool:
+        for offset in range(0, 8 * MIB, MIB):
+            pwrite(source.file(), b"x" * MIB, offset)
+        return bool(source.qmp.execute("x-fusemig-estimate", {"link": 100_000})["dirty-rate"] > MIB)
+
+    wait_until(writes_are_seen, "the guest's writes")
+    answer = estimate(source, "--link", "100K")
+    assert not answer["converges"]
+    assert "expected-total-time" not in answer
+    remedies = {remedy["kind"]: remedy["value"] for remedy in answer["remedies"]}
+    assert remedies["bandwidth"] > 100 << 10
+    assert estimate(source, "--link", 4 * remedies["bandwidth"])["converges"]
+    said = source.command("estimate", "--link", "100K").stdout
+    assert "will not converge" in said
+    assert "of bandwidth" in said
+
+
+def test_estimates_that_cannot_be_made(hosts: Hosts) -> None:
+    """No way named, nobody there, no such disk, and a destination's own disk: one line each."""
+    source, destination = hosts.pair(2 * MIB)
+    for host, words, text in (
+        (source, (), "--link RATE"),
+        (source, ("tcp:127.0.0.1:1",), "127.0.0.1:1"),
+        (source, ("--link", "1M", "--disk", "nobody"), "nobody"),
+        (destination, ("--link", "1M"), "waiting for an incoming migration"),
+    ):
+        done = host.command("estimate", *words)
+        assert done.exit_code != 0
+        assert done.stdout == ""
+        assert text in done.stderr
+        assert done.stderr.count("\n") <= 2
+
+
+def test_a_running_migration_says_how_long_it_will_take(hosts: Hosts) -> None:
+    """At a known rate the time left is what is left over the rate, and less and less."""
+    source, destination = hosts.pair(24 * MIB)
+    source.start_migrate(destination.uri, "--max-bandwidth", "2M")
+    first = wait_until(lambda: source.migration().get("x-fusemig", {}).get("eta"), "a forecast")
+    assert 2_000 < first < 20_000
+    assert source.migration()["x-fusemig"]["converges"] is True
+    assert source.migration()["expected-downtime"] < 300
+    assert "s left" in source.command("status").stdout
+    wait_until(lambda: source.migration()["x-fusemig"].get("eta", first) < first, "a shorter one")
+    source.set_parameters(max_bandwidth=0)
+    source.wait_phase("completed")
+    assert "eta" not in source.migration()["x-fusemig"]
+
+
+def test_what_an_order_does_not_go_with(hosts: Hosts) -> None:
+    """QEMU's wire and post-copy: it is refused, and nothing is started."""
+    source, destination = hosts.pair(2 * MIB)
+    for other, text in (({"x-fusemig-wire": "qemu"}, "sequential"), ({"x-fusemig-mode": "postcopy"}, "bulk phase")):
+        with pytest.raises(QmpRefusedError, match=text):
+            source.qmp.execute("migrate", {"uri": destination.uri, "x-fusemig-order": "heat"} | other)
+    assert source.phase() == "none"

@@ -1,0 +1,82 @@
+"""What a test does to a daemon that has successors: find it, kill it, and wait for the next one."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from support.hosts import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from support.hosts import Host
+
+
+def children(pid: int) -> list[int]:
+    """Return the child processes of a single-threaded process."""
+    with suppress(OSError):
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def has_fuse_open(pid: int) -> bool:
+    """Tell whether a process has a /dev/fuse descriptor."""
+    directory = Path(f"/proc/{pid}/fd")
+    with suppress(OSError):
+        for one in directory.iterdir():
+            with suppress(OSError):
+                if os.readlink(one) == "/dev/fuse":
+                    return True
+    return False
+
+
+def daemon_of(host: Host) -> int:
+    """Return the process id of the daemon under a host's holder."""
+    found: list[int] = wait_until(lambda: [pid for pid in children(host.pid) if has_fuse_open(pid)], "the daemon")
+    return found[0]
+
+
+def n_served(host: Host) -> int:
+    """Return how many daemons have come to serve."""
+    return host.log().count("] serving ")
+
+
+def kill_daemon(host: Host) -> int:
+    """Kill the daemon as a crash would; return how many daemons have served until then."""
+    before = n_served(host)
+    host.forget_qmp()
+    os.kill(daemon_of(host), signal.SIGKILL)
+    return before
+
+
+def kill_and_wait(host: Host) -> None:
+    """Kill the daemon; return when the next one serves."""
+    before = kill_daemon(host)
+    wait_until(lambda: n_served(host) > before, "a successor")
+
+
+@contextmanager
+def killing(host: Host, seed: int, longest_s: float) -> Iterator[list[int]]:
+    """Kill the daemon at random moments while the body runs, each time before long; the list grows with each kill."""
+    kills: list[int] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        moments = random.Random(seed)
+        while not stop.wait(moments.uniform(0.0, longest_s)):
+            kill_and_wait(host)
+            kills.append(len(kills) + 1)
+
+    thread = threading.Thread(target=run, name="killer")
+    thread.start()
+    try:
+        yield kills
+    finally:
+        stop.set()
+        thread.join()
