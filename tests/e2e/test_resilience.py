@@ -318,7 +318,10 @@ def _is_invalidating(pid: int) -> bool:
     for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(OSError, ValueError):
             number, first = (task / "syscall").read_text().split()[:2]
-            if int(number) == WRITE_NUMBERS.get(os.uname().machine) and os.readlink(task / "fd" / str(int(first, 16))) == "/dev/fuse":
+            if (
+                int(number) == WRITE_NUMBERS.get(os.uname().machine)
+                and os.readlink(task / "fd" / str(int(first, 16))) == "/dev/fuse"
+            ):
                 return True
     return False
 
