@@ -248,9 +248,8 @@ def test_without_its_holder_a_daemon_is_an_ordinary_one(hosts: Hosts) -> None:
         assert os.pwrite(fd, b"alone", 0) == 5
         os.kill(daemon, signal.SIGKILL)
         wait_until(lambda: not has_fuse_open(daemon), "its end")
-        with pytest.raises(OSError, match="not connected") as refused:
+        with pytest.raises(OSError, match=r"not connected|connection abort"):  # the latter if it is ending just now
             os.pwrite(fd, b"x", 0)
-        assert refused.value.errno == errno.ENOTCONN
     finally:
         with suppress(OSError):  # ENOTCONN too
             os.close(fd)
