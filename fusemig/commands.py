@@ -408,17 +408,6 @@ class _Queries:
         return migration_info(self._daemon)
 
 
-def _succession(daemon: Daemon) -> schema.Succession | UnsetType:
-    found, pause_s = daemon.inheritance.found, daemon.inheritance.pause_s
-    if found is None:
-        return UNSET
-    return schema.Succession(
-        predecessors=found.n_predecessors + 1,
-        predecessor=found.software,
-        pause_ms=UNSET if pause_s is None else pause_s * 1000,
-    )
-
-
 def _status(daemon: Daemon) -> schema.StatusInfo:
     state = run_state(daemon)
     return schema.StatusInfo(running=state is schema.RunState.RUNNING, status=state)

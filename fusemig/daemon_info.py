@@ -18,6 +18,8 @@ from fusemig.qmp import schema
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from msgspec import UnsetType
+
     from fusemig.daemon import Daemon
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
@@ -89,6 +91,7 @@ def daemon_status(daemon: Daemon) -> schema.DaemonStatus:
         handler_errors=0 if daemon.mount is None else daemon.mount.statistics().handler_errors,
         incoming=incoming_info(daemon),
         migration=UNSET if info.status is UNSET else info,
+        succession=_succession(daemon),
         totals=daemon.totals.info(daemon.outbound.migration if daemon.outbound.is_migrating else None),
         metrics=UNSET if daemon.metrics is None else str(daemon.metrics.uri),
     )
@@ -116,3 +119,14 @@ def io_error(daemon: Daemon) -> str | None:
         if served.image is not None and served.image.io_error is not None:
             return f"disk '{served.name}' has an I/O error: {served.image.io_error}"
     return None
+
+
+def _succession(daemon: Daemon) -> schema.Succession | UnsetType:
+    found, pause_s = daemon.inheritance.found, daemon.inheritance.pause_s
+    if found is None:
+        return UNSET
+    return schema.Succession(
+        predecessors=found.n_predecessors + 1,
+        predecessor=found.software,
+        pause_ms=UNSET if pause_s is None else pause_s * 1000,
+    )

@@ -80,7 +80,10 @@ class Upgrade:
                 " and restart it"
             )
         if not daemon.options.is_resilient:
-            raise StateError("systemd starts the successors of this daemon: use `systemctl restart`")
+            raise StateError(
+                "systemd starts the successors of this daemon, and asks none beforehand: to upgrade now, kill it "
+                "(`systemctl kill --signal=SIGKILL UNIT`), and the installed version goes on"
+            )
         if self._is_asking or self.is_agreed:
             raise StateError("an upgrade is under way")
         outgoing = daemon.outbound.migration

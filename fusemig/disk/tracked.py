@@ -336,7 +336,7 @@ class TrackedDisk(Disk):
             if self._brake is not None and not self._brake.admit(offset, length):
                 regime.inside.pop()
                 self._left.notify_all()
-                raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is paced", offset, length)
+                raise self._not_now("paced", offset, length)
             self._mark_in_trackers(offset, length)
             fresh = regime.fresh
             if fresh is not None and chunk is not None and len(fresh) < MAX_FRESH and self._brake is None:
@@ -400,10 +400,13 @@ class TrackedDisk(Disk):
         with self._lock:
             self._maps = tuple(one for one in self._maps if one is not dropped)
 
+    def _not_now(self, why: str, offset: int, length: int) -> GateClosedError:
+        return GateClosedError(errno.EAGAIN, f"disk '{self.name}' is {why}", offset, length)
+
     def _refuse(self, gate: Gate, offset: int, length: int) -> None:
         if gate is Gate.CLOSED:
             why = "frozen" if self._gate_unheld is Gate.CLOSED else "stopped"
-            raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is {why}", offset, length)
+            raise self._not_now(why, offset, length)
         raise DiskError(errno.EROFS, f"write to disk '{self.name}'", offset, length)
 
     def park(self, resume: Callable[[], None], refused: GateClosedError) -> bool:

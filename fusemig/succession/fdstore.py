@@ -127,7 +127,7 @@ class FdStore:
 
     def ready(self) -> None:
         """Say that guests are served."""
-        self.notifier.send("READY=1\nSTATUS=serving")
+        self.notifier.send("READY=1")
 
     def ending(self) -> None:
         """Say that the end is in order, and wanted."""

@@ -17,7 +17,8 @@ as small as can be: stdlib only, one thread, no other I/O. Rules:
    again or SIGTERM ends it.
 5. X_FUSEMIG_UPGRADE=1 with a descriptor starts a *candidate* beside the standby: the command anew, with whatever is
    installed now. It talks with the daemon over that descriptor; X_FUSEMIG_HANDOVER=1 makes it the standby.
-6. SIGTERM and SIGINT are the daemon's. If there is none, or it does not survive them, the holder unmounts.
+6. SIGTERM and SIGINT are the daemon's. If there is none, or it does not survive them, the holder unmounts; also at
+   the second one if the daemon is dead but for threads that do not end.
 
 If the holder dies the daemon goes on as an ordinary one.
 """
@@ -71,7 +72,7 @@ class Holder:
         self.has_standby = has_standby
         self.stored: dict[str, int] = {}
         self.daemon = 0
-        self.is_ready = self.is_stopping = self.is_ending = self.is_parked = False
+        self.is_ready = self.is_stopping = self.is_ending = self.is_given_up = self.is_parked = False
         self.since = 0.0
         self.n_failures = 0
         self.start_at: float | None = 0.0
@@ -112,7 +113,7 @@ class Holder:
                 self.since = time.monotonic()
             if ended and self._has_ended():
                 return self._end()
-            if not self.daemon and self.is_ending:
+            if self.is_ending and (not self.daemon or self.is_given_up):
                 return self._end()
             now = time.monotonic()
             if self.start_at is not None and now >= self.start_at:
@@ -184,6 +185,8 @@ class Holder:
         if number == signal.SIGHUP and self.is_parked:
             self.is_parked, self.n_failures, self.start_at = False, 0, time.monotonic()
         elif number in (signal.SIGTERM, signal.SIGINT):
+            if self.is_ending and not os.path.exists(f"/proc/{self.daemon}/exe"):
+                self.is_given_up = True  # what is left of it may wait for the mount, for ever
             self.is_ending = True
             if self.daemon:
                 os.kill(self.daemon, number)
@@ -240,7 +243,7 @@ class Holder:
             os.close(descriptor)
         if is_mounted:  # nobody did it: the daemon was killed while it ended, or there was none
             say(f"unmounting {self.mountpoint}: what its guests still wait for fails with ENOTCONN")
-            for unmount in (["fusermount3", "-u", "-z", "--"], ["umount", "-l", "--"]):
+            for unmount in (["umount", "-f", "-l", "--"], ["fusermount3", "-u", "-z", "--"]):  # -f wakes who waits
                 try:
                     pid = os.posix_spawnp(unmount[0], [*unmount, self.mountpoint], os.environ)
                 except OSError:

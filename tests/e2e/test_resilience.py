@@ -165,12 +165,15 @@ def test_a_successor_that_dies_while_it_takes_over_has_one_too(hosts: Hosts, poi
 
 
 def test_a_write_that_was_parked_is_made_by_the_successor(hosts: Hosts) -> None:
-    """Held at a closed gate, it was not answered: it is sent again."""
+    """Held at a closed gate, it was not answered: it is sent again, and held again, for `stop` goes on."""
     host = start(hosts)
     host.qmp.execute("stop")
     writer = Background(_WRITE, host.file(), "parked", 8192)
     wait_until(lambda: host.status()["parked-writes"], "the parked write")
     kill_and_wait(host)
+    wait_until(lambda: host.status()["parked-writes"], "the parked write at the successor")
+    assert writer.is_waiting
+    host.qmp.execute("cont")
     assert writer.finish() == "6"
     assert pread(host.images["vda"], 6, 8192) == b"parked"
 
@@ -197,6 +200,7 @@ def test_without_the_resend_a_request_waits_for_ever(hosts: Hosts, place: Path) 
     writer = Background(_WRITE_DIRECT, host.file(), 8192)
     wait_until(lambda: host.status()["parked-writes"], "the parked write")
     kill_and_wait(host)
+    host.qmp.execute("cont")
     assert Background(_WRITE_DIRECT, host.file(), 0).finish() == "4096"  # what comes now is served
     with pytest.raises(subprocess.TimeoutExpired):
         writer.process.wait(0.5)
@@ -248,9 +252,8 @@ def test_without_its_holder_a_daemon_is_an_ordinary_one(hosts: Hosts) -> None:
         assert os.pwrite(fd, b"alone", 0) == 5
         os.kill(daemon, signal.SIGKILL)
         wait_until(lambda: not has_fuse_open(daemon), "its end")
-        with pytest.raises(OSError, match="not connected") as refused:
+        with pytest.raises(OSError, match=r"not connected|connection abort"):  # the latter if it is ending just now
             os.pwrite(fd, b"x", 0)
-        assert refused.value.errno == errno.ENOTCONN
     finally:
         with suppress(OSError):  # ENOTCONN too
             os.close(fd)
