@@ -9,6 +9,7 @@ from fusemig.qmp import schema
 
 if TYPE_CHECKING:
     from fusemig.control import EventHub
+    from fusemig.mirror import Reach
     from fusemig.pause import Pause
 
 
@@ -73,6 +74,11 @@ class Announcer:
         """Tell the beginning of a pass after the first, which goes with its phase."""
         if number > 1:
             self._events.emit("MIGRATION_PASS", schema.MigrationPassEvent(pass_=number))
+
+    def paced(self, reach: Reach, throttle_percent: int) -> None:
+        """Tell what a migration does to its guests from now on."""
+        event = schema.PacingEvent(mirror=schema.MirrorReach(reach.value), throttle_percentage=throttle_percent)
+        self._events.emit("X_FUSEMIG_PACING", event)
 
     def writable_again(self) -> None:
         """Tell that disks are writable of which it was not known who owns them."""

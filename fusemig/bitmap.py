@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _WINDOW: Final = 4096
 _LOWEST: Final = bytes([8, *((value & -value).bit_length() - 1 for value in range(1, 256))])
 
+_INVERTED: Final = bytes(255 - value for value in range(256))
+
 
 class ChunkBitmap:
     """A fixed number of bits with a running count of those that are set."""
@@ -85,6 +87,10 @@ class ChunkBitmap:
                 before = int.from_bytes(self._bits[at:end]).bit_count()
                 self._bits[at:end] = (b"\xff" if ones else b"\0") * (end - at)
                 self.count += (8 * (end - at) if ones else 0) - before
+
+    def complement(self) -> ChunkBitmap:
+        """Return a map with the bits set that are clear here, in memory of its own."""
+        return ChunkBitmap(self.n_bits, bytearray(self._bits[: -(-self.n_bits // 8)].translate(_INVERTED)))
 
     def next_set(self, start: int = 0) -> int | None:
         """Return the first set bit at or after ``start``, or None."""

@@ -6,7 +6,7 @@ reason and the next step, never silently accepted.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from msgspec import UNSET, UnsetType
@@ -27,6 +27,7 @@ from fusemig.phase import QMP_STATUS, MigrationPhase
 from fusemig.qmp import monitor, schema
 from fusemig.qmp_objects import load, make_object
 from fusemig.runtimes.options import guest_options
+from fusemig.shaping import MirrorLag
 from fusemig.transport import parse_uri
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from fusemig.qmp.estimate import EstimateInfo
 
 log = structlog.get_logger(__name__)
+
+
+_NO_MIRROR: Final = "nothing can be mirrored over QEMU's wire, which acknowledges nothing: leave 'x-fusemig-mode' out"
 
 
 def command_table(daemon: Daemon) -> Mapping[str, Command]:
@@ -121,6 +125,9 @@ class _Commands:
             tls_creds=self._daemon.security.tls_creds,
             tls_hostname=self._daemon.security.tls_hostname,
             tls_authz=self._daemon.security.tls_authz,
+            x_fusemig_auto_mirror=parameters.auto_mirror,
+            x_fusemig_mirror_lag=str(parameters.mirror_lag),
+            x_fusemig_throttle_max=parameters.throttle_max,
         )
 
     def query_migrate_capabilities(
@@ -134,11 +141,6 @@ class _Commands:
     async def migrate(self, _session: Session, arguments: schema.Migrate) -> None:
         if arguments.blk is False:
             raise CommandError("Parameter 'blk' must be true: fusemig migrates disks and nothing else")
-        for name, is_asked in (
-            (f"x-fusemig-mode={arguments.x_fusemig_mode}", arguments.x_fusemig_mode is schema.Mode.MIRROR),
-        ):
-            if is_asked:
-                raise CommandError(f"'{name}' is not supported by version {__version__}: leave it out")
         disks = self._known(arguments.x_fusemig_disks)
         machine = None if isinstance(arguments.x_fusemig_machine, UnsetType) else arguments.x_fusemig_machine
         is_qemu = arguments.x_fusemig_wire is schema.WireName.QEMU
@@ -147,6 +149,9 @@ class _Commands:
         guest = guest_options(arguments, are_commands_allowed=self._daemon.options.allow_guest_commands)
         if guest is not None and is_qemu:
             raise CommandError("a guest moves with its disks over the native wire only: leave 'x-fusemig-wire' out")
+        mirrors = arguments.x_fusemig_mode is schema.Mode.MIRROR
+        if mirrors and is_qemu:
+            raise CommandError(_NO_MIRROR)
         is_postcopy = arguments.x_fusemig_mode is schema.Mode.POSTCOPY
         if is_postcopy and is_qemu:
             raise CommandError("post-copy goes over the native wire only: QEMU's cannot fetch")
@@ -194,6 +199,7 @@ class _Commands:
             is_insecure=arguments.x_fusemig_insecure,
             is_resumed=arguments.resume,
             reconnect_limit_s=0.0 if isinstance(reconnect, UnsetType) else reconnect / 1000,
+            mirrors=mirrors,
             incremental=incremental,
             compression_level=compression_level,
             is_postcopy=is_postcopy,
@@ -247,6 +253,7 @@ class _Commands:
         ):
             if is_asked:
                 raise CommandError(f"Parameter '{name}' is not supported by fusemig {__version__}: leave it out")
+        self._set_pacing(arguments)
         if not isinstance(arguments.block_incremental, UnsetType):
             self._daemon.outbound.parameters.block_incremental = arguments.block_incremental
         if not isinstance(arguments.max_bandwidth, UnsetType):
@@ -261,6 +268,26 @@ class _Commands:
         if not isinstance(arguments.tls_authz, UnsetType):
             security.tls_authz = arguments.tls_authz
         self._daemon.inheritance.keep()
+
+    def _set_pacing(self, arguments: schema.MigrateSetParameters) -> None:
+        outbound, mode, lag = self._daemon.outbound, arguments.x_fusemig_mode, arguments.x_fusemig_mirror_lag
+        parameters = outbound.parameters
+        if mode is schema.Mode.POSTCOPY:
+            raise CommandError("a migration that runs becomes post-copy with migrate-start-postcopy: use that")
+        if not isinstance(mode, UnsetType) and (not outbound.is_migrating or outbound.migration is None):
+            raise CommandError("no migration is running whose mode could change: say 'x-fusemig-mode' with 'migrate'")
+        if not isinstance(mode, UnsetType) and parameters.is_postcopy:
+            raise CommandError("a post-copy migration stays one: leave 'x-fusemig-mode' out")
+        if mode is schema.Mode.MIRROR and outbound.migration is not None and not outbound.migration.can_mirror:
+            raise CommandError(_NO_MIRROR)
+        if not isinstance(lag, UnsetType):
+            parameters.mirror_lag = MirrorLag.parse(lag)
+        if not isinstance(mode, UnsetType):
+            parameters.mirrors = mode is schema.Mode.MIRROR
+        if not isinstance(arguments.x_fusemig_auto_mirror, UnsetType):
+            parameters.auto_mirror = arguments.x_fusemig_auto_mirror
+        if not isinstance(arguments.x_fusemig_throttle_max, UnsetType):
+            parameters.throttle_max = arguments.x_fusemig_throttle_max
 
     async def object_add(self, _session: Session, arguments: objects.ObjectAdd) -> None:
         security = self._daemon.security

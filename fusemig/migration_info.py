@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fusemig.daemon import Daemon
     from fusemig.migration.incoming import IncomingMigration
-    from fusemig.migration.stats import DiskStatistics
+    from fusemig.migration.stats import DiskStatistics, MigrationStatistics, PacingStatistics
 
 
 def role(daemon: Daemon) -> schema.Role | UnsetType:
@@ -90,9 +90,10 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             role=schema.Role.SOURCE,
             session=stats.session,
             phase=stats.phase.value,
-            mode=schema.Mode.POSTCOPY if stats.is_postcopy else schema.Mode.PRECOPY,
+            mode=_mode(stats),
             wire=schema.WireName(migration.wire),
             pass_=stats.pass_number,
+            pacing=_pacing(stats.pacing),
             disks=[_migrating_disk(disk) for disk in stats.disks],
             window=schema.MigrationWindow(
                 submitted=stats.window.submitted,
@@ -119,6 +120,25 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
             guest=guest_info(migration.guest.account(), migration.started_at),
         ),
+    )
+
+
+def _mode(stats: MigrationStatistics) -> schema.Mode:
+    if stats.is_postcopy:
+        return schema.Mode.POSTCOPY
+    return schema.Mode.MIRROR if stats.pacing.is_mirror_wanted else schema.Mode.PRECOPY
+
+
+def _pacing(pacing: PacingStatistics) -> schema.MigrationPacing:
+    return schema.MigrationPacing(
+        mirror=schema.MirrorReach(pacing.reach.value),
+        mirrored_chunks=pacing.mirrored_chunks,
+        behind_bytes=pacing.behind_bytes,
+        window_bytes=pacing.window_bytes,
+        waiting_writes=pacing.paced_writes,
+        held_replies=pacing.held_replies,
+        throttle_percentage=pacing.throttle_percent,
+        fallbacks=pacing.n_fallbacks,
     )
 
 

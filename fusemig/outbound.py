@@ -146,6 +146,7 @@ class Outbound:
         is_insecure: bool = False,
         is_resumed: bool = False,
         reconnect_limit_s: float = 0.0,
+        mirrors: bool = False,
         incremental: bool | None = None,
         compression_level: int | None = None,
         is_postcopy: bool = False,
@@ -164,6 +165,7 @@ class Outbound:
             is_insecure: plain text may cross the network.
             is_resumed: go on with the migration of these disks that was interrupted last.
             reconnect_limit_s: as `MigrationParameters` has it.
+            mirrors: as it has it.
             incremental: as `MigrationParameters` has it.
             compression_level: as `MigrationParameters` has it.
             is_postcopy: as `MigrationParameters` has it.
@@ -196,6 +198,7 @@ class Outbound:
             order=order.value,
             incremental=incremental,
             compression_level=compression_level,
+            mirrors=mirrors,
         )
         new = (
             partial(QemuSource, machine=machine)
@@ -234,6 +237,7 @@ class Outbound:
         self.parameters.reconnect_limit_s = request.reconnect_limit_s
         self.parameters.incremental = request.incremental
         self.parameters.compression_level = request.compression_level
+        self.parameters.mirrors = request.mirrors
         self.parameters.is_postcopy = request.is_postcopy
         self.parameters.order = Order(request.order)
         self._announcer.begin()
@@ -246,6 +250,7 @@ class Outbound:
             self._on_phase,
             self._on_pass,
             self._count_requests,
+            self._announcer.paced,
         )
         self._on_begin(self.migration)
         return self.migration
@@ -267,7 +272,9 @@ class Outbound:
         if migration is None or request is None or migration.phase in _DONE_WITH:
             return None
         return Outgoing(
-            request=msgspec.structs.replace(request, is_postcopy=self.parameters.is_postcopy),
+            request=msgspec.structs.replace(
+                request, is_postcopy=self.parameters.is_postcopy, mirrors=self.parameters.mirrors
+            ),
             session=migration.session,
             began_s=self._began_s,
             has_sent=self._has_sent,

@@ -29,6 +29,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from fusemig.bitmap import ChunkBitmap
+from fusemig.mirror import MirrorMap, Reach
 from fusemig.units import (
     BLOCK_SIZE,
     BLOCKS_PER_CHUNK,
@@ -64,6 +65,8 @@ class ChunkTracker:
         self._in_flight: dict[int, int] = {}
         self._n_dirty_blocks = 0
         self._n_in_flight_blocks = 0
+        self.mirror: MirrorMap | None = None
+        """The chunks that are sent as soon as they are dirty; None: no chunk is."""
         self._last_chunk = n_chunks(size) - 1
         self._last_chunk_mask = chunk_mask(self._last_chunk, size) if size else 0
         """The only one that may be short."""
@@ -98,11 +101,14 @@ class ChunkTracker:
         new = old | blocks
         if new == old:
             return
-        self._n_dirty_blocks += (new ^ old).bit_count()
+        n_new = (new ^ old).bit_count()
+        self._n_dirty_blocks += n_new
         if new == self._whole_mask(chunk):
             self._masks.pop(chunk, None)
         else:
             self._masks[chunk] = new
+        if self.mirror is not None:
+            self.mirror.note_marked(chunk, n_new, is_in_flight=chunk in self._in_flight)
 
     def _whole_mask(self, chunk: int) -> int:
         return self._last_chunk_mask if chunk == self._last_chunk else FULL_MASK
@@ -111,6 +117,8 @@ class ChunkTracker:
         """Mark the chunks ``first`` to ``stop - 1`` as wholes, at the cost of a bitmap fill."""
         if first >= stop:
             return
+        if self.mirror is not None:
+            self.mirror.leave(first, stop)
         if stop - first < len(self._masks):
             partial = [chunk for chunk in range(first, stop) if chunk in self._masks]
         else:
@@ -152,22 +160,44 @@ class ChunkTracker:
         self._n_dirty_blocks -= n
         self._n_in_flight_blocks += n
         self._in_flight[chunk] = mask
+        if self.mirror is not None:
+            self.mirror.note_taken(chunk)
         return mask
 
     def acknowledge(self, chunk: int) -> None:
         """Forget a chunk in flight: the destination holds what was taken."""
-        self._n_in_flight_blocks -= self._in_flight.pop(chunk).bit_count()
+        n = self._in_flight.pop(chunk).bit_count()
+        self._n_in_flight_blocks -= n
+        if self.mirror is not None:
+            self.mirror.note_acknowledged(chunk, n, self.dirty_mask(chunk).bit_count())
 
     def restore(self, chunk: int) -> None:
         """Make a chunk in flight dirty again: what was taken did not arrive."""
         mask = self._in_flight.pop(chunk)
         self._n_in_flight_blocks -= mask.bit_count()
+        if self.mirror is not None:
+            self.mirror.note_restored(chunk, mask.bit_count())
         self.mark_blocks(chunk, mask)
 
     def restore_all(self) -> None:
         """Make everything in flight dirty again: the connection is gone."""
         for chunk in list(self._in_flight):
             self.restore(chunk)
+
+    def begin_mirror(self, reach: Reach) -> MirrorMap:
+        """Mirror from now on; what is dirty or in flight comes in when it is acknowledged."""
+        if reach is Reach.ALL:
+            members = self._dirty.complement()
+            for chunk in self._in_flight:
+                members.clear(chunk)
+        else:
+            members = ChunkBitmap(self._dirty.n_bits)
+        self.mirror = MirrorMap(members)
+        return self.mirror
+
+    def in_flight_mask(self, chunk: int) -> int:
+        """Return the mask of a chunk's blocks that are in flight."""
+        return self._in_flight.get(chunk, 0)
 
     @property
     def dirty_chunks(self) -> int:

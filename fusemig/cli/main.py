@@ -170,6 +170,20 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
     "--mode",
     type=click.Choice(["precopy", "mirror", "postcopy"]),
     default="precopy",
+    help="mirror: forward guests' writes as they happen (docs/convergence.md).",
+)
+@click.option("--mirror-lag", metavar="SIZE|TIME", help="How far it may be behind; 0: no write is answered earlier.")
+@click.option("--auto-mirror/--no-auto-mirror", default=None, help="Mirror what passes cannot follow, or never do.")
+@click.option(
+    "--throttle-max",
+    type=click.IntRange(0, 99),
+    metavar="PERCENT",
+    help="Slow guests' writes down by so much, if that is needed to end (default: 0, never).",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["precopy", "mirror", "postcopy"]),
+    default="precopy",
     show_default=True,
     help="How it moves.",
 )

@@ -45,6 +45,9 @@ class MigrateRequest:
     max_bandwidth: int | None = None
     downtime_limit: float | None = None
     mode: str = "precopy"
+    mirror_lag: str | None = None
+    auto_mirror: bool | None = None
+    throttle_max: int | None = None
     wire: str = "native"
     machine: str | None = None
     order: str = "sequential"
@@ -114,6 +117,12 @@ class MigrateRequest:
             parameters["max-bandwidth"] = self.max_bandwidth
         if self.downtime_limit is not None:
             parameters["downtime-limit"] = round(self.downtime_limit * 1000)
+        if self.mirror_lag is not None:
+            parameters["x-fusemig-mirror-lag"] = self.mirror_lag
+        if self.auto_mirror is not None:
+            parameters["x-fusemig-auto-mirror"] = self.auto_mirror
+        if self.throttle_max is not None:
+            parameters["x-fusemig-throttle-max"] = self.throttle_max
         return parameters
 
 

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fusemig.cli.pacing import notes
 from fusemig.units import format_size
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def summary(info: dict[str, Any]) -> str:
         parts.append(f"no connection ({own['waiting']}), trying again")
     if own.get("pass"):
         parts.append(f"pass {own['pass']}")
+    parts += notes(own)
     if "disk" in info:
         pending, rate = info["disk"]["remaining"], own.get("bandwidth", 0)
         parts.append(f"{format_size(pending)} pending")

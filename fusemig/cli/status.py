@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from fusemig.cli.pacing import notes as pacing_notes
 from fusemig.control_client import open_control
 from fusemig.units import format_size
 
@@ -49,7 +50,7 @@ def _describe(status: dict[str, Any]) -> list[str]:
         own = migration["x-fusemig"]
         lines.append(
             f"  migration ({own['role']}): {migration['status']}, phase {own['phase']}, pass {own['pass']}, "
-            f"{format_size(migration['disk']['remaining'])} pending"
+            + ", ".join([f"{format_size(migration['disk']['remaining'])} pending", *pacing_notes(own)])
             + (f", about {own['eta'] / 1000:.0f} s left" if "eta" in own else "")
             + (", does not converge" if own.get("converges") is False else "")
         )

@@ -35,6 +35,10 @@ The write gate. A closed gate refuses a write with `GateClosedError`, and nothin
 it, that is, keeps the data and asks `park` for a call when the gate has changed. A parked write is data held for a
 later reply, never a blocked thread. Whoever closes the gate owes every parked write an answer before a deadline.
 
+A migration that guests write faster than it can follow lays a *brake* on the disk (`fusemig.admission`): an open gate
+then refuses a write until its turn, which the lane parks as it does at a closed one, and `hold_reply` keeps the answer
+of a write that was made until the destination has it.
+
 A disk that is *held* (QMP's `stop`) keeps its gate closed where it would be open. That is a second, independent wish:
 no migration that thaws, takes over or hands off undoes it, and lifting it never opens a gate that is closed or
 read-only for another reason.
@@ -62,6 +66,7 @@ from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, chunks_of, n
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from fusemig.admission import Brake
     from fusemig.disk.base import Buffer, Extent
     from fusemig.disk.dirty_map import DirtyMap, MapBase
 
@@ -152,6 +157,11 @@ class TrackedDisk(Disk):
         self._gate_unheld = gate
         self._is_held = False
         self._parked: list[Callable[[], None]] = []
+        self._brake: Brake | None = None
+        self._on_waiting: Callable[[], None] = lambda: None
+        """Called, without the lock, when a write or a reply begins to wait for the brake."""
+        self.holds_replies = False
+        """Whether `hold_reply` is to be asked before a write is answered; read without the lock."""
         self._trackers: tuple[ChunkTracker, ...] = ()
         self._written = ChunkBitmap(n_chunks(image.size))
         self._zeroed = ChunkBitmap(n_chunks(image.size))
@@ -323,9 +333,13 @@ class TrackedDisk(Disk):
         with self._lock:
             if self._regime is not regime:
                 return False
+            if self._brake is not None and not self._brake.admit(offset, length):
+                regime.inside.pop()
+                self._left.notify_all()
+                raise self._not_now("paced", offset, length)
             self._mark_in_trackers(offset, length)
             fresh = regime.fresh
-            if fresh is not None and chunk is not None and len(fresh) < MAX_FRESH:
+            if fresh is not None and chunk is not None and len(fresh) < MAX_FRESH and self._brake is None:
                 fresh.setdefault(chunk, bytearray(_CLEAN))
             return True
 
@@ -386,28 +400,42 @@ class TrackedDisk(Disk):
         with self._lock:
             self._maps = tuple(one for one in self._maps if one is not dropped)
 
+    def _not_now(self, why: str, offset: int, length: int) -> GateClosedError:
+        return GateClosedError(errno.EAGAIN, f"disk '{self.name}' is {why}", offset, length)
+
     def _refuse(self, gate: Gate, offset: int, length: int) -> None:
         if gate is Gate.CLOSED:
             why = "frozen" if self._gate_unheld is Gate.CLOSED else "stopped"
-            raise GateClosedError(errno.EAGAIN, f"disk '{self.name}' is {why}", offset, length)
+            raise self._not_now(why, offset, length)
         raise DiskError(errno.EROFS, f"write to disk '{self.name}'", offset, length)
 
-    def park(self, resume: Callable[[], None]) -> bool:
-        """Have ``resume`` called once when the gate changes; return False if it has changed already.
+    def park(self, resume: Callable[[], None], refused: GateClosedError) -> bool:
+        """Have ``resume`` called once when the gate changes, or at the write's turn; False if it can be made already.
 
-        ``resume`` is called on the thread that changes the gate, must be quick and must not raise. The caller then
-        makes its write again, as if it were new. A write that is answered before that gives its place back: `unpark`.
+        ``resume`` is called on the thread that changes the gate or gives the turn, must be quick and must not raise.
+        The caller then makes its write again, as if it were new. A write that is answered before that gives its place
+        back: `unpark`.
+
+        Args:
+            resume: is called.
+            refused: what the write was refused with, which says where it goes.
 
         Raises:
             DiskError: EAGAIN, too many writes are parked already.
         """
         with self._lock:
-            if self._regime.gate is not Gate.CLOSED:
-                return False
-            if len(self._parked) >= MAX_PARKED_WRITES:
+            if len(self._parked) + self.paced_writes >= MAX_PARKED_WRITES:
                 raise DiskError(errno.EAGAIN, f"disk '{self.name}' has {MAX_PARKED_WRITES} parked writes")
-            self._parked.append(resume)
-            return True
+            gate = self._regime.gate
+            if gate is Gate.CLOSED:
+                self._parked.append(resume)
+                return True
+            if gate is not Gate.OPEN or self._brake is None:
+                return False
+            if not self._brake.wait(resume, refused.offset, refused.length):
+                return False
+        self._on_waiting()
+        return True
 
     def unpark(self, resume: Callable[[], None]) -> None:
         """Give the place of a parked write back: it was answered, ``resume`` need not be called any more.
@@ -417,6 +445,24 @@ class TrackedDisk(Disk):
         with self._lock:
             if resume in self._parked:
                 self._parked.remove(resume)
+            elif self._brake is not None:
+                self._brake.forget(resume)
+
+    def hold_reply(self, offset: int, length: int, answer: Callable[[], None]) -> bool:
+        """Have ``answer`` called when a write that has ended may be answered; False if it may be now.
+
+        ``answer`` is called as `park`'s ``resume`` is, and must neither wait nor raise.
+        """
+        with self._lock:
+            if self._brake is None or not self._brake.hold(offset, length, answer):
+                return False
+        self._on_waiting()
+        return True
+
+    @property
+    def paced_writes(self) -> int:
+        """How many writes wait for their turn."""
+        return 0 if self._brake is None else self._brake.n_waiting
 
     # The gate, for the migration and the daemon
 
@@ -463,6 +509,8 @@ class TrackedDisk(Disk):
         if gate is Gate.CLOSED:
             return []
         parked, self._parked = self._parked, []
+        if gate is Gate.READ_ONLY and self._brake is not None:
+            parked += self._brake.release_waiting()
         return parked
 
     def _replace(self, *, gate: Gate | None = None) -> None:
@@ -555,6 +603,23 @@ class TrackedDisk(Disk):
         """Have the trackers know every mark; under the lock."""
         if self._regime.fresh:
             self.absorb(self._regime.fresh)
+
+    def lay_brake(self, brake: Brake | None, on_waiting: Callable[[], None] = lambda: None) -> None:
+        """Have a brake decide from now on which writes are admitted, or none; the one before is to be released.
+
+        While one lies here every write is admitted, and marked in the trackers, under the lock: what the brake counts
+        is never behind.
+        """
+        with self._lock:
+            self._brake, self._on_waiting = brake, on_waiting
+            self.absorb_all()
+            self._replace()
+            self.holds_replies = brake is not None and brake.is_blocking
+
+    def note_taken(self, chunk: int) -> None:
+        """Have the brake know that a chunk was taken, before it is read; under the lock."""
+        if self._brake is not None:
+            self._brake.note_taken(chunk)
 
     @property
     def written_chunks(self) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fusemig.disk.pacing import Pacing
+
 if TYPE_CHECKING:
     import threading
     from collections.abc import Sequence
@@ -25,6 +27,7 @@ class Tracking:
         self.disk = disk
         self._lock = lock
         self._tracker = tracker
+        self.pacing = Pacing(disk, lock, tracker)
 
     def _complete(self) -> ChunkTracker:
         """Return the tracker with every mark in it; under the lock, and for whoever asks what is dirty."""
@@ -55,8 +58,20 @@ class Tracking:
                 chunk = self._next_dirty(start)
                 if chunk is None:
                     return None
-            self.disk.absorb([chunk])
-            return chunk, self._tracker.take(chunk)
+            return chunk, self._take(chunk)
+
+    def take_mirrored(self) -> tuple[int, int] | None:
+        """Take the mirrored chunk that has been dirty for longest; return it with its block mask."""
+        with self._lock:
+            mirror = self._tracker.mirror
+            chunk = None if mirror is None else mirror.next_chunk()
+            return None if chunk is None else (chunk, self._take(chunk))
+
+    def _take(self, chunk: int) -> int:
+        self.disk.absorb([chunk])
+        mask = self._tracker.take(chunk)
+        self.disk.note_taken(chunk)
+        return mask
 
     def _next_dirty(self, start: int) -> int | None:
         tracker = self._tracker
@@ -70,6 +85,7 @@ class Tracking:
         with self._lock:
             for chunk in chunks:
                 self._tracker.acknowledge(chunk)
+        self.pacing.note_acknowledged(chunks)
 
     def restore(self, chunk: int) -> None:
         """Make a chunk in flight dirty again: it could not be read or sent."""
@@ -112,6 +128,7 @@ class Tracking:
 
     def stop(self) -> None:
         """Detach from the disk; idempotent."""
+        self.pacing.release()
         self.disk.stop_tracking(self._tracker)
 
     @property

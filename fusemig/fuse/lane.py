@@ -17,7 +17,8 @@ Rules:
 4. A write that meets a closed gate is *held*: its data is copied and its answer owed. It is made again, as if it were
    new, each time the gate has changed. No thread waits for it. It is answered EINTR if its caller is being killed,
    because the kernel lets nobody die while an answer is owed; a signal that does not kill changes nothing, for a disk's
-   write is not interruptible.
+   write is not interruptible. A migration's brake (`fusemig.admission`) refuses a write as a closed gate does, and
+   keeps the answer of one that was made: `TrackedDisk.hold_reply` calls back, on any thread, within a deadline.
 5. A request is answered exactly once, on the descriptor that it was read from. `_held` decides who answers a held one:
    whoever takes it out.
 6. Nothing here outlives the process: a node id is an export's inode number, and file handles are not looked at. A
@@ -135,6 +136,8 @@ class _Change:
     disk: TrackedDisk
     unique: int
     pid: int
+    offset: int
+    length: int
     make: Callable[[], None]
     """Makes it; raises as `TrackedDisk.pwrite` does."""
     answer: bytes
@@ -352,7 +355,10 @@ class DataLane:
                         disk.pwrite(body[:size], offset)
                         export.mtime_ns = time_ns()
                         counters.written_bytes += size
-                        write(replies, pack_written(24, 0, unique, size, 0))
+                        answer = pack_written(24, 0, unique, size, 0)
+                        if disk.holds_replies and disk.hold_reply(offset, size, partial(self._give, unique, answer)):
+                            continue
+                        write(replies, answer)
                         continue
                 self._dispatch(head, body, n)
             except GateClosedError:
@@ -429,6 +435,8 @@ class DataLane:
             disk,
             header.unique,
             header.pid,
+            request.offset,
+            length,
             partial(disk.pwrite, copy, request.offset),
             abi.WRITE_REPLY.pack(abi.WRITE_REPLY.size, 0, header.unique, length, 0),
             n_written=length,
@@ -467,7 +475,7 @@ class DataLane:
             self._answer(answer)
             return
         make = partial(disk.write_zeroes, request.offset, length)
-        change = _Change(export, disk, header.unique, header.pid, make, answer)
+        change = _Change(export, disk, header.unique, header.pid, request.offset, length, make, answer)
         pool = self._pool(export, request.offset, length, is_write=True)
         self._hand_over(pool, header.unique, partial(self._make, change))
 
@@ -508,21 +516,27 @@ class DataLane:
         while True:
             try:
                 change.make()
-            except GateClosedError:
-                if self._hold(change):
+            except GateClosedError as refused:
+                if self._hold(change, refused):
                     return
             else:
                 break
         change.export.mtime_ns = time.time_ns()
         with self._lock:
             self._pool_bytes[1] += change.n_written
+        disk, finish = change.disk, partial(self._guard, change.unique, partial(self._finish, change))
+        if not disk.holds_replies or not disk.hold_reply(change.offset, change.length, finish):
+            self._finish(change)
+
+    def _finish(self, change: _Change) -> None:
+        """Answer a change that was made."""
         if change.is_durable:
             flush = partial(self._flush, change.disk, change.answer)
             self._hand_over(self._pools[change.export.inode].flush, change.unique, flush)
         else:
             self._answer(change.answer)
 
-    def _hold(self, change: _Change) -> bool:
+    def _hold(self, change: _Change, refused: GateClosedError) -> bool:
         """Keep a change until the gate changes; return False if it has changed already.
 
         Raises:
@@ -538,7 +552,7 @@ class DataLane:
         if is_interrupted:
             self._answer_interrupted(change)
         try:
-            is_parked = change.disk.park(resume)
+            is_parked = change.disk.park(resume, refused)
         except DiskError:
             if self._take(change.unique) is None:
                 return True
@@ -591,6 +605,10 @@ class DataLane:
         except OSError as exc:
             if exc.errno not in _UNWANTED:
                 raise
+
+    def _give(self, unique: int, reply: bytes) -> None:
+        """Answer what was held, on whichever thread; never raises."""
+        self._guard(unique, partial(self._answer, reply))
 
     def _answer_error(self, unique: int, code: int) -> None:
         self._count("errors")

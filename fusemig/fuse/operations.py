@@ -431,8 +431,10 @@ class DiskOperations(pyfuse3.Operations):
             data = memoryview(buf)[: disk.size - off]
         try:
             await self._write_once(fh, disk, data, off)
-        except GateClosedError:
-            await self._write_parked(fh, disk, data, off)
+        except GateClosedError as refused:
+            await self._write_parked(fh, disk, data, off, refused)
+        if disk.holds_replies:
+            await _wait_answerable(disk, off, len(data))
         self._n_writes += 1
         self._n_written_bytes += len(data)
         export.mtime_ns = time.time_ns()
@@ -451,7 +453,9 @@ class DiskOperations(pyfuse3.Operations):
         waits = disk.waits_for_peer(off, length, is_write=is_write)
         return self._away_limits[fh] if waits else self._io_limits[fh]
 
-    async def _write_parked(self, fh: int, disk: TrackedDisk, data: bytes | memoryview, off: int) -> None:
+    async def _write_parked(
+        self, fh: int, disk: TrackedDisk, data: bytes | memoryview, off: int, refused: GateClosedError
+    ) -> None:
         """Make a write that met a closed gate, each time the gate changes, until it is admitted or refused."""
         self._n_parked += 1
         token = trio.lowlevel.current_trio_token()
@@ -460,7 +464,7 @@ class DiskOperations(pyfuse3.Operations):
             if self._is_stopping:
                 raise FUSEError(errno.EIO)
             resume = partial(_wake, token, event)
-            if disk.park(resume):
+            if disk.park(resume, refused):
                 self._parked.add(event)
                 try:
                     await event.wait()
@@ -469,8 +473,16 @@ class DiskOperations(pyfuse3.Operations):
                     disk.unpark(resume)  # where it was not the gate that has changed
             try:
                 return await self._write_once(fh, disk, data, off)
-            except GateClosedError:
+            except GateClosedError as again:
+                refused = again
                 await trio.lowlevel.checkpoint()
+
+
+async def _wait_answerable(disk: TrackedDisk, offset: int, length: int) -> None:
+    """Wait until a write that was made may be answered: whoever holds it owes that before a deadline."""
+    event = trio.Event()
+    if disk.hold_reply(offset, length, partial(_wake, trio.lowlevel.current_trio_token(), event)):
+        await event.wait()
 
 
 def _wake(token: trio.lowlevel.TrioToken, event: trio.Event) -> None:

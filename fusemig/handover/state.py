@@ -102,6 +102,8 @@ class Request(_Record, frozen=True, kw_only=True):
     """Of the bulk phase."""
     incremental: bool | None = None
     compression_level: int | None = None
+    mirrors: bool = False
+    """Mode `mirror`, also if that was said later."""
 
 
 class Outgoing(_Record, frozen=True, kw_only=True):

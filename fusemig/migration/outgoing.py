@@ -28,6 +28,7 @@ from fusemig.disk.tracked import Gate
 from fusemig.errors import CancelledByUserError, DiskError, FusemigError, InDoubtError, MigrationError, StateError
 from fusemig.migration.guest import NoGuest
 from fusemig.migration.outlook import Outlook
+from fusemig.migration.pacer import Pacer
 from fusemig.migration.reader import OutgoingDisk
 from fusemig.migration.stats import DiskStatistics, MigrationStatistics
 from fusemig.phase import MigrationPhase, PhaseMachine
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fusemig.migration.guest import MovingGuest
     from fusemig.migration.link import Offload
     from fusemig.migration.stats import MigrationParameters, WindowStatistics
+    from fusemig.mirror import Reach
     from fusemig.transport import ByteStream
 
 log = structlog.get_logger(__name__)
@@ -64,6 +66,8 @@ class OutgoingMigration(ABC):
 
     wire: ClassVar[str]
     """The name of the stream format."""
+    can_mirror: ClassVar[bool] = False
+    """Whether what was sent is acknowledged, so that a guest's write can wait for it."""
 
     def __init__(
         self,
@@ -73,6 +77,7 @@ class OutgoingMigration(ABC):
         offload: Offload,
         on_phase: Callable[[MigrationPhase], None] = lambda _phase: None,
         on_pass: Callable[[int], None] = lambda _number: None,
+        on_pace: Callable[[Reach, int], None] = lambda _reach, _percent: None,
     ) -> None:
         """Prepare to move ``disks`` as one group.
 
@@ -83,6 +88,7 @@ class OutgoingMigration(ABC):
             offload: runs calls that may sleep.
             on_phase: called at once at each change of phase.
             on_pass: called at the start of each pass with its number, from 1.
+            on_pace: called when other chunks are mirrored, or guests are throttled by another per cent.
         """
         self.session = uuid.uuid4().hex
         self.error: FusemigError | None = None
@@ -117,6 +123,9 @@ class OutgoingMigration(ABC):
         self._send_rate = Rate()
         self._dirty_rate = Rate()
         self._dirtied_bytes = 0
+        self._pacer = Pacer(
+            parameters, lambda: self._disks, lambda: self._bandwidth.per_second, on_pace, can_mirror=self.can_mirror
+        )
         self.started_at = self._ended_at = 0.0  # trio's clock
         self._set_up_at: float | None = None
         self._frozen_at: float | None = None
@@ -180,6 +189,7 @@ class OutgoingMigration(ABC):
             raise StateError(f"the migration cannot be cancelled any more: it is {self._machine.phase.value}")
         self._is_cancel_requested = True
         self._enter(MigrationPhase.CANCELLING)
+        self._pacer.release()  # now: a task that cannot be cancelled may wait for a guest's write
         self._scope.cancel()
 
     def proceed(self) -> None:
@@ -296,10 +306,12 @@ class OutgoingMigration(ABC):
         if not self._handoff.may_thaw:
             for lent in self._lent:
                 lent.disk.set_gate(Gate.READ_ONLY)
+            self._pacer.release()
             return
         for lent in self._lent:
             if lent.disk.gate is Gate.CLOSED:
                 lent.disk.set_gate(Gate.OPEN)
+        self._pacer.release()
         self._give_up_in_flight()
 
     def _give_up_in_flight(self) -> None:
@@ -338,6 +350,7 @@ class OutgoingMigration(ABC):
         except FusemigError as exc:
             if self._failure is None:
                 self._failure = exc
+            self._pacer.release()
             self._scope.cancel()
 
     async def _converge(self) -> None:
@@ -347,6 +360,7 @@ class OutgoingMigration(ABC):
         is_synced = False
         while True:
             if not self._is_postcopy():
+                self._pacer.begin_pass(self._pending_bytes())
                 await self._run_pass(is_limited=True)
             if self._is_postcopy():
                 for disk in self._disks:  # so that the sync of the freeze is short
@@ -356,18 +370,20 @@ class OutgoingMigration(ABC):
                 self._enter(MigrationPhase.DIRTY)
             forecast = self._convergence.forecast(self._pending_bytes(), self._bandwidth.per_second)
             decision = self._convergence.after_pass(forecast, self._parameters.downtime_limit_s)
+            is_over_limit = forecast.expected_downtime_s > self._parameters.downtime_limit_s
+            self._pacer.end_pass(forecast.pending_bytes, is_over_limit=is_over_limit)
             if decision is Decision.CONTINUE:
                 continue
             if not is_synced:
                 # Make both stores durable while the guest still runs, so that the syncs of the freeze are short.
                 is_synced = True
-                await self._sync_ahead()
+                with self._pacer.suspended():
+                    await self._sync_ahead()
                 continue
             if self._parameters.pause_before_switchover and not self._proceed.is_set():
                 if self._machine.phase is not MigrationPhase.PRE_SWITCHOVER:
                     self._enter(MigrationPhase.PRE_SWITCHOVER)
-                with trio.move_on_after(TICK_S):
-                    await self._proceed.wait()
+                await self._pacer.pause(TICK_S, self._proceed)
                 continue
             return
 
@@ -383,16 +399,33 @@ class OutgoingMigration(ABC):
 
         async def keep_up() -> None:
             with passes:
-                while not is_still.is_set():
-                    await self._run_pass(is_limited=True)
-                    with trio.move_on_after(TICK_S):
-                        await is_still.wait()
+                await self._keep_up(is_still)
             if passes.cancelled_caught:
                 raise self._freeze_deadline_error()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._guard, bring)
             nursery.start_soon(self._guard, keep_up)
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def _keep_up(self, until: trio.Event) -> None:
+        while not until.is_set():
+            await self._run_pass(is_limited=True)
+            await self._pacer.pause(TICK_S, until)
+
+    async def _push_out_pages(self) -> None:
+        """Have the kernel write what guests stored through mmap; it may have to wait for passes to make room."""
+        is_out = trio.Event()
+
+        async def push() -> None:
+            for lent in self._lent:
+                await lent.push_out_pages()
+            is_out.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._guard, push)
+            if self._pacer.is_mirroring:
+                nursery.start_soon(self._guard, self._keep_up, is_out)
         await trio.lowlevel.checkpoint_if_cancelled()
 
     def _is_postcopy(self) -> bool:
@@ -418,13 +451,13 @@ class OutgoingMigration(ABC):
 
     async def _freeze(self) -> None:
         """Close the gates, drain, sync and send the rest."""
-        for lent in self._lent:
-            await lent.push_out_pages()
+        await self._push_out_pages()
         self._enter(MigrationPhase.FROZEN)
         self._frozen_at = trio.current_time()
         self._freeze_ends_at = deadline = self._frozen_at + self._parameters.freeze_deadline_s
         for disk in self._disks:
             disk.disk.set_gate(Gate.CLOSED)
+        self._pacer.freeze()
         with trio.move_on_at(deadline) as scope:
             for disk in self._disks:
                 left = max(0.0, deadline - trio.current_time())
@@ -520,6 +553,7 @@ class OutgoingMigration(ABC):
             total_s=end - self.started_at,
             frozen_s=0.0 if self._frozen_at is None else (self._taken_at or end) - self._frozen_at,
             downtime_s=self._taken_at - self._frozen_at if self._taken_at and self._frozen_at else None,
+            pacing=self._pacer.statistics(),
             passes_without_progress=self._convergence.n_passes_without_progress,
             is_postcopy=self._is_postcopy(),
             error=None if self.error is None else str(self.error),

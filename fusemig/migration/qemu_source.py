@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fusemig.migration.commit import SourceDisk
     from fusemig.migration.link import Offload
     from fusemig.migration.stats import MigrationParameters
+    from fusemig.mirror import Reach
     from fusemig.transport import ByteStream
 
 DEFAULT_MACHINE = "fusemig"
@@ -78,10 +79,11 @@ class QemuSource(OutgoingMigration):
         on_phase: Callable[[MigrationPhase], None] = lambda _phase: None,
         on_pass: Callable[[int], None] = lambda _number: None,
         count_requests: Callable[[], int] = lambda: 0,
+        on_pace: Callable[[Reach, int], None] = lambda _reach, _percent: None,
         machine: str = DEFAULT_MACHINE,
     ) -> None:
         """Prepare as `SourceMigration` does; ``machine`` is the machine type of the QEMU at the other end."""
-        super().__init__(disks, connect, parameters, offload, on_phase, on_pass)
+        super().__init__(disks, connect, parameters, offload, on_phase, on_pass, on_pace)
         self._handoff: UnprovenHandoff = UnprovenHandoff(HandoffRecords(disks, self.session, offload, "qemu"))
         self._count_requests = count_requests
         self._machine_type = machine
@@ -96,9 +98,11 @@ class QemuSource(OutgoingMigration):
             for disk in self._disks:
                 disk.allocated_bytes = disk.tracking.dirty_chunks * CHUNK_SIZE
             self._sender = QemuSender(self._disks, self._machine_type, self._count_requests)
+            self._pacer.start()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._guard, self._watch)
                 nursery.start_soon(self._tick)
+                nursery.start_soon(self._pacer.run)
                 await self._guard(self._send_all)
                 nursery.cancel_scope.cancel()
             await self._hand_off(self._sender)

@@ -221,16 +221,8 @@ class PassReader:
                 self._close_frames(batch)
                 self._go_on()
                 continue
-            chunk, mask = taken
-            self._chunk = chunk + 1
-            try:
-                if mask == chunk_mask(chunk, disk.disk.size):
-                    self._read_chunk(disk, chunk, batch)
-                else:
-                    self._read_blocks(disk, chunk, mask, batch)
-            except DiskError as exc:
-                disk.tracking.restore(chunk)
-                raise MigrationError(f"{exc}; the disk stays here: mend its image, then migrate again") from exc
+            self._chunk = taken[0] + 1
+            self._read_taken(disk, *taken, batch)
         self._close_frames(batch)
         return batch if batch.frames or batch.cost_bytes else None
 
@@ -250,6 +242,41 @@ class PassReader:
         self._disk_index += 1
         if self._disk_index == len(self._disks) and self._order is not None and self._order.begin_next_sweep():
             self._disk_index = 0
+
+    def read_mirrored(self, limit_bytes: int) -> Batch | None:
+        """Return frames of about ``limit_bytes`` of mirrored chunks, wherever the pass is; None if none is dirty.
+
+        Raises:
+            MigrationError: as `read_batch`.
+        """
+        batch = Batch()
+        for disk in self._disks:
+            taken, n_bytes = [], batch.cost_bytes
+            while n_bytes < limit_bytes and (one := disk.tracking.take_mirrored()) is not None:
+                taken.append(one)
+                n_bytes += one[1].bit_count() * BLOCK_SIZE
+            if taken and disk.holes:  # which must not come after what was written into them
+                self._send_holes(disk, batch)
+            taken.sort(reverse=True)  # a frame's extents ascend
+            while taken:
+                try:
+                    self._read_taken(disk, *taken.pop(), batch)
+                except MigrationError:
+                    for chunk, _ in taken:
+                        disk.tracking.restore(chunk)
+                    raise
+            self._close_frames(batch)
+        return batch if batch.frames else None
+
+    def _read_taken(self, disk: OutgoingDisk, chunk: int, mask: int, batch: Batch) -> None:
+        try:
+            if mask == chunk_mask(chunk, disk.disk.size):
+                self._read_chunk(disk, chunk, batch)
+            else:
+                self._read_blocks(disk, chunk, mask, batch)
+        except DiskError as exc:
+            disk.tracking.restore(chunk)
+            raise MigrationError(f"{exc}; the disk stays here: mend its image, then migrate again") from exc
 
     def _send_holes(self, disk: OutgoingDisk, batch: Batch) -> None:
         bases, disk.bases = disk.bases, []

@@ -29,6 +29,8 @@ PIECE_BYTES: Final = 256 << 10
 """What is sent at a time while guests are busy: a whole chunk would hold up some of them for as long as it takes."""
 WINDOW_BYTES: Final = 64 << 20
 """Disk bytes sent and not acknowledged, at most."""
+MIRROR_SHARE: Final = 0.8
+"""How much of the link mirrored writes may take while other chunks wait too: guests go first, and the pass ends."""
 
 MAX_UNDURABLE: Final = 1 << 17
 """Frames that may be acknowledged and not durable before the source stops to keep account of them."""
@@ -67,6 +69,14 @@ class PassSender:
         self._politeness = Politeness(count_requests)
         self._batch: Batch | None = None
         self._rest: list[memoryview] = []
+        self._owed_bytes = 0.0
+        """What the pass was kept waiting for, in bytes of its own."""
+        self._unprompted_bytes = 0
+        # Set between slices:
+        self.window_bytes = WINDOW_BYTES
+        """Disk bytes sent and not acknowledged, at most."""
+        self.prompt = b""
+        """A message that has the destination acknowledge at once; not empty: mirrored chunks go first."""
         self.unacknowledged: deque[SentFrame] = deque()
         self.last_sequence = 0
         self.is_reading = False
@@ -103,11 +113,11 @@ class PassSender:
                 self._politeness.rest()
             if self.wire_bytes + idle_bytes >= stop_at:
                 return Need.SLICE
-            if self.sent_bytes - self.acknowledged_bytes >= WINDOW_BYTES:
+            if not self.has_room:
                 return Need.ACKNOWLEDGEMENT
             self.is_reading = True
             try:
-                batch = reader.read_batch(CHUNK_SIZE)
+                batch = self._read(reader)
             finally:
                 self.is_reading = False
             if batch is None:
@@ -120,6 +130,31 @@ class PassSender:
             self.sent_bytes += batch.disk_bytes
             self._batch = batch
             self._rest = [memoryview(buffer) for buffer in batch.buffers]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be under way."""
+        return self.sent_bytes - self.acknowledged_bytes < self.window_bytes
+
+    def _read(self, reader: PassReader) -> Batch | None:
+        """Read what goes next: mirrored chunks, but of each five parts one is the pass's; None at its end."""
+        batch = None
+        if self.prompt and self._owed_bytes < CHUNK_SIZE:
+            batch = reader.read_mirrored(CHUNK_SIZE)
+        if batch is not None:
+            self._owed_bytes += batch.disk_bytes * (1 - MIRROR_SHARE) / MIRROR_SHARE
+            is_urgent = True
+        else:
+            batch = reader.read_batch(CHUNK_SIZE)
+            if batch is None:
+                return None
+            self._owed_bytes = max(0.0, self._owed_bytes - batch.disk_bytes)
+            is_urgent = False
+        self._unprompted_bytes += batch.disk_bytes
+        if self.prompt and (is_urgent or self._unprompted_bytes >= self.window_bytes // 4):
+            self._unprompted_bytes = 0
+            batch.buffers.append(self.prompt)
+        return batch
 
     def _send_rest(self, batch: Batch, stream: ByteStream, *, is_courteous: bool) -> bool:
         """Send what is left of a batch; return whether all of it is sent."""

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from fusemig.migration.link import Offload
     from fusemig.migration.resume import Reconciliation
     from fusemig.migration.stats import MigrationParameters, MigrationStatistics
+    from fusemig.mirror import Reach
     from fusemig.transport import ByteStream
 
 PROGRESS_INTERVAL_S: Final = 1.0
@@ -84,6 +85,7 @@ class SourceMigration(OutgoingMigration):
     """One outgoing migration over the native wire."""
 
     wire: ClassVar[str] = "native"
+    can_mirror: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class SourceMigration(OutgoingMigration):
         on_phase: Callable[[MigrationPhase], None] = lambda _phase: None,
         on_pass: Callable[[int], None] = lambda _number: None,
         count_requests: Callable[[], int] = lambda: 0,
+        on_pace: Callable[[Reach, int], None] = lambda _reach, _percent: None,
         resume: ResumePoint | None = None,
         route: Route = NO_ROUTE,
         *,
@@ -110,12 +113,13 @@ class SourceMigration(OutgoingMigration):
             on_phase: called at once at each change of phase.
             on_pass: called at the start of each pass with its number, from 1.
             count_requests: tells how many requests guests have ever made; the bulk phase makes room for them.
+            on_pace: as `OutgoingMigration` has it.
             resume: where an earlier migration of the same disks was interrupted, to go on from there.
             route: how the destination is talked to, for whoever has to ask it later.
             n_reconnects: how often it got its connection back before, in another daemon.
             waiting: why it has none now; "" for one that begins.
         """
-        super().__init__(disks, connect, parameters, offload, on_phase, on_pass)
+        super().__init__(disks, connect, parameters, offload, on_phase, on_pass, on_pace)
         self._count_requests = count_requests
         # Where to go on from; None: with nothing.
         self._resume = resume
@@ -191,9 +195,11 @@ class SourceMigration(OutgoingMigration):
             try:
                 await self._find_what_to_send(link, welcome, records)
                 self._reader = PassReader(self._disks, self._pool, self._packer)
+                self._pacer.start()
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._receive, link)
                     nursery.start_soon(self._guard, self._tick, link)
+                    nursery.start_soon(self._pacer.run)
                     await self._guard(self._send_all)
                     nursery.cancel_scope.cancel()
                 await self._hand_off(link)
@@ -209,6 +215,7 @@ class SourceMigration(OutgoingMigration):
                     await self._handoff.say_abort(link, self._reason(exc))
                 raise
         finally:
+            self._pacer.release()
             self._pool.clear()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await stream.aclose()
@@ -220,6 +227,7 @@ class SourceMigration(OutgoingMigration):
         except FusemigError as exc:
             if self._failure is None:
                 self._failure = exc
+            self._pacer.release()
             self._attempt_scope.cancel()
 
     async def _handshake(self, link: NativeLink, records: Sequence[EpochRecord]) -> native.Welcome:
@@ -461,7 +469,10 @@ class SourceMigration(OutgoingMigration):
         run_slice = partial(sender.run_slice, self._reader, link.stream, is_courteous=is_bulk)
         while need is not Need.NOTHING and not (is_limited and self._is_postcopy()):
             if need is Need.ACKNOWLEDGEMENT:
-                await self._wait_progress(lambda: sender.sent_bytes - sender.acknowledged_bytes < WINDOW_BYTES)
+                await self._wait_progress(lambda: sender.has_room)
+            self._tune(sender)
+            is_courteous = is_bulk and not self._pacer.is_mirroring  # guests would wait for us
+            run_slice = partial(sender.run_slice, self._reader, link.stream, is_courteous=is_courteous)
             self._limit.bytes_per_s = self._parameters.max_bandwidth if is_limited else 0
             if not sender.unacknowledged:
                 self._busy_since = trio.current_time()
@@ -480,6 +491,14 @@ class SourceMigration(OutgoingMigration):
             await self._say_progress(link)  # which has the destination acknowledge at once
         await self._wait_progress(lambda: not sender.unacknowledged)
         self._stalled_since = None
+
+    def _tune(self, sender: PassSender) -> None:
+        """Keep what is under way short, and have it acknowledged soon, while guests' writes wait behind it."""
+        if self._pacer.is_mirroring:
+            sender.window_bytes = self._pacer.under_way_bytes
+            sender.prompt = native.encode_message(self._progress())
+        else:
+            sender.window_bytes, sender.prompt = WINDOW_BYTES, b""
 
     def _heat_order(self) -> HeatOrder:
         return HeatOrder([(disk.disk.heat, disk.disk.size) for disk in self._disks])
@@ -533,6 +552,7 @@ class SourceMigration(OutgoingMigration):
             self._bandwidth.add(n_bytes, now - self._busy_since)
             self._busy_since = now
             self._stalled_since = None
+            self._pacer.note_acknowledged(now)
         self._progress_made.set()
 
     async def _tick(self, link: NativeLink) -> None:
@@ -540,14 +560,18 @@ class SourceMigration(OutgoingMigration):
         while True:
             now = trio.current_time()
             self._count_dirtied(now)
+            self._tune(self._sender)  # also in the middle of a slice
             if now >= next_progress:
                 next_progress = now + PROGRESS_INTERVAL_S
                 await self._say_progress(link)
             await trio.sleep(TICK_S)
 
     async def _say_progress(self, link: NativeLink) -> None:
+        await link.send_message(self._progress())
+
+    def _progress(self) -> native.Progress:
         total = sum(disk.allocated_bytes for disk in self._disks)
-        await link.send_message(native.Progress(self._pass_number, self._pending_bytes(), total))
+        return native.Progress(self._pass_number, self._pending_bytes(), total)
 
     # Switchover
 

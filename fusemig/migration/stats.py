@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fusemig.migration.order import Order
+from fusemig.mirror import Reach
+from fusemig.shaping import DEFAULT_LAG
 
 if TYPE_CHECKING:
     from fusemig.forecast import Prediction
     from fusemig.phase import MigrationPhase
+    from fusemig.shaping import MirrorLag
 
 DEFAULT_DOWNTIME_LIMIT_S: Final = 0.3
 """QEMU's default (migration/options.c: DEFAULT_MIGRATE_SET_DOWNTIME, 300 ms)."""
@@ -37,6 +40,14 @@ class MigrationParameters:
     """Of the chunks of the bulk phase."""
     reconnect_limit_s: float = 0.0
     """How long to try to get a lost connection back, in seconds without progress; 0: not at all."""
+    mirrors: bool = False
+    """Mode ``mirror``: forward guests' writes from the start."""
+    auto_mirror: bool = True
+    """Mirror what passes cannot follow."""
+    mirror_lag: MirrorLag = DEFAULT_LAG
+    """How far the destination may be behind with what is mirrored."""
+    throttle_max: int = 0
+    """Per cent by which guests' writes may be slowed down before anything is mirrored; 0: not at all."""
     incremental: bool | None = None
     """What is left out. None: what the destination provably has. True: also what it has after comparing contents, and
     a shared base is a must. False: nothing."""
@@ -78,6 +89,28 @@ class WindowStatistics:
 
 
 @dataclass(frozen=True)
+class PacingStatistics:
+    """What a migration does to its guests (`fusemig.migration.pacer`)."""
+
+    is_mirror_wanted: bool = False
+    """Whether the user wants everything mirrored."""
+    reach: Reach = Reach.NONE
+    """What is mirrored now."""
+    mirrored_chunks: int = 0
+    behind_bytes: int = 0
+    """What the destination lacks of the mirrored chunks."""
+    window_bytes: int = 0
+    """How much that may be."""
+    paced_writes: int = 0
+    """Writes that wait for their turn."""
+    held_replies: int = 0
+    """Writes that were made and are answered when the destination has them."""
+    throttle_percent: int = 0
+    n_fallbacks: int = 0
+    """How often mirroring was given up for a while because nothing was acknowledged."""
+
+
+@dataclass(frozen=True)
 class MigrationStatistics:
     """A migration at one moment; times in seconds, sizes in bytes."""
 
@@ -109,6 +142,7 @@ class MigrationStatistics:
     passes_without_progress: int
     error: str | None
     error_kind: str | None
+    pacing: PacingStatistics = field(default_factory=PacingStatistics)
     prediction: Prediction | None = None
     """What is to be expected, while passes run and the link is known."""
     n_reconnects: int = 0

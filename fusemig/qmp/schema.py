@@ -136,9 +136,18 @@ class Mode(StrEnum):
     PRECOPY = "precopy"
     """Passes over what is dirty, then the switchover."""
     MIRROR = "mirror"
-    """Guest writes go to both sides once the bulk is over."""
+    """Guests' writes to what was sent are forwarded as they happen, and wait if it is too far behind."""
     POSTCOPY = "postcopy"
     """The destination takes over first and fetches what it lacks."""
+
+
+class MirrorReach(StrEnum):
+    """What is mirrored now."""
+
+    NONE = "none"
+    HOT = "hot"
+    """What guests kept writing when passes did not help."""
+    ALL = "all"
 
 
 class Order(StrEnum):
@@ -180,6 +189,7 @@ DowntimeLimit = Annotated[
 ]
 Channels = Annotated[int, msgspec.Meta(ge=1, le=255, description="a value between 1 and 255")]
 ZstdLevel = Annotated[int, msgspec.Meta(ge=0, le=20, description="a value between 0 and 20")]
+ThrottleMax = Annotated[int, msgspec.Meta(ge=0, le=99, description="an integer in the range of 0 to 99")]
 CommandDeadline = Annotated[
     int, msgspec.Meta(ge=1, le=3_600_000, description="an integer in the range of 1 to (3600 * 1000) ms")
 ]
@@ -255,6 +265,14 @@ class MigrateSetParameters(Arguments, frozen=True, kw_only=True):
     multifd_channels: Channels | UnsetType = UNSET
     multifd_compression: Compression | UnsetType = UNSET
     multifd_zstd_level: ZstdLevel | UnsetType = UNSET
+    x_fusemig_mode: Mode | UnsetType = UNSET
+    """Of the migration that runs; ``migrate`` says it for the next one."""
+    x_fusemig_auto_mirror: bool | UnsetType = UNSET
+    """Whether ``precopy`` mirrors what its passes cannot follow."""
+    x_fusemig_mirror_lag: str | UnsetType = UNSET
+    """How far the destination may be behind with what is mirrored: a time, a size, or 0 to answer no write earlier."""
+    x_fusemig_throttle_max: ThrottleMax | UnsetType = UNSET
+    """Per cent by which guests' writes may be slowed down (QEMU: max-cpu-throttle)."""
 
 
 class MigrationCapabilityStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -346,6 +364,9 @@ class MigrationParameters(Result, frozen=True, kw_only=True):
     multifd_channels: int = 2
     multifd_compression: Compression = Compression.NONE
     multifd_zstd_level: int = 1
+    x_fusemig_auto_mirror: bool = True
+    x_fusemig_mirror_lag: str = "20ms"
+    x_fusemig_throttle_max: int = 0
 
 
 class MigrationStats(Result, frozen=True, kw_only=True):
@@ -425,6 +446,25 @@ class GuestInfo(Result, frozen=True, kw_only=True):
     """Why it does not run where it may, and what to do."""
 
 
+class MigrationPacing(Result, frozen=True, kw_only=True):
+    """What a migration does to its guests."""
+
+    mirror: MirrorReach = MirrorReach.NONE
+    mirrored_chunks: int = 0
+    behind_bytes: int = 0
+    """What the destination lacks of the mirrored chunks."""
+    window_bytes: int = 0
+    """How much that may be before writes wait."""
+    waiting_writes: int = 0
+    """Writes that wait for their turn."""
+    held_replies: int = 0
+    """Writes that were made and are answered when the destination has them."""
+    throttle_percentage: int = 0
+    """By which guests' writes are slowed down (QEMU: cpu-throttle-percentage)."""
+    fallbacks: int = 0
+    """How often mirroring rested because the destination acknowledged nothing."""
+
+
 class CompressionInfo(Result, frozen=True, kw_only=True):
     """What became of ``x-fusemig-compress``."""
 
@@ -450,6 +490,7 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     """Number of the present pass; 1 is the bulk phase."""
     disks: list[MigratingDisk] = field(default_factory=list)
     window: MigrationWindow = MigrationWindow()
+    pacing: MigrationPacing = MigrationPacing()
     bandwidth: int = 0
     """Measured."""
     dirty_rate: int = 0
@@ -636,6 +677,13 @@ class MigrationPassEvent(Result, frozen=True, kw_only=True):
     pass_: int = field(name="pass")
 
 
+class PacingEvent(Result, frozen=True, kw_only=True):
+    """Data of X_FUSEMIG_PACING: what is done to guests from now on."""
+
+    mirror: MirrorReach
+    throttle_percentage: int
+
+
 class ShutdownEvent(Result, frozen=True, kw_only=True):
     """Data of SHUTDOWN."""
 
@@ -649,11 +697,12 @@ EVENTS: Final[dict[str, type[Result] | None]] = {
     "STOP": None,
     "RESUME": None,
     "SHUTDOWN": ShutdownEvent,
+    "X_FUSEMIG_PACING": PacingEvent,
     "X_FUSEMIG_UPGRADE": UpgradeInfo,
 }
 """Every event and its data."""
 
-MIGRATION_EVENTS: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
+MIGRATION_EVENTS: Final = frozenset({"MIGRATION", "MIGRATION_PASS", "X_FUSEMIG_PACING"})
 """The events that are sent only while the capability ``events`` is on."""
 
 

@@ -119,7 +119,6 @@ def test_what_is_not_built_yet_is_refused(hosts: Hosts, place: Path) -> None:
     """An option that cannot be honoured is never silently accepted."""
     source = hosts.start("source", {"vda": write_random(place / "a.img", MIB)})
     for options in (
-        ["--mode", "mirror"],
         ["--resume", "--wire", "qemu"],
         ["--incremental", "--wire", "qemu"],
         ["--compress", "zstd", "--wire", "qemu"],

@@ -147,9 +147,9 @@ async def test_writes_during_the_migration_arrive(tmp_path: Path, autojump_clock
                 try:
                     pair.source.disks[name].pwrite(data, offset)
                     model[name][offset : offset + length] = data
-                except GateClosedError:
+                except GateClosedError as paused:
                     changed = trio.Event()
-                    if pair.source.disks[name].park(changed.set):
+                    if pair.source.disks[name].park(changed.set, paused):
                         await changed.wait()
                     continue
                 except DiskError:

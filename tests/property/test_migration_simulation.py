@@ -17,7 +17,9 @@ import trio
 from fusemig.disk.fault import EVERY_OPERATION, Fault, Operation
 from fusemig.epoch import Ownership
 from fusemig.migration.order import Order
+from fusemig.migration.pacer import HOLD_DEADLINE_S
 from fusemig.phase import MigrationPhase as P
+from fusemig.shaping import MirrorLag
 from support.faults import KINDS
 from support.world import cancel_if_possible, run
 
@@ -105,12 +107,17 @@ def cancel_somewhere(world: World, rng: random.Random) -> str:
     return f"cancel {steps} steps after {wanted.value}"
 
 
-def simulate(seed: int, directory: Path) -> P:
+def simulate(seed: int, directory: Path, mirrored: Counter[str]) -> P:
     """Make one migration with up to two faults, check it, and then one that must succeed; return how it ended."""
     rng = random.Random(seed)
     plan: list[str] = []
 
     async def main(world: World) -> None:
+        mode = seed % 4  # two of four runs mirror: with a window, and with replies that wait for the destination
+        world.parameters.mirrors = mode >= 2
+        if mode == 3:
+            world.parameters.mirror_lag = MirrorLag(seconds=None, size=0)
+        plan.append(("precopy", "precopy", "mirror", "mirror, lag 0")[mode])
         world.fill(rng)
         world.parameters.order = Order.HEAT if seed % 2 else Order.SEQUENTIAL
         for _ in range(rng.choice([0, 1, 1, 1, 2])):
@@ -128,6 +135,8 @@ def simulate(seed: int, directory: Path) -> P:
         assert world.longest_freeze_s <= world.parameters.freeze_deadline_s + (
             world.parameters.taken_deadline_s if P.COMMITTED in world.phases else slack
         )
+        assert world.longest_hold_s <= HOLD_DEADLINE_S + world.parameters.freeze_deadline_s + slack
+        mirrored.update(held=world.n_held_replies, paced=world.n_paced_writes)
         if world.outgoing.phase in (P.FAILED, P.CANCELLED):
             if any(world.source.durable_state(name) not in (None, Ownership.OWNER) for name in world.source.disks):
                 return  # its epoch file could not be put back: the next migration says so
@@ -156,12 +165,17 @@ def fast_directory() -> Iterator[Path]:
 @pytest.mark.parametrize(
     "batch", [*range(CI_BATCHES), *(pytest.param(n, marks=pytest.mark.nightly) for n in range(CI_BATCHES, BATCHES))]
 )
-def test_simulated_migrations(fast_directory: Path, batch: int, nightly: bool) -> None:
+def test_simulated_migrations(fast_directory: Path, batch: int, nightly: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever fails: never two writers, no lost write, the source thaws or the destination has it all."""
     n_runs = NIGHTLY_RUNS_PER_BATCH if nightly else RUNS_PER_BATCH
     first = random.SystemRandom().getrandbits(40) if nightly else batch * 1_000_000
     print(f"seeds {first} to {first + n_runs - 1}")
-    outcomes = Counter(simulate(seed, fast_directory / str(seed)) for seed in range(first, first + n_runs))
-    print(dict(outcomes))
+    for name in ("FIRST_WINDOW_BYTES", "MIN_WINDOW_BYTES"):
+        monkeypatch.setattr(f"fusemig.shaping.{name}", 8192)  # the disks are small
+    mirrored: Counter[str] = Counter()
+    outcomes = Counter(simulate(seed, fast_directory / str(seed), mirrored) for seed in range(first, first + n_runs))
+    print(dict(outcomes), dict(mirrored))
     assert outcomes[P.COMPLETED] > n_runs / 10
+    assert mirrored["held"]
+    assert mirrored["paced"]
     assert outcomes[P.FAILED] + outcomes[P.CANCELLED] + outcomes[P.IN_DOUBT] > n_runs / 10

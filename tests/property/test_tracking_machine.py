@@ -5,12 +5,16 @@ fall between a write's admission and its end, and a write between a chunk's taki
 the real `PassReader`, travel as bytes, are decoded by the real decoder and applied by the real `FrameWriter`; the
 network delivers, acknowledges and loses any number of them.
 
+Chunks may be mirrored, so that their writes go before the pass; replies may be held: one is given only when the
+destination has the write, unless a later one lies over it.
+
 At all times: where the tracker is clean, nothing differs. At each hand-off: the destination equals the model, the
 digests are equal, nothing is missing.
 
 Taken out of the package by hand, one at a time, each of these rules makes this machine fail (rule 1: the mark at
 admission, the mark at the end; rule 2: clearing before the read; rule 3: everything allocated is dirty at first;
-rule 4: what is in flight is not taken again).
+rule 4: what is in flight is not taken again). So do: a reply that is given with the acknowledgement of what was taken
+before its write ended, and holes that are sent after a mirrored write into them.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from fusemig.migration.order import HeatOrder
 from fusemig.migration.reader import OutgoingDisk, PassReader
 from fusemig.migration.resume import LivingReconciliation, MappedReconciliation, ResumePoint, journal_pages
 from fusemig.migration.writer import FrameWriter, IncomingDisk
+from fusemig.mirror import Reach
 from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_mask, mask_extents, n_chunks
 from fusemig.wire import native
 from support.lockstep import Lockstep, pause
@@ -93,7 +98,8 @@ class GuestWrite:
     def __init__(self, machine: TrackingMachine, offset: int, data: bytes | int, fails_after: int | None) -> None:
         self.machine, self.offset = machine, offset
         self.length = data if isinstance(data, int) else len(data)
-        content = bytes(self.length) if isinstance(data, int) else data
+        content = self.content = bytes(self.length) if isinstance(data, int) else data
+        machine.cover(offset, self.length)
         stored = content if fails_after is None else content[: min(fails_after, self.length - 1)]
         half = len(stored) // 2
         self.parts = [(offset, stored[:half]), (offset + half, stored[half:])]
@@ -129,6 +135,16 @@ class GuestWrite:
         while self.parts:
             self.take_over_part()
         assert isinstance(self.call.error, DiskError) == self.fails, self.call.error
+        self.machine.written(self.offset, self.content, is_made=not self.fails)
+
+
+class HeldReply:
+    """A write that was made and is not answered."""
+
+    def __init__(self, offset: int, content: bytes) -> None:
+        self.offset, self.content = offset, content
+        self.is_covered = False
+        """Whether a later write lies over a part of it."""
 
 
 class TrackingMachine(RuleBasedStateMachine):
@@ -136,6 +152,8 @@ class TrackingMachine(RuleBasedStateMachine):
 
     n_steps = 0
     """Steps of all runs together."""
+    n_answers = 0
+    """Replies that were held and then given."""
     directory: Path
 
     def __init__(self) -> None:
@@ -148,6 +166,8 @@ class TrackingMachine(RuleBasedStateMachine):
         self.model = bytearray(SIZE)
         self.writes: list[GuestWrite] = []
         self.n_parked = 0
+        self.held: list[HeldReply] = []
+        self.is_releasing = self.mirrors = False
         self.n_since_switch_over = 0
         self.scan: Lockstep | None = None
         self.outgoing: OutgoingDisk | None = None
@@ -155,8 +175,13 @@ class TrackingMachine(RuleBasedStateMachine):
         self.n_migrations = 0
         self.dirty_file = DirtyFile(self.disk, "boot", None, lambda: MemoryDisk("a", dirty_file_size(SIZE)))
 
-    @initialize(holes=st.sets(st.integers(0, 3)), stale=st.booleans(), scan_now=st.sampled_from([True, True, False]))
-    def start(self, holes: set[int], stale: bool, scan_now: bool) -> None:
+    @initialize(
+        holes=st.sets(st.integers(0, 3)),
+        stale=st.booleans(),
+        scan_now=st.sampled_from([True, True, False]),
+        mirrors=st.booleans(),
+    )
+    def start(self, holes: set[int], stale: bool, scan_now: bool, mirrors: bool) -> None:
         """Give the source some data, and the destination what an earlier migration left there."""
         for chunk in set(range(4)) - holes:
             start = chunk * CHUNK_SIZE
@@ -164,6 +189,7 @@ class TrackingMachine(RuleBasedStateMachine):
         self.source.content[:] = self.model
         if stale:
             self.target.content[:] = self.rng.randbytes(SIZE)
+        self.mirrors = mirrors
         self.begin_migration()
         if scan_now:
             self.scan_goes_on(to_the_end=True)
@@ -171,6 +197,7 @@ class TrackingMachine(RuleBasedStateMachine):
     def begin_migration(self) -> None:
         """Start tracking, then look for what is allocated; writes may fall in between."""
         if self.outgoing is not None:
+            self.mirror_ends()
             self.outgoing.tracking.stop()
         self.n_migrations += 1
         # With a write under way the map does not count.
@@ -245,14 +272,61 @@ class TrackingMachine(RuleBasedStateMachine):
         offset = min(data.draw(st.sampled_from(chunks)) * CHUNK_SIZE + block * BLOCK_SIZE, SIZE - 512)
         self.guest_writes(offset=offset, length=512, kind="data", fails_after=None, ends=ends)
 
+    # Replies
+
+    def cover(self, offset: int, length: int) -> None:
+        """A write begins, and may be seen at the destination from now on."""
+        for one in self.held:
+            one.is_covered |= one.offset < offset + length and offset < one.offset + len(one.content)
+
+    def written(self, offset: int, content: bytes, *, is_made: bool) -> None:
+        """A write has ended; answer it, unless its reply is held."""
+        held = HeldReply(offset, content)
+        self.held.append(held)
+        if not is_made or not self.disk.hold_reply(offset, len(content), lambda: self.answer(held)):
+            self.held.remove(held)
+
+    def answer(self, held: HeldReply) -> None:
+        """Give a reply: the destination has the write, unless everything is given up."""
+        self.held.remove(held)
+        type(self).n_answers += not self.is_releasing
+        if not self.is_releasing and not held.is_covered:
+            place = slice(held.offset, held.offset + len(held.content))
+            assert self.target.content[place] == held.content
+
+    @precondition(lambda self: self.scan is None and self.n_since_switch_over % 8 == 7)
+    @rule(reach=st.sampled_from([Reach.HOT, Reach.ALL]), is_blocking=st.sampled_from([True, True, False]))
+    def mirror(self, reach: Reach, is_blocking: bool) -> None:
+        """Mirror, or mirror other chunks than before."""
+        assert self.outgoing is not None
+        self.outgoing.tracking.pacing.mirror(reach, 0.0, lambda: None)
+        self.outgoing.tracking.pacing.set_window(2 * SIZE, is_blocking=is_blocking)
+
+    @precondition(lambda self: self.scan is None and self.read is None and self.disk.holds_replies)
+    @rule()
+    def catch_up(self) -> None:
+        """Send everything and have it acknowledged, so that every chunk is mirrored."""
+        self.reader.begin_pass()
+        self.read = Lockstep(lambda: self.reader.read_batch(64 * CHUNK_SIZE))
+        self.finish_read()
+        while self.wire:
+            self.deliver(8)
+        while self.unacknowledged:
+            self.acknowledge(8)
+
+    def mirror_ends(self) -> None:
+        """Give everything up that is held."""
+        if self.outgoing is not None:
+            self.is_releasing = True
+            self.outgoing.tracking.pacing.release()
+            self.is_releasing = False
+        assert not self.held
+
     def see_it_parked(self, offset: int, length: int) -> None:
-        try:
+        with pytest.raises(GateClosedError) as refused:
             self.disk.pwrite(bytes(length), offset)
-        except GateClosedError:
-            assert self.disk.park(self.resumed)
-            self.n_parked += 1
-        else:
-            raise AssertionError("a write was admitted behind the closed gate")
+        assert self.disk.park(self.resumed, refused.value)
+        self.n_parked += 1
 
     def resumed(self) -> None:
         self.n_parked -= 1
@@ -278,6 +352,8 @@ class TrackingMachine(RuleBasedStateMachine):
         if self.scan.is_over:
             self.scan.finish()
             self.scan = None
+            if self.mirrors:
+                self.mirror(Reach.ALL, is_blocking=True)
 
     @precondition(lambda self: self.read is None and self.has_work)
     @rule(by_heat=st.booleans())
@@ -290,12 +366,14 @@ class TrackingMachine(RuleBasedStateMachine):
         limit=st.sampled_from([1, CHUNK_SIZE, 4 * CHUNK_SIZE]),
         n_pauses=st.sampled_from([0, 0, 0, 1, 2, 6, 6]),
         is_new=st.sampled_from([True, True, False]),
+        is_mirrored=st.sampled_from([True, False, False]),
     )
-    def read_batch(self, limit: int, n_pauses: int, is_new: bool) -> None:
+    def read_batch(self, limit: int, n_pauses: int, is_new: bool, is_mirrored: bool) -> None:
         """Begin to read for sending, and stop in the middle of a read; or read all of it."""
         if is_new:
             self.reader.begin_pass()
-        call = self.read = Lockstep(lambda: self.reader.read_batch(limit))
+        read = self.reader.read_mirrored if is_mirrored else self.reader.read_batch
+        call = self.read = Lockstep(lambda: read(limit))
         for _ in range(n_pauses):
             if not call.is_over:
                 call.resume()
@@ -372,6 +450,7 @@ class TrackingMachine(RuleBasedStateMachine):
         assert self.outgoing is not None
         if self.read is not None:
             self.finish_read()
+        self.mirror_ends()
         if self.wire and n_arrive:
             self.deliver(n_arrive)
         if self.wire and torn:
@@ -385,6 +464,8 @@ class TrackingMachine(RuleBasedStateMachine):
             self.check_that_what_differs_is_dirty()
         self.go_on(LivingReconciliation(self.outgoing, point.doubtful_chunks(self.outgoing, covered)))
         self.connect()
+        if self.mirrors:
+            self.mirror(Reach.ALL, is_blocking=True)
 
     def go_on(self, walk: Reconciliation) -> None:
         """Have the source hear what the destination has; the destination is one that was restarted."""
@@ -409,6 +490,7 @@ class TrackingMachine(RuleBasedStateMachine):
     def restart_source(self) -> None:
         """Kill the source between two frames: its map of what was written since the migration began is left."""
         assert self.outgoing is not None
+        self.mirror_ends()
         self.outgoing.tracking.stop()
         self.outgoing = OutgoingDisk(0, self.disk, self.disk.start_tracking())
         self.outgoing.find_allocated()
@@ -465,6 +547,7 @@ class TrackingMachine(RuleBasedStateMachine):
             self.finish_read()
         assert not self.wire
         assert self.tracking_is_clean
+        assert not self.held
         assert self.source.content == self.model
         assert self.target.content == self.model
         assert not self.incoming.missing()
@@ -503,6 +586,7 @@ class TrackingMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Let no thread outlive the run."""
+        self.mirror_ends()
         for write in self.writes:
             write.end()
         for call in (self.read, self.scan) if self.outgoing is not None else ():
@@ -527,5 +611,6 @@ def test_tracking_under_every_interleaving(tmp_path: Path, nightly: bool, monkey
             suppress_health_check=list(HealthCheck),
         ),
     )
-    print(f"{TrackingMachine.n_steps} steps")
+    print(f"{TrackingMachine.n_steps} steps, {TrackingMachine.n_answers} held replies given")
+    assert TrackingMachine.n_answers
     assert TrackingMachine.n_steps >= MIN_STEPS

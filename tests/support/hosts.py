@@ -366,7 +366,7 @@ class Host:
         one = {"capability": "pause-before-switchover", "state": is_on}
         self.qmp.execute("migrate-set-capabilities", {"capabilities": [one]})
 
-    def set_parameters(self, **parameters: int) -> None:
+    def set_parameters(self, **parameters: int | bool) -> None:
         """Set migration parameters; underscores stand for hyphens."""
         self.qmp.execute(
             "migrate-set-parameters", {name.replace("_", "-"): value for name, value in parameters.items()}

@@ -22,6 +22,7 @@ from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.phase import MigrationPhase as P
+from fusemig.shaping import MirrorLag
 from fusemig.units import CHUNK_SIZE
 from support.crash import KilledError
 from support.matrix import Moment
@@ -60,7 +61,8 @@ class SimWorld(trio.abc.Instrument):
         self.rng = random.Random(seed)
         self.clock = clock
         self.directory = directory
-        self.parameters = MigrationParameters()
+        # One of three worlds mirrors, with replies that wait for the destination.
+        self.parameters = MigrationParameters(mirrors=seed % 3 == 2, mirror_lag=MirrorLag(seconds=0.0))
         self.on_connection: Callable[[], None] = lambda: None
         """Called for each connection after the first: what lasts strikes again."""
         self.link_faults: Callable[[SimStream], None] = lambda _stream: None
@@ -359,9 +361,9 @@ class SimWorld(trio.abc.Instrument):
             try:
                 host.check_alive()
                 disk.pwrite(data, offset)
-            except GateClosedError:
+            except GateClosedError as paused:
                 changed = trio.Event()
-                if disk.park(changed.set):
+                if disk.park(changed.set, paused):
                     await changed.wait()
             except KilledError:
                 record.note(content, offset, len(data))  # any part of it may be there
@@ -377,13 +379,20 @@ class SimWorld(trio.abc.Instrument):
                 if record.acknowledged[offset : offset + len(data)] != data:
                     self.violations.append(f"a write to '{name}' was acknowledged and not made")
                 self.n_acknowledged_writes += 1
+                if disk.holds_replies:
+                    answered = trio.Event()
+                    if disk.hold_reply(offset, len(data), answered.set):
+                        await answered.wait()
                 return True
 
     def guest_writes_now(self) -> None:
         """Make a write while the source's gates are open still."""
         for name, served in self.source.served.items():
             if served.guest.gate is Gate.OPEN:
-                served.guest.pwrite(self.rng.randbytes(4096), 8192)
+                try:
+                    served.guest.pwrite(self.rng.randbytes(4096), 8192)
+                except GateClosedError:  # a migration that mirrors may have it wait, and this guest does not
+                    continue
                 self.records[name].note(self.source.stores[name].content, 8192, 4096)
 
     def guest_syncs(self, host: SimHost, name: str) -> bool:

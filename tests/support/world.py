@@ -94,7 +94,9 @@ class World(trio.abc.Instrument):
         self.violations: list[str] = []
         self.longest_freeze_s = 0.0
         self._frozen_at: float | None = None
-        self.n_acknowledged_writes = 0
+        self.n_acknowledged_writes = self.n_held_replies = self.n_paced_writes = 0
+        self.longest_hold_s = 0.0
+        """The longest time that a write waited for its turn, or its reply for the destination."""
         self.incoming: DestinationMigration | None = None
         self.connect()
 
@@ -159,10 +161,13 @@ class World(trio.abc.Instrument):
         while True:
             try:
                 disk.pwrite(data, offset)
-            except GateClosedError:
-                changed = trio.Event()
-                if disk.park(changed.set):
+            except GateClosedError as paused:
+                changed, since, is_paced = trio.Event(), trio.current_time(), disk.gate is Gate.OPEN
+                if disk.park(changed.set, paused):
                     await changed.wait()
+                    if is_paced:
+                        self.n_paced_writes += 1
+                        self.longest_hold_s = max(self.longest_hold_s, trio.current_time() - since)
             except DiskError:
                 if disk.gate is Gate.READ_ONLY:
                     return False
@@ -172,7 +177,18 @@ class World(trio.abc.Instrument):
             else:
                 self.model[name][place] = data
                 self.n_acknowledged_writes += 1
+                await self._wait_answered(disk, offset, len(data))
                 return True
+
+    async def _wait_answered(self, disk: TrackedDisk, offset: int, length: int) -> None:
+        """Wait for the reply to a write that was made, as long as the migration holds it."""
+        if not disk.holds_replies:
+            return
+        answered, since = trio.Event(), trio.current_time()
+        if disk.hold_reply(offset, length, answered.set):
+            await answered.wait()
+            self.n_held_replies += 1
+            self.longest_hold_s = max(self.longest_hold_s, trio.current_time() - since)
 
     # The eye
 

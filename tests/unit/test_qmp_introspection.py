@@ -113,7 +113,7 @@ def test_our_types_are_qemus(qemus: dict[str, dict[str, Any]]) -> None:
                     their_members |= {member["name"]: member | extra for member in qemus[variant["type"]]["members"]}
             my_members = {member["name"]: member for member in my_info["members"]}
             for name, member in my_members.items():
-                if name.startswith("x-fusemig"):
+                if name.lower().startswith(("x-fusemig", "x_fusemig")):
                     continue
                 where = f"{path}.{name}"
                 if name not in their_members:

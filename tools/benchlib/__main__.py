@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from benchlib import chart, report
 from benchlib.measure import BenchError, Row, say
 from benchlib.rows_bulk import row_b1, row_b2, row_b3, row_b4
+from benchlib.rows_converge import row_c1, row_c2, row_c3, row_c4
 from benchlib.rows_dirty import row_d1, row_d2, row_d3
 from benchlib.rows_forecast import row_f1, row_f2
 from benchlib.rows_mount import row_m1, row_m2, row_m3, row_m4
@@ -40,6 +41,10 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
     "D1": row_d1,
     "D2": row_d2,
     "D3": row_d3,
+    "C1": row_c1,
+    "C2": row_c2,
+    "C3": row_c3,
+    "C4": row_c4,
     "F1": row_f1,
     "F2": row_f2,
     "S1": row_s1,

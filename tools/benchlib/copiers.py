@@ -153,39 +153,52 @@ def _qemu_migrate(stage: Stage, source: Path, destination: Path, downtime_ms: in
 class MirrorPair:
     """A qemu-storage-daemon with the image and an NBD client node, and one that exports the destination."""
 
-    def __init__(self, stage: Stage, source: Path, destination: Path, *, guest_export: str = "") -> None:
-        """Start both; ``guest_export`` names a Unix socket on which the source disk is exported to a guest by NBD."""
+    def __init__(
+        self,
+        stage: Stage,
+        source: Path,
+        destination: Path,
+        *,
+        guest_export: str = "",
+        host: str = "127.0.0.1",
+        prefixes: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    ) -> None:
+        """Start both; ``guest_export`` names a Unix socket on which the source disk is exported to a guest by NBD.
+
+        With ``prefixes`` they run in network namespaces, where the destination has the address ``host``.
+        """
         port = free_port()
         self._size = source.stat().st_size
         self.destination, _ = self._start(
-            stage, destination,
-            "--nbd-server", f"addr.type=inet,addr.host=127.0.0.1,addr.port={port}",
+            stage, destination, prefixes[1],
+            "--nbd-server", f"addr.type=inet,addr.host={host},addr.port={port}",
             "--export", "type=nbd,id=e,node-name=f,name=disk,writable=on",
         )  # fmt: skip
         guest = []
         if guest_export:
             guest = ["--nbd-server", f"addr.type=unix,addr.path={guest_export}"]
             guest += ["--export", "type=nbd,id=g,node-name=f,name=disk,writable=on"]
-        self.destination.wait_ready(lambda: is_listening(port))
-        self.source, control = self._start(stage, source, *guest)
+        if not prefixes[1]:  # else its sockets are in another namespace's tables, and its control socket was enough
+            self.destination.wait_ready(lambda: is_listening(port))
+        self.source, control = self._start(stage, source, prefixes[0], *guest)
         self.qmp = Qmp(control)
         stage.defer(self.qmp.__exit__, None, None, None)
-        server = {"type": "inet", "host": "127.0.0.1", "port": str(port)}
+        server = {"type": "inet", "host": host, "port": str(port)}
         self.qmp.execute("blockdev-add", driver="nbd", node_name="t", server=server, export="disk")
 
-    def _start(self, stage: Stage, image: Path, *more: str) -> tuple[Program, Path]:
+    def _start(self, stage: Stage, image: Path, prefix: Sequence[str], *more: str) -> tuple[Program, Path]:
         control = stage.path("qmp")
         program = stage.start(
-            QSD, "--blockdev", f"driver=file,node-name=f,filename={image}",
+            *prefix, QSD, "--blockdev", f"driver=file,node-name=f,filename={image}",
             "--chardev", f"socket,id=c,path={control},server=on,wait=off", "--monitor", "chardev=c", *more,
         )  # fmt: skip
         program.wait_ready(lambda: is_answering(control))
         stage.defer(quit_program, program, control)
         return program, control
 
-    def start(self) -> None:
-        """Start mirroring."""
-        self.qmp.execute("blockdev-mirror", job_id="j", device="f", target="t", sync="full")
+    def start(self, copy_mode: str = "background") -> None:
+        """Start mirroring; guests' writes are copied later, or with ``write-blocking`` before they are answered."""
+        self.qmp.execute("blockdev-mirror", job_id="j", device="f", target="t", sync="full", copy_mode=copy_mode)
 
     def wait_first_pass(self, timeout_s: float) -> None:
         """Wait until as much as the whole disk has been copied; under load the job may be far from ready then."""

@@ -1,15 +1,16 @@
-"""A guest that writes 4 KiB blocks at random and notes when each was acknowledged.
+"""A guest that writes 4 KiB blocks, at random or in order, and notes when each was acknowledged.
 
-Run as a program: ``python -m benchlib.load TARGET RECORD --rate N --start BYTES --length BYTES``. TARGET is a file, or
-``nbd:SOCKET:EXPORT``. It writes no block twice before it has written all (the length is cut to a power of two), stops
-on SIGTERM or when a write fails (EROFS: the disk has moved), and then leaves in RECORD: one double for the errno (0:
-none) followed by pairs of the acknowledgement's CLOCK_MONOTONIC time and the latency, in seconds. RECORD.ready
-appears after the first acknowledgement.
+Run as a program: ``python -m benchlib.load TARGET RECORD --rate N --start BYTES --length BYTES [--sequential]``.
+TARGET is a file, or ``nbd:SOCKET:EXPORT``. At random it writes no block twice before it has written all (the length is
+cut to a power of two). It stops on SIGTERM or when a write fails (EROFS: the disk has moved), and then leaves in
+RECORD: one double for the errno (0: none) followed by pairs of the acknowledgement's CLOCK_MONOTONIC time and the
+latency, in seconds. RECORD.ready appears after the first acknowledgement.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import mmap
 import os
 import random
@@ -48,7 +49,9 @@ class Recording:
 class Load:
     """The guest as the bench sees it."""
 
-    def __init__(self, stage: Stage, target: str, *, rate: int, start: int, length: int) -> None:
+    def __init__(
+        self, stage: Stage, target: str, *, rate: int, start: int, length: int, is_sequential: bool = False
+    ) -> None:
         """Start it and wait for its first write.
 
         Raises:
@@ -58,6 +61,7 @@ class Load:
         self.program: Program = stage.start(
             sys.executable, "-m", "benchlib.load", target, self._record,
             "--rate", str(rate), "--start", str(start), "--length", str(length),
+            *(["--sequential"] if is_sequential else []),
         )  # fmt: skip
         self.program.wait_ready(self._record.with_suffix(".ready").exists)
 
@@ -111,7 +115,9 @@ def _write_until_told(options: argparse.Namespace, record: array[float]) -> int:
     clock = time.monotonic
     due = clock()
     try:
-        for n_written, block in enumerate(_blocks(options.length // BLOCK)):
+        n_blocks = options.length // BLOCK
+        order = itertools.cycle(range(n_blocks)) if options.sequential else _blocks(n_blocks)
+        for n_written, block in enumerate(order):
             if told:
                 break
             if options.rate:
@@ -141,6 +147,7 @@ def main() -> None:
     parser.add_argument("--rate", type=int, default=0)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--length", type=int, required=True)
+    parser.add_argument("--sequential", action="store_true")
     options = parser.parse_args()
     record: array[float] = array("d")
     error = _write_until_told(options, record)

@@ -1,7 +1,8 @@
-"""A link of 1 Gbit/s between two network namespaces, for one stage."""
+"""A link of a given rate between two network namespaces, for one stage."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import dataclass
@@ -25,10 +26,19 @@ class Link:
     source_host: str
     prefixes: tuple[tuple[str, ...], tuple[str, ...]]
     """What to put before a command to run it at the source or the destination; it shares our mounts."""
+    source_namespace: str
+
+    def sent_bytes(self) -> int:
+        """Return what the source has put on the link, headers and repeats of TCP included."""
+        shown = json.loads(run(["ip", "-netns", self.source_namespace, "-json", "-stats", "link", "show", "va"]))
+        count: int = shown[0]["stats64"]["tx"]["bytes"]
+        return count
 
 
-def make_link(stage: Stage) -> Link:
+def make_link(stage: Stage, mbit: int = 1000) -> Link:
     """Make two namespaces, a veth pair between them and a token bucket on each end; they go with the stage.
+
+    The link carries ``mbit`` million bits a second.
 
     Raises:
         BenchError: the kernel or the user's rights do not allow it.
@@ -43,18 +53,18 @@ def make_link(stage: Stage) -> Link:
         _command(*ip, "address", "add", f"{address}/24", "dev", device)
         _command(*ip, "link", "set", "lo", "up")
         _command(*ip, "link", "set", device, "up")
-        rate = ("tbf", "rate", "1gbit", "burst", "256kb", "latency", "50ms")
+        rate = ("tbf", "rate", f"{mbit}mbit", "burst", "256kb", "latency", "50ms")
         _command("tc", "-netns", name, "qdisc", "add", "dev", device, "root", *rate)
     # Not `ip netns exec`: that makes a mount namespace of its own, and we could not see the mounts made in it.
     prefixes = tuple(("nsenter", f"--net=/run/netns/{name}", "--") for name in names)
-    return Link(_DESTINATION, _SOURCE, (prefixes[0], prefixes[1]))
+    return Link(_DESTINATION, _SOURCE, (prefixes[0], prefixes[1]), names[0])
 
 
 def _command(*words: str) -> None:
     try:
         run(words)
     except BenchError as error:
-        raise BenchError(f"no link of 1 Gbit/s here: {error}") from error
+        raise BenchError(f"no link of a given rate here: {error}") from error
 
 
 def _delete(name: str) -> None:
