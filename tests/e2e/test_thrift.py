@@ -49,7 +49,14 @@ def fio(host: Host, seed: int) -> None:
     subprocess.run(
         [
             *("fio", "--name=guest", f"--filename={host.file()}", "--rw=randwrite", "--bs=4k", "--number_ios=256"),
-            *(f"--size={SIZE}", "--verify=xxhash", "--do_verify=1", "--end_fsync=1", f"--randseed={seed}"),
+            *(
+                f"--size={SIZE}",
+                "--verify=xxhash",
+                "--verify_state_save=0",
+                "--do_verify=1",
+                "--end_fsync=1",
+                f"--randseed={seed}",
+            ),
         ],
         check=True,
         capture_output=True,

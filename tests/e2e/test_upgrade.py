@@ -126,8 +126,14 @@ def test_fio_verifies_across_upgrades(host: ResilientHost, n_upgrades: int) -> N
         ("direct", 0, "--bs=4k", "--direct=1", "--iodepth=8", "--ioengine=libaio"),
         ("buffered", 8, "--bs=64k", "--fdatasync=16"),
     ):
-        fixed = ("--rw=randwrite", "--verify=crc32c", "--verify_backlog=64", "--verify_fatal=1", "--time_based")
-        where = (f"--filename={host.file()}", f"--offset={offset}m", "--size=8m", "--runtime=90")
+        fixed = (
+            "--rw=randwrite",
+            "--verify=crc32c",
+            "--verify_backlog=64",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+        )
+        where = (f"--filename={host.file()}", f"--offset={offset}m", "--size=8m", "--time_based", "--runtime=90")
         command = ["fio", f"--name={name}", "--allow_file_create=0", *where, *fixed, *options]
         jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     pauses = []
