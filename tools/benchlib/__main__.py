@@ -19,6 +19,7 @@ from benchlib.rows_converge import row_c1, row_c2, row_c3, row_c4
 from benchlib.rows_dirty import row_d1, row_d2, row_d3
 from benchlib.rows_forecast import row_f1, row_f2
 from benchlib.rows_mount import row_m1, row_m2, row_m3, row_m4
+from benchlib.rows_postcopy import row_p1
 from benchlib.rows_scale import row_s1, row_s2
 from benchlib.rows_succession import row_u1
 from benchlib.rows_thrift import row_t1, row_t2, row_t3
@@ -49,6 +50,7 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
     "F2": row_f2,
     "S1": row_s1,
     "S2": row_s2,
+    "P1": row_p1,
     "U1": row_u1,
     "T1": row_t1,
     "T2": row_t2,
