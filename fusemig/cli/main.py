@@ -170,7 +170,9 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
     "--mode",
     type=click.Choice(["precopy", "mirror", "postcopy"]),
     default="precopy",
-    help="mirror: forward guests' writes as they happen (docs/convergence.md).",
+    show_default=True,
+    help="mirror: forward guests' writes as they happen (docs/convergence.md); postcopy: hand over at once, and have the "
+    "rest fetched (docs/postcopy.md).",
 )
 @click.option("--mirror-lag", metavar="SIZE|TIME", help="How far it may be behind; 0: no write is answered earlier.")
 @click.option("--auto-mirror/--no-auto-mirror", default=None, help="Mirror what passes cannot follow, or never do.")
@@ -179,13 +181,6 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
     type=click.IntRange(0, 99),
     metavar="PERCENT",
     help="Slow guests' writes down by so much, if that is needed to end (default: 0, never).",
-)
-@click.option(
-    "--mode",
-    type=click.Choice(["precopy", "mirror", "postcopy"]),
-    default="precopy",
-    show_default=True,
-    help="How it moves.",
 )
 @click.option(
     "--wire",
