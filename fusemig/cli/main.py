@@ -171,8 +171,8 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
     type=click.Choice(["precopy", "mirror", "postcopy"]),
     default="precopy",
     show_default=True,
-    help="mirror: forward guests' writes as they happen (docs/convergence.md); postcopy: hand over at once, and have the "
-    "rest fetched (docs/postcopy.md).",
+    help="mirror: forward guests' writes as they happen (docs/convergence.md); postcopy: hand over at once, and have "
+    "the rest fetched (docs/postcopy.md).",
 )
 @click.option("--mirror-lag", metavar="SIZE|TIME", help="How far it may be behind; 0: no write is answered earlier.")
 @click.option("--auto-mirror/--no-auto-mirror", default=None, help="Mirror what passes cannot follow, or never do.")
