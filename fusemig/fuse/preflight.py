@@ -35,7 +35,7 @@ def check_mountable(mountpoint: Path, options: MountOptions) -> None:
         raise FuseUnavailableError(
             "FUSE_URING_ENABLE is set: libfuse would run its own threads, which pyfuse3 does not survive; unset it"
         )
-    check_device()
+    check_device(FUSE_DEVICE)
     is_root = os.geteuid() == 0
     if not is_root and shutil.which("fusermount3") is None:
         raise FuseUnavailableError("mounting without root needs fusermount3: install the package fuse3, or run as root")
@@ -46,7 +46,7 @@ def check_mountable(mountpoint: Path, options: MountOptions) -> None:
     _check_mountpoint(mountpoint)
 
 
-def check_device(device: Path = FUSE_DEVICE) -> None:
+def check_device(device: Path) -> None:
     """Raise `FuseUnavailableError` unless this process may open ``device``."""
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import threading
@@ -38,11 +39,17 @@ def start_slowly(source: Host, destination: Host) -> Command:
 
 def test_the_destinations_disk_is_full(hosts: Hosts, place: Path) -> None:
     """The source learns what failed and where; with room there the next migration completes."""
-    source = hosts.start("source", {"vda": write_random(place / "a.img", 8 * MIB)})
+    start = write_random(place / "a.img", 2 * MIB)
+    os.truncate(start, 8 * MIB)
+    source = hosts.start("source", {"vda": start})
     with mounted("none", place / "small", "tmpfs", "size=4m") as small:
         image = small / "b.img"
         destination = hosts.start("destination", {"vda": image}, incoming="tcp:127.0.0.1:0")
-        done = source.migrate(destination.uri)
+        source.pause_before_switchover()
+        migrate = source.start_migrate(destination.uri)
+        source.wait_phase("pre-switchover")
+        pwrite(source.file(), random.Random(5).randbytes(5 * MIB), 2 * MIB)  # what was offered had room
+        done = migrate.finish()
         pattern = (
             rf"fusemig: {re.escape(destination.uri)} aborted the migration: disk 'vda' \({re.escape(str(image))}\): "
             r"write at \d+\+\d+: No space left on device; the disk stays at the source: "
@@ -57,9 +64,27 @@ def test_the_destinations_disk_is_full(hosts: Hosts, place: Path) -> None:
         assert destination.stop() == 0
 
 
+def test_no_room_for_what_is_offered(hosts: Hosts, place: Path) -> None:
+    """Known before a byte is sent."""
+    source = hosts.start("source", {"vda": write_random(place / "a.img", 8 * MIB)})
+    with mounted("none", place / "small", "tmpfs", "size=4m") as small:
+        destination = hosts.start("destination", {"vda": small / "b.img"}, incoming="tcp:127.0.0.1:0")
+        done = source.migrate(destination.uri)
+        assert done.exit_code == 5
+        assert done.stderr == (
+            f"fusemig: {destination.uri} refused: disk 'vda' needs 8.0 MiB more there, and {small} has 4.0 MiB free: "
+            "make room there, then migrate again\n"
+        )
+        assert_unharmed(source)
+        assert destination.stop() == 0
+
+
 def test_no_room_for_the_epoch_file(hosts: Hosts, place: Path) -> None:
     """The destination refuses, in words, before it takes a byte."""
-    source = hosts.start("source", {"vda": write_random(place / "a.img", 2 * MIB)})
+    image = place / "a.img"
+    with image.open("wb") as file:
+        file.truncate(2 * MIB)
+    source = hosts.start("source", {"vda": image})
     with mounted("none", place / "small", "tmpfs", "size=16k") as small:
         (small / "filler").write_bytes(bytes(16384))
         destination = hosts.start("destination", {"vda": small / "b.img"}, incoming="tcp:127.0.0.1:0")
