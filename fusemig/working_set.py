@@ -39,7 +39,7 @@ class WorkingSet:
         self.write_rate = write_rate
         self._epoch_s = epoch_s
         self._size = size
-        first = distinct_bytes[0] if distinct_bytes else write_rate * epoch_s
+        first = min(size, distinct_bytes[0] if distinct_bytes else write_rate * epoch_s)
         self._rate = min(write_rate, math.inf if not first else 1e6 * first / epoch_s) or first / epoch_s
         self._hot = _hot_set(self._rate * epoch_s, first)
         self._points = [first, *distinct_bytes[1:]]

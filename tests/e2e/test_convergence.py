@@ -82,7 +82,7 @@ def finish(source: Host, destination: Host) -> None:
 
 
 @pytest.mark.qemu
-@pytest.mark.parametrize(("lane", "lag"), [("data", "0"), ("pyfuse3", "20ms")])
+@pytest.mark.parametrize(("lane", "lag"), [("data", "0"), pytest.param("pyfuse3", "20ms", marks=pytest.mark.nightly)])
 def test_what_fio_wrote_while_it_was_mirrored_verifies_at_the_destination(
     hosts: Hosts, place: Path, lane: str, lag: str
 ) -> None:

@@ -96,7 +96,7 @@ def user(place: Path, hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> Iterator
             DEVICE.chmod(mode)
 
 
-@pytest.mark.parametrize("lane", ["data", "pyfuse3"])
+@pytest.mark.parametrize("lane", ["data", pytest.param("pyfuse3", marks=pytest.mark.nightly)])
 def test_a_user_moves_a_disk_between_two_daemons_of_theirs(user: User, lane: str) -> None:
     """Served, written, moved with every byte, written at the other side, and refused at this one; no mount is left."""
     source = user.start("source", user.image("source.img", 4 * MIB), "--lane", lane)

@@ -107,6 +107,8 @@ def test_a_lost_link_parks_reads_and_whole_blocks_need_none(hosts: Hosts, place:
         pwrite(destination.file(), new, SIZE - SIZE % 4096 - 16384, os.O_DSYNC)
         assert pread(destination.file(), 8192, SIZE - SIZE % 4096 - 16384) == new
         reader = Reader(destination.file(), 512, SIZE - 512)
+        # Before a write waits, whose page is locked from then on: who opens the file after it may wait for that page.
+        wait_until(lambda: destination.disk()["waiting-requests"] == 1, "the read that waits")
         cut = threading.Thread(
             target=pwrite, args=(destination.file(), b"cut", 20 * MIB + 100, os.O_DSYNC), daemon=True
         )

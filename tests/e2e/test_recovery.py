@@ -90,8 +90,8 @@ class Move:
                 gates = {disk["gate"] for disk in self.source.status()["disks"]}
                 assert "open" not in gates, "two writable sides"
             info = self.source.migration()
-            assert info["status"] != "failed" or info["x-fusemig"]["phase"] == "in-doubt", info
-            return bool(info["status"] == "completed")
+            assert info.get("status") != "failed" or info["x-fusemig"]["phase"] == "in-doubt", info
+            return info.get("status") == "completed"
 
         wait_until(is_completed, "the end of the migration")
         self.guest.end()

@@ -82,7 +82,9 @@ def fio(host: Host, seed: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=host.directory)
 
 
-@pytest.mark.parametrize("standby", [[], ["--standby"]], ids=["cold", "warm"])
+@pytest.mark.parametrize(
+    "standby", [pytest.param([], marks=pytest.mark.nightly, id="cold"), pytest.param(["--standby"], id="warm")]
+)
 def test_fio_verifies_across_kills(hosts: Hosts, standby: list[str]) -> None:
     """Random writes of every kind, and their verification, with the daemon killed again and again."""
     host = start(hosts, *standby, size=SIZE)

@@ -153,7 +153,7 @@ def test_another_base_is_refused(hosts: Hosts, place: Path) -> None:
     assert there.file().read_bytes() == here.file().read_bytes()
 
 
-@pytest.mark.parametrize("lane", ["data", "pyfuse3"])
+@pytest.mark.parametrize("lane", ["data", pytest.param("pyfuse3", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("how", ["off", "on", "unmap"])
 def test_zeros_that_guests_write(hosts: Hosts, place: Path, how: str, lane: str) -> None:
     """Whole blocks of zeros become holes with unmap, stay allocated otherwise, and read as zeros in any case."""
