@@ -235,7 +235,8 @@ def test_small_writes_cost_what_they_wrote(hosts: Hosts, place: Path, capsys: py
     with capsys.disabled():
         print(f"\n1,000 random 4 KiB writes: {wire} bytes sent for {dirtied} bytes dirtied ({wire / dirtied:.3f})")
     assert dirtied <= wire <= 1.25 * dirtied
-    assert after["x-fusemig"]["bytes-dirtied"] == dirtied
+    # A block that was taken while its write was under way is marked, and sent, once more.
+    assert dirtied <= after["x-fusemig"]["bytes-dirtied"] <= wire
     finish(source, destination)
 
 

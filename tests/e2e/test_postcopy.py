@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import mmap
 import os
 import random
 import threading
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,8 +33,25 @@ def loan_map(host: Host) -> Path:
     return image.with_name(f"{image.name}.fusemig-loan")
 
 
+SECTOR = b"cut".ljust(512, b"!")
+
+
+def write_sector(path: Path, offset: int) -> None:
+    """Write a part of a block past the page cache."""
+    fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+    try:
+        with closing(mmap.mmap(-1, 4096)) as buffer, memoryview(buffer) as view:
+            view[:512] = SECTOR
+            assert os.pwrite(fd, view[:512], offset) == 512
+    finally:
+        os.close(fd)
+
+
 class Reader:
-    """A read in a thread, because it may have to wait."""
+    """A read of a sector past the page cache, in a thread, because it may have to wait.
+
+    Through the cache its page would be locked for so long, and whoever opens the file meanwhile might wait for that.
+    """
 
     def __init__(self, path: Path, length: int, offset: int) -> None:
         self.result: bytes | OSError | None = None
@@ -41,7 +60,13 @@ class Reader:
 
     def _read(self, path: Path, length: int, offset: int) -> None:
         try:
-            self.result = pread(path, length, offset)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            try:
+                with closing(mmap.mmap(-1, 4096)) as buffer, memoryview(buffer) as view:
+                    os.preadv(fd, [view[:length]], offset)
+                    self.result = bytes(view[:length])
+            finally:
+                os.close(fd)
         except OSError as error:
             self.result = error
 
@@ -107,11 +132,7 @@ def test_a_lost_link_parks_reads_and_whole_blocks_need_none(hosts: Hosts, place:
         pwrite(destination.file(), new, SIZE - SIZE % 4096 - 16384, os.O_DSYNC)
         assert pread(destination.file(), 8192, SIZE - SIZE % 4096 - 16384) == new
         reader = Reader(destination.file(), 512, SIZE - 512)
-        # Before a write waits, whose page is locked from then on: who opens the file after it may wait for that page.
-        wait_until(lambda: destination.disk()["waiting-requests"] == 1, "the read that waits")
-        cut = threading.Thread(
-            target=pwrite, args=(destination.file(), b"cut", 20 * MIB + 100, os.O_DSYNC), daemon=True
-        )
+        cut = threading.Thread(target=write_sector, args=(destination.file(), 20 * MIB + 512), daemon=True)
         cut.start()
         wait_until(lambda: destination.disk()["waiting-requests"] >= 2, "two requests that wait")
         assert reader.result is None
@@ -126,7 +147,7 @@ def test_a_lost_link_parks_reads_and_whole_blocks_need_none(hosts: Hosts, place:
         expected = bytearray(original)
         at = SIZE - SIZE % 4096 - 16384
         expected[at : at + 8192] = new
-        expected[20 * MIB + 100 : 20 * MIB + 103] = b"cut"
+        expected[20 * MIB + 512 : 20 * MIB + 1024] = SECTOR
         assert destination.stop() == 0
         assert destination.images["vda"].read_bytes() == expected
         assert source.images["vda"].read_bytes() == original
