@@ -191,10 +191,16 @@ class DestinationMigration(IncomingMigration):
 
     async def _receive(self) -> None:
         assert self._receipt is not None
-        try:
-            await self._receive_all(self._receipt)
-        finally:
-            await self._receipt.stop()
+        failure: FusemigError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._receipt.keep)
+            try:
+                await self._receive_all(self._receipt)
+            except FusemigError as exc:  # outside the nursery it is this error, and not a group of them
+                failure = exc
+            self._receipt.stop()
+        if failure is not None:
+            raise failure
 
     async def _receive_all(self, receipt: Receipt) -> None:
         await receipt.open()
