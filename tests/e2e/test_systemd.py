@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fusemig.succession.mount import why_not
 from support.hosts import MIB, is_mounted, wait_until, write_random
 from support.service_manager import Manager
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from support.hosts import Hosts
 
 UNIT = Path(__file__).resolve().parents[2] / "tools" / "systemd" / "fusemig@.service"
+
+
+SYSTEMD = Path("/lib/systemd/systemd")
+BOOT = Path(__file__).resolve().parents[1] / "support" / "real_systemd.sh"
 
 
 @pytest.fixture
@@ -116,3 +122,54 @@ def test_the_unit_keeps_the_mount_in_everybodys_sight() -> None:
     keys = {line.partition("=")[0] for line in UNIT.read_text().splitlines() if not line.startswith("#")}
     assert keys.isdisjoint(namespaced)
     assert {"Type", "WatchdogSec", "FileDescriptorStoreMax"} <= keys
+
+
+_GUEST = """
+set -ex
+systemctl start fusemig@disks
+file=/run/fusemig/disks/disks/vda
+fio --name=guest --filename=$file --rw=randwrite --bs=4k --direct=1 --ioengine=libaio --iodepth=8 --size=16m \\
+    --rate_iops=700 --verify=crc32c --do_verify=1 --verify_fatal=1 --minimal &
+fio=$!
+for n in 1 2; do
+    sleep 1
+    pid=$(systemctl show -P MainPID fusemig@disks)
+    systemctl kill --kill-whom=main --signal=SIGKILL fusemig@disks
+    until [ "$(systemctl is-active fusemig@disks)" = active ] &&
+        [ "$(systemctl show -P MainPID fusemig@disks)" != $pid ]
+    do sleep 0.1; done
+    ls $file
+done
+[ "$(systemctl show -P NRestarts fusemig@disks)" = 2 ]
+wait $fio
+systemctl stop fusemig@disks
+! grep " /run/fusemig/disks/disks " /proc/self/mountinfo
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.fuse
+@pytest.mark.skipif(
+    not SYSTEMD.exists() or os.geteuid() != 0 or why_not() != "", reason="needs systemd, root and Linux 6.9"
+)
+@pytest.mark.parametrize("keeps", [True, False], ids=["", "twin"])
+def test_a_real_systemd_has_a_killed_daemon_succeeded(place: Path, *, keeps: bool) -> None:
+    """The shipped unit: fio verifies across two SIGKILLs, the file keeps its name; not so where nothing is stored."""
+    write_random(place / "vda.img", 16 * MIB)
+    (place / "disks.toml").write_text(f'[[disk]]\nname = "vda"\npath = "{place}/vda.img"\n')
+    (place / "guest.sh").write_text(_GUEST)
+    text = UNIT.read_text().replace("/opt/fusemig/bin/fusemig", f"{sys.executable} -m fusemig")
+    text = text.replace("/etc/fusemig/%i.toml", f"{place}/disks.toml")
+    # No targets of the machine: this systemd starts what it is told to, and nothing else.
+    text = text.replace("Wants=network-online.target", "DefaultDependencies=no").replace("After=", "#After=")
+    if not keeps:
+        text = text.replace("FileDescriptorStoreMax=256", "FileDescriptorStoreMax=0")
+    (place / "units").mkdir()
+    (place / "units" / UNIT.name).write_text(text)
+    namespaces = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--ipc", "--uts"]
+    done = subprocess.run(
+        [*namespaces, "sh", BOOT, place], capture_output=True, text=True, check=False, timeout=100, cwd=UNIT.parents[2]
+    )
+    code, log = place / "code", place / "guest.log"
+    assert code.exists(), done.stdout + done.stderr
+    assert (code.read_text().strip() == "0") is keeps, log.read_text() + done.stdout
