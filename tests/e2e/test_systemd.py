@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from fusemig.succession.mount import why_not
-from support.hosts import MIB, is_mounted, wait_until, write_random
+from support.fd_store import StoringManager
+from support.hosts import DEADLINE_S, MIB, is_mounted, pread, wait_until, write_random
 from support.service_manager import Manager
 
 if TYPE_CHECKING:
@@ -173,3 +176,51 @@ def test_a_real_systemd_has_a_killed_daemon_succeeded(place: Path, *, keeps: boo
     code, log = place / "code", place / "guest.log"
     assert code.exists(), done.stdout + done.stderr
     assert (code.read_text().strip() == "0") is keeps, log.read_text() + done.stdout
+
+
+_WRITER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+print(os.pwrite(fd, b"before", 4096), flush=True)
+input()
+try:
+    print(os.pwrite(fd, b"during", 8192), flush=True)
+except OSError as exc:
+    print(exc.strerror, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.fuse
+@pytest.mark.skipif(why_not() != "", reason="needs Linux 6.9")
+@pytest.mark.parametrize("gives_back", [True, False], ids=["", "twin"])
+def test_a_manager_that_stores_descriptors_has_a_killed_daemon_succeeded(place: Path, *, gives_back: bool) -> None:
+    """By systemd's protocol alone, without our holder; a manager that has dropped them leaves a dead mount."""
+    image, mount, log = write_random(place / "vda.img", MIB), place / "mnt", place / "log"
+    mount.mkdir()
+    command = ["-m", "fusemig", "serve", mount, "--disk", f"vda={image}", "--control", place / "control"]
+    # The guest is a process: of a file that is open here, every child process would close a copy, and wait for us.
+    with closing(StoringManager(place / "notify", [sys.executable, *command], log)) as manager:
+        manager.start()
+        assert {"fuse", "fuse-init", "state"} <= {name for name, _ in manager.stored}, log.read_text()
+        guest = subprocess.Popen(
+            [sys.executable, "-c", _WRITER, mount / "vda"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert guest.stdout is not None
+        assert guest.stdout.readline() == "6\n"
+        assert manager.end(signal.SIGKILL) == -signal.SIGKILL
+        if gives_back:
+            assert guest.stdin is not None
+            guest.stdin.write("\n")
+            guest.stdin.flush()
+            manager.start()
+            assert guest.communicate(timeout=DEADLINE_S)[0] == "6\n", log.read_text()
+            assert manager.end(signal.SIGTERM) == 0
+            assert not {"fuse", "fuse-init", "state"} & {name for name, _ in manager.stored}
+            assert not is_mounted(mount)
+            assert [pread(image, 6, at) for at in (4096, 8192)] == [b"before", b"during"]
+        else:
+            manager.forget()
+            out, _ = guest.communicate("\n", timeout=DEADLINE_S)
+            assert "not connected" in out or "connection abort" in out
+            subprocess.run(["umount", "--lazy", mount], check=True)
