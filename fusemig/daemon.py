@@ -18,8 +18,7 @@ or read-only, so no write is parked when the file system is unmounted, and the i
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -32,11 +31,10 @@ from fusemig.commands import command_table
 from fusemig.control import EventHub, serve_control
 from fusemig.daemon_info import Totals, daemon_status
 from fusemig.disk.tracked import Gate
-from fusemig.disk.zeroes import DetectZeroes
 from fusemig.doubt import Doubts
-from fusemig.errors import ConfigError, FusemigError
-from fusemig.fuse.export import Exports
-from fusemig.fuse.lanes import Lane, open_lane
+from fusemig.errors import FusemigError
+from fusemig.estate import Estate
+from fusemig.fuse.lanes import open_lane
 from fusemig.fuse.preflight import MountOptions
 from fusemig.heat import EPOCH_S
 from fusemig.http_server import serve_http
@@ -44,28 +42,24 @@ from fusemig.inbound import Inbound
 from fusemig.inheritance import Inheritance
 from fusemig.listener import listening
 from fusemig.metrics import PATH, Metrics, check_address
-from fusemig.migration.arrival import IncomingWire
 from fusemig.outbound import Outbound
 from fusemig.pause import Pause
 from fusemig.qmp import schema
 from fusemig.security import Security
-from fusemig.served import ServedDisk
 from fusemig.succession.fdstore import FdStore
-from fusemig.succession.mount import KeptMount
 from fusemig.supervision import ask_mount, supervise
 from fusemig.transport import parse_uri
 from fusemig.upgrade import Upgrade
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
-    from fusemig.credentials import Credentials
     from fusemig.fuse.lanes import AnyMount
     from fusemig.listener import Listener
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
-    from fusemig.served import DiskSpec
+    from fusemig.serve_options import ServeOptions
+    from fusemig.served import ServedDisk
     from fusemig.transport import Uri
 
 CONNECT_DEADLINE_S: Final = 10.0
@@ -75,54 +69,15 @@ DEFER: Final = "defer"
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """What ``fusemig serve`` was asked for."""
-
-    mountpoint: Path
-    disks: tuple[DiskSpec, ...]
-    control: Path
-    incoming: str | None = None
-    wire: IncomingWire = IncomingWire.AUTO
-    state_dir: Path | None = None
-    allow_other: bool = False
-    lane: Lane = Lane.AUTO
-    lane_threads: int | None = None
-    write_back: bool = False
-    """The kernel's write-back cache (``--cache writeback``)."""
-    allow_guest_commands: bool = False
-    """Run the pause and resume commands that clients of the control socket name."""
-    tls: Credentials | None = None
-    """What proves this destination to sources; with it they must prove who they are."""
-    tls_identities: tuple[str, ...] = ()
-    """The sources that are admitted then."""
-    tls_client: Credentials | None = None
-    """What proves this source where a migration brings no credentials of its own."""
-    is_insecure: bool = False
-    detect_zeroes: DetectZeroes = DetectZeroes.OFF
-    """Plain text may cross the network."""
-    metrics: str | None = None
-    """Where Prometheus is answered: a URI."""
-    are_metrics_public: bool = False
-    """That may be an address which other hosts reach."""
-    heeds_signals: bool = True
-    """SIGTERM and SIGINT ask for an orderly end; else they are left to the program that this is a part of."""
-    is_resilient: bool = False
-    """The mount must be one that can outlive this process."""
-
-
 class Daemon:
     """A serving daemon; `run` is its life."""
 
-    def __init__(self, options: ServeOptions, store: FdStore | None = None) -> None:
-        """Keep the options; nothing is opened yet. ``store`` has what a predecessor left, and keeps it for the next.
-
-        Raises:
-            StateError: what a predecessor left cannot be read here.
-        """
+    def __init__(self, options: ServeOptions, estate: Estate | None = None) -> None:
+        """Keep the options, and what `run` closes in the end: an ``estate`` that a successor has opened already."""
         self.options = options
-        self.store = FdStore() if store is None else store
-        self.disks: dict[str, ServedDisk] = {}
+        self.estate = Estate(options, FdStore()) if estate is None else estate
+        self.store = self.estate.store
+        self.disks = self.estate.disks
         self.security = Security(
             options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
         )
@@ -160,11 +115,10 @@ class Daemon:
         self.metrics: Listener | None = None
         """Where metrics are asked for."""
         self.stop_reason = ""
-        self.inheritance = Inheritance(self, self.store)
+        self.inheritance = Inheritance(self)
         self.upgrade = Upgrade(self)
         self._control_scope = trio.CancelScope()
         self._control_ended = trio.Event()
-        self._exports = Exports()
         self._ready = trio.Event()
         self._stop = trio.Event()
 
@@ -174,34 +128,15 @@ class Daemon:
         Raises:
             FusemigError: it could not be started, and why.
         """
-        with closing(self.store), closing(self.inheritance), ExitStack() as images:
-            self._open_disks(images)
-            await self.inheritance.restore()
+        with closing(self.store), self.estate:
             try:
+                await self.inheritance.restore()
                 await self._serve()
-            except BaseExceptionGroup as group:
-                raise _most_telling(group) from group
-
-    def _open_disks(self, images: ExitStack) -> None:
-        if not self.options.disks:
-            raise ConfigError("no disk to serve: give at least one --disk NAME=PATH")
-        is_incoming = self.options.incoming is not None
-        for spec in self.options.disks:
-            served = ServedDisk(
-                spec,
-                self._exports,
-                self.options.state_dir,
-                is_incoming=is_incoming,
-                store=self.store,
-                detect_zeroes=self.options.detect_zeroes,
-            )
-            images.callback(served.close)
-            self.disks[served.name] = served
-        if self.store.has_mount and self.store.untaken("image-"):
-            raise ConfigError(
-                f"an image that guests of {self.options.mountpoint} have open is not at its place any more: put back "
-                "what was moved or replaced, or give the mount up"
-            )
+            except BaseException as exc:
+                self.estate.give_up(exc)
+                if isinstance(exc, BaseExceptionGroup):
+                    raise _most_telling(exc) from exc
+                raise
 
     async def _serve(self) -> None:
         # Heard from before the mount until after it, so that no signal ends us with the mount left behind.
@@ -221,15 +156,16 @@ class Daemon:
                 await control.start(self._serve_metrics, parse_uri(self.options.metrics))
             options = self.options
             mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
-            kept = (
-                KeptMount(self.store, is_demanded=options.is_resilient)
-                if self.store.is_on or self.store.has_mount
-                else None
-            )
             async with (
                 self.inbound.listening(),
                 open_lane(
-                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads, kept
+                    options.lane,
+                    options.mountpoint,
+                    self.estate.exports,
+                    mount_options,
+                    options.lane_threads,
+                    self.estate.kept,
+                    self.estate.service,
                 ) as self.mount,
                 trio.open_nursery() as nursery,
             ):

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
     from fusemig.announcer import Announcer
     from fusemig.listener import Connection, Listener
-    from fusemig.migration.arrival import IncomingWire
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.security import Security
     from fusemig.served import ServedDisk
     from fusemig.succession.fdstore import FdStore
     from fusemig.transport import ByteStream, Uri
+    from fusemig.wire.base import IncomingWire
     from fusemig.wire.native import DiskOffer
 
 _TAKEN: Final = frozenset({Ownership.OWNER, Ownership.BORROWING})

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import click.shell_completion
 
 from fusemig import __version__
 from fusemig.cli.config_file import VARIABLE, ConfiguredCommand, find
 from fusemig.cli.exits import EXIT_CODES, fail, run
 from fusemig.cli.logs import LEVELS, set_up_logs
-from fusemig.errors import ConfigError
+from fusemig.errors import ConfigError, FusemigError
 from fusemig.units import parse_duration, parse_size
 
 
@@ -150,14 +149,20 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
         from fusemig.cli.resilient import hold
 
         hold(options["mountpoint"], options["lane"], is_resilient=options["resilient"], has_standby=options["standby"])
-    from fusemig.cli.serve import ServeRequest, serve_command  # pyfuse3 is only needed here
+    from fusemig.cli.serve import ServeRequest, begin, go_on, load_rest
     from fusemig.handover.agreement import answer
-    from fusemig.succession.fdstore import open_store
+    from fusemig.succession.fdstore import STANDBY, open_store
 
+    if STANDBY in os.environ:
+        load_rest()
     if not answer(os.environ):  # a candidate of an upgrade
         sys.exit(EXIT_CODES["failed"])
-    store = open_store(os.environ)  # where a standby waits, with everything loaded
-    sys.exit(run(serve_command, ServeRequest(**options), store))
+    store = open_store(os.environ)  # where a standby waits
+    try:
+        estate = begin(ServeRequest(**options), store)
+    except FusemigError as exc:
+        sys.exit(fail(str(exc), exc.kind))
+    sys.exit(go_on(estate))
 
 
 @cli.command(cls=ConfiguredCommand)
@@ -384,7 +389,9 @@ def doctor(as_json: bool, **options: Any) -> None:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print what completes fusemig's commands and options in SHELL; docs/cli.md says where to put it."""
-    complete = click.shell_completion.get_completion_class(shell)
+    from click.shell_completion import get_completion_class
+
+    complete = get_completion_class(shell)
     assert complete is not None
     print(complete(cli, {}, "fusemig", "_FUSEMIG_COMPLETE").source())
 
