@@ -626,6 +626,11 @@ class TrackedDisk(Disk):
         """How many chunks guests have written since the disk was opened."""
         return self._written.count
 
+    def written_bits(self, first: int, stop: int) -> int:
+        """Return which of the chunks ``first`` to ``stop - 1`` guests have written since, as bits from ``first`` on."""
+        with self._lock:
+            return self._written.bits(first, stop)
+
     @property
     def bytes_written(self) -> int:
         """How many bytes guests have written since the disk was opened."""
