@@ -102,10 +102,10 @@ class ChunkMaps:
 def _tracking(disk: TrackedDisk, migration: OutgoingMigration | None) -> tuple[Tracking | None, bool]:
     """Return what tells what is dirty, and whether what is not is at the destination."""
     tracking = None if migration is None else migration.tracking_of(disk)
-    if migration is None or tracking is None or migration.phase is MigrationPhase.CANCELLED:
+    if migration is None or tracking is None:
         return None, False
-    if migration.phase is MigrationPhase.COMPLETED:
-        return None, True
+    if not tracking.is_on or migration.phase is MigrationPhase.COMPLETED:
+        return None, migration.phase is MigrationPhase.COMPLETED
     return tracking, migration.phase is not MigrationPhase.SETUP
 
 

@@ -19,7 +19,7 @@ or read-only, so no write is parked when the file system is unmounted, and the i
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack, closing
+from contextlib import AsyncExitStack, ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -59,7 +59,7 @@ from fusemig.succession.mount import KeptMount
 from fusemig.supervision import ask_mount, supervise
 from fusemig.transport import parse_uri
 from fusemig.upgrade import Upgrade
-from fusemig.web import Web
+from fusemig.web import Web, token_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -282,11 +282,21 @@ class Daemon:
 
     async def _serve_web(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         check_address("--web", uri, is_insecure=self.options.is_web_public)
-        async with listening(uri) as listener:
-            with Web(self, listener) as self.web:
-                log.info("showing itself", page=self.web.address, token=str(self.web.token_path))
+        async with AsyncExitStack() as stack:
+            try:
+                listener = await stack.enter_async_context(listening(uri))
+                self.web = stack.enter_context(Web(self, listener))
+            except FusemigError as exc:
+                if not self.store.has_mount:
+                    raise
+                log.error("the page is not shown", reason=str(exc))  # guests wait for their disks, not for a picture
+                with suppress(OSError):
+                    token_path(self.options.control).unlink(missing_ok=True)  # the predecessor's, of no use any more
                 task_status.started()
-                await self.web.run()
+                return
+            log.info("showing itself", page=self.web.address, token=str(self.web.token_path))
+            task_status.started()
+            await self.web.run()
 
     async def _serve_control(self, task_status: trio.TaskStatus[None]) -> None:
         with self._control_scope:

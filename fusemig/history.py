@@ -60,6 +60,10 @@ class History:
             look: tells how it stands.
             asked: tells what it is asked for now; of a source.
         """
+        if asked is not None:
+            for record in self._records:  # there is one outgoing migration at a time
+                if record.is_outgoing:
+                    record.let_go()
         self._records.append(_Record(migration, peer, look, asked))
 
     def note(self, migration: Migration, now: float) -> None:
@@ -97,6 +101,7 @@ class _Record:
         asked: Callable[[], RecordParameters] | None,
     ) -> None:
         self.migration: Migration | None = migration
+        self.is_outgoing = asked is not None
         self.phases: list[PhaseStep] = []
         self._peer = peer
         self._look: Callable[[], MigrationInfo] | None = look

@@ -39,6 +39,7 @@ from fusemig.view import look
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -61,6 +62,11 @@ _JSON: Final = "application/json"
 log = structlog.get_logger(__name__)
 
 
+def token_path(control: Path) -> Path:
+    """Return where the token lies of a daemon with this control socket."""
+    return control.absolute().with_name(control.name + ".web-token")
+
+
 class Web:
     """The page of one daemon, while the block of a ``with`` runs: that is how long the token's file is there."""
 
@@ -72,8 +78,7 @@ class Web:
         self._token = secrets.token_urlsafe(32)
         self._views = _Views(daemon)
         self._page = live_page()
-        control = daemon.options.control.absolute()
-        self.token_path = control.with_name(control.name + ".web-token")
+        self.token_path = token_path(daemon.options.control)
 
     @property
     def address(self) -> str:

@@ -582,6 +582,10 @@ class TrackedDisk(Disk):
         with self._lock:
             self._change_trackers(tuple(other for other in self._trackers if other is not tracker))
 
+    def is_marked_in(self, tracker: ChunkTracker) -> bool:
+        """Tell whether a tracker is attached."""
+        return any(one is tracker for one in self._trackers)
+
     def _change_trackers(self, trackers: tuple[ChunkTracker, ...]) -> None:
         self.absorb_all()
         self._trackers = trackers

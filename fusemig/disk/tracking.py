@@ -139,6 +139,11 @@ class Tracking:
         with self._lock:
             return list(self._complete().dirty_runs())
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the disk's writes are still marked here."""
+        return self.disk.is_marked_in(self._tracker)
+
     def stop(self) -> None:
         """Detach from the disk; idempotent."""
         self.pacing.release()

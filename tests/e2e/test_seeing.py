@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from support.hosts import MIB, pwrite, wait_until, write_random
+from support.resilient import kill_and_wait, n_served
 from support.terminal import terminal
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def test_top_gives_the_terminal_back_however_it_ends(hosts: Hosts, place: Path, 
 
 
 def test_what_cannot_be_shown_is_said(hosts: Hosts, place: Path) -> None:
-    """A public page without leave, a daemon that is not there, and files that are no record."""
+    """A public page without leave, and a daemon that is not there."""
     image = write_random(place / "source.img", MIB)
     host = hosts.make("source", {"vda": image}, options=("--web", "tcp:0.0.0.0:0"))
     host.launch()
@@ -178,13 +179,23 @@ def test_what_cannot_be_shown_is_said(hosts: Hosts, place: Path) -> None:
     host.control = place / "nobody"
     once = host.command("top", "--once")
     assert (once.exit_code, "no daemon listens" in once.stderr) == (1, True)
-    for content, says in (
-        (None, "does not exist"),
-        ("not json", "is no file that"),
-        ('{"began": 1}', "is no file that"),
-        ("", "remembers no migration"),
-    ):
-        if content is not None:
-            host.control.write_text(content)
-        done = host.command("report")
-        assert (done.exit_code, says in done.stderr) == (1 if content == "" else 2, True), done
+
+
+def test_a_page_that_cannot_be_shown_keeps_no_successor_from_its_guests(hosts: Hosts, place: Path) -> None:
+    """The next daemon of a mount has a page and a token of its own; where it can have none it serves without."""
+    image = write_random(place / "source.img", MIB)
+    host = hosts.start("source", {"vda": image}, options=("--web", "tcp:127.0.0.1:0", "--resilient"))
+    wait_until(lambda: n_served(host), "the word that it serves")
+    first = Browser(host)
+    kill_and_wait(host)
+    second = Browser(host)
+    assert second.token != first.token
+    assert second.ask("/history") == (200, "[]")
+    token = host.directory / "control.web-token"
+    token.unlink()
+    token.mkdir()
+    kill_and_wait(host)
+    pwrite(host.file(), b"x" * 4096)
+    assert "the page is not shown" in host.log()
+    assert "web" not in host.status()
+    token.rmdir()

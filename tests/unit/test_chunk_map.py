@@ -193,9 +193,10 @@ async def test_a_migration_shows_what_is_to_be_sent_on_its_way_and_there() -> No
     assert (await _count(disk, moving)).allocated == [1, 0, 0, 0, 0, 0]
     moving.phase = MigrationPhase.COMPLETED
     assert sum((await _count(disk, moving)).sent) == 4
-    moving.phase = MigrationPhase.CANCELLED
-    assert sum((await _count(disk, moving)).allocated) == 4
+    moving.phase = MigrationPhase.FAILED  # it may be resumed
+    assert (await _count(disk, moving)).sent == [1, 0, 0, 0, 0, 0]
     tracking.stop()
+    assert sum((await _count(disk, moving)).allocated) == 4
 
 
 async def test_the_store_is_asked_seldom_and_never_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import re
+import weakref
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +13,8 @@ import msgspec
 import pytest
 
 from fusemig import history
+from fusemig.cli.report import ReportRequest, report_command
+from fusemig.errors import FusemigError
 from fusemig.history import History
 from fusemig.pages.report import freeze, phases, report_page
 from fusemig.phase import MigrationPhase
@@ -17,6 +22,8 @@ from fusemig.qmp import schema
 from fusemig.qmp.seeing import RecordParameters
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fusemig.qmp.schema import MigrationRecord
 
 PARAMETERS = RecordParameters(
@@ -146,6 +153,9 @@ def test_whatever_a_migration_does_its_record_stays_small() -> None:
         assert times[0] == 0.0
     assert record.passes[-1].pass_ == 999
     assert record.samples[-1].at_ms > 0.95 * now * 1000
+    later = [step.at_ms for step in record.samples[len(record.samples) // 2 :]]
+    apart = [after - before for before, after in itertools.pairwise(later)]
+    assert max(apart) <= 4 * min(apart)  # as dense at the end as before
     assert len(msgspec.json.encode(record)) < 100_000
 
 
@@ -161,6 +171,18 @@ def test_the_last_migrations_are_kept_and_what_is_over_is_not_looked_at() -> Non
     assert len(records) == history.MAX_MIGRATIONS
     assert all(record.info.error_desc is msgspec.UNSET for record in records)
     assert all(len(record.samples) == 1 for record in records)
+
+
+def test_what_a_migration_held_is_not_kept_with_its_record() -> None:
+    """Its maps and digests may be large: the next one of that side takes its place."""
+    kept = History()
+    fake = run(kept, *COMPLETED)
+    gone = weakref.ref(fake)
+    del fake
+    run(kept, (50.0, "setup", 0))
+    gc.collect()
+    assert gone() is None
+    assert len(kept.records(60.0)) == 2
 
 
 def test_a_migration_that_was_in_doubt_is_settled_in_its_record() -> None:
@@ -291,3 +313,40 @@ def test_a_record_survives_its_way_through_json() -> None:
     (record,) = kept.records(20.0)
     raw: Any = msgspec.to_builtins(record)
     assert msgspec.convert(raw, schema.MigrationRecord) == record
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "does not exist"),
+        (b"not json", "is no file that"),
+        (b"\xff\xfe", "is no file that"),
+        (b"[]", "is no file that"),
+        (b'{"began": 1}', "is no file that"),
+        (b'{"began": 1, "peer": "", "phases": [], "passes": [], "samples": [], "info": {}}', "lacks x-fusemig"),
+        (b"", "remembers no migration"),
+    ],
+)
+async def test_a_file_that_is_no_record_is_said_to_be_none(tmp_path: Path, content: bytes | None, says: str) -> None:
+    """Whatever is in it; and nothing is written."""
+    file, out = tmp_path / "records", tmp_path / "out.html"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(FusemigError, match=says):
+        await report_command(ReportRequest(target=file, output=out, migration="", as_json=False))
+    assert not out.exists()
+
+
+async def test_one_record_of_a_file_is_chosen_by_its_session(tmp_path: Path) -> None:
+    """By how it begins; one that is not there is refused, and so is a place that cannot be written."""
+    kept = History()
+    run(kept, *COMPLETED)
+    file, out = tmp_path / "records", tmp_path / "out.html"
+    file.write_bytes(msgspec.json.encode(kept.records(20.0)[0]) + b"\n\n")
+    await report_command(ReportRequest(target=file, output=out, migration="5e55", as_json=False))
+    assert "proved it" in out.read_text()
+    await report_command(ReportRequest(target=file, output=out, migration="", as_json=True))
+    assert msgspec.json.decode(out.read_bytes(), type=schema.MigrationRecord) == kept.records(20.0)[0]
+    for output, migration, says in ((out, "f", "no migration f"), (tmp_path, "", "choose another -o")):
+        with pytest.raises(FusemigError, match=says):
+            await report_command(ReportRequest(target=file, output=output, migration=migration, as_json=False))
