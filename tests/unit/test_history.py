@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import re
 import weakref
 from html.parser import HTMLParser
@@ -153,9 +152,8 @@ def test_whatever_a_migration_does_its_record_stays_small() -> None:
         assert times[0] == 0.0
     assert record.passes[-1].pass_ == 999
     assert record.samples[-1].at_ms > 0.95 * now * 1000
-    later = [step.at_ms for step in record.samples[len(record.samples) // 2 :]]
-    apart = [after - before for before, after in itertools.pairwise(later)]
-    assert max(apart) <= 4 * min(apart)  # as dense at the end as before
+    half = sum(step.at_ms < now * 1000 / 2 for step in record.samples)
+    assert half > len(record.samples) / 4  # they are as dense at its beginning as at its end
     assert len(msgspec.json.encode(record)) < 100_000
 
 
