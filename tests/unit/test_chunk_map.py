@@ -13,13 +13,15 @@ from fusemig import chunk_map_info
 from fusemig.bitmap import ChunkBitmap
 from fusemig.chunk_map import MAX_CELLS, STATES, Cell, chunks_per_cell, count_cell
 from fusemig.chunk_map_info import ChunkMaps
+from fusemig.disk.allocation import map_size
 from fusemig.disk.base import Extent
+from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import TrackedDisk
 from fusemig.heat import HALVING_EPOCHS, HOT_LEVEL, Heat
 from fusemig.phase import MigrationPhase
 from fusemig.qmp import seeing
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, n_chunks
+from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -197,6 +199,20 @@ async def test_a_migration_shows_what_is_to_be_sent_on_its_way_and_there() -> No
     assert (await _count(disk, moving)).sent == [1, 0, 0, 0, 0, 0]
     tracking.stop()
     assert sum((await _count(disk, moving)).allocated) == 4
+
+
+async def test_what_is_still_at_the_source_is_missing() -> None:
+    """A chunk of which one block is missing counts; when it has come it does not, also if nobody wrote."""
+    size = 4 * CHUNK_SIZE
+    image, store = MemoryDisk("vda", size), MemoryDisk("vda", map_size(size))
+    image.content[:] = b"x" * size
+    runs = [(BLOCKS_PER_CHUNK, BLOCKS_PER_CHUNK + 1), (3 * BLOCKS_PER_CHUNK - 1, 3 * BLOCKS_PER_CHUNK + 5)]
+    borrowed = BorrowedDisk(image, new_map(store, image, runs, "boot"), Wants("vda", 1.0))
+    disk = TrackedDisk(borrowed)
+    counted = await _count(disk)
+    assert (counted.missing, counted.allocated) == ([0, 1, 1, 1], [1, 0, 0, 0])
+    borrowed.fill(None, BLOCKS_PER_CHUNK * BLOCK_SIZE, BLOCK_SIZE)
+    assert (await _count(disk)).missing == [0, 0, 1, 1]
 
 
 async def test_the_store_is_asked_seldom_and_never_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
