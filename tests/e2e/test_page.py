@@ -103,10 +103,10 @@ def test_the_page_waits_for_a_daemon_that_has_gone(hosts: Hosts, place: Path) ->
     port = source.status()["web"].rstrip("/").rpartition(":")[2]
     with browsing(place / "profile") as page:
         page.show(f"http://127.0.0.1:{port}/", 900, 700)
-        page.wait_for('document.getElementById("link").textContent === "live"')
+        page.wait_for('document.getElementById("link")?.textContent === "live"')
         source.stop()
-        page.wait_for('document.getElementById("link").textContent.includes("away")')
+        page.wait_for('document.getElementById("link")?.textContent.includes("away")')
         again = hosts.start("again", {"vda": image}, options=("--web", f"tcp:127.0.0.1:{port}"))
         pwrite(again.file(), b"x" * 4096, 0)
-        page.wait_for('document.getElementById("link").textContent === "live"')
-        page.wait_for(f'document.getElementById("where").textContent.includes("pid {again.pid}")')
+        page.wait_for('document.getElementById("link")?.textContent === "live"')
+        page.wait_for(f'document.getElementById("where")?.textContent.includes("pid {again.pid}")')
