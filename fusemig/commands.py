@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
+import trio
 from msgspec import UNSET, UnsetType
 
 from fusemig import __version__
@@ -16,7 +17,7 @@ from fusemig.block_info import block_info, block_node, block_stats
 from fusemig.compression import parse_compression
 from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.credentials import Endpoint
-from fusemig.daemon_info import daemon_status, io_error, run_state
+from fusemig.daemon_info import daemon_status, io_error, migration_parameters, run_state
 from fusemig.epoch import Ownership, Side
 from fusemig.errors import ConfigError, StateError
 from fusemig.estimate import estimate
@@ -29,13 +30,14 @@ from fusemig.qmp_objects import load, make_object
 from fusemig.runtimes.options import guest_options
 from fusemig.shaping import MirrorLag
 from fusemig.transport import parse_uri
+from fusemig.view import look
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fusemig.control import Session
     from fusemig.daemon import Daemon
-    from fusemig.qmp import block, objects
+    from fusemig.qmp import block, objects, seeing
     from fusemig.qmp.estimate import EstimateInfo
 
 log = structlog.get_logger(__name__)
@@ -77,6 +79,8 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "x-fusemig-resolve": commands.resolve,
         "x-fusemig-upgrade": commands.upgrade,
         "x-fusemig-ask": commands.ask,
+        "x-fusemig-query-view": commands.query_view,
+        "x-fusemig-query-history": commands.query_history,
     }
     return {name: Command(schema.COMMANDS[name], function) for name, function in functions.items()}
 
@@ -116,19 +120,14 @@ class _Commands:
             await self._daemon.wait_ready()  # else it would seem that the migration is gone
         return migration_info(self._daemon)
 
+    async def query_view(self, _session: Session, arguments: seeing.QueryView) -> schema.View:
+        return await look(self._daemon, arguments.cells)
+
+    def query_history(self, _session: Session, _arguments: schema.NoArguments) -> list[schema.MigrationRecord]:
+        return self._daemon.history.records(trio.current_time())
+
     def query_migrate_parameters(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationParameters:
-        parameters = self._daemon.outbound.parameters
-        return schema.MigrationParameters(
-            block_incremental=bool(parameters.block_incremental),
-            max_bandwidth=parameters.max_bandwidth,
-            downtime_limit=round(parameters.downtime_limit_s * 1000),
-            tls_creds=self._daemon.security.tls_creds,
-            tls_hostname=self._daemon.security.tls_hostname,
-            tls_authz=self._daemon.security.tls_authz,
-            x_fusemig_auto_mirror=parameters.auto_mirror,
-            x_fusemig_mirror_lag=str(parameters.mirror_lag),
-            x_fusemig_throttle_max=parameters.throttle_max,
-        )
+        return migration_parameters(self._daemon)
 
     def query_migrate_capabilities(
         self, _session: Session, _arguments: schema.NoArguments

@@ -3,6 +3,7 @@
     Daemon.run
       ├ control socket (QMP)            fusemig.control with the table of fusemig.commands
       ├ metrics                         fusemig.http_server with the page of fusemig.metrics, if asked for
+      ├ the web page                    fusemig.http_server with fusemig.web, if asked for
       ├ mount                           fusemig.fuse
       ├ Inbound                         the listener of --incoming, one task per connection: IncomingMigration
       ├ Outbound                        the OutgoingMigration, if one runs
@@ -18,7 +19,7 @@ or read-only, so no write is parked when the file system is unmounted, and the i
 from __future__ import annotations
 
 import signal
-from contextlib import closing
+from contextlib import AsyncExitStack, closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -37,19 +38,23 @@ from fusemig.estate import Estate
 from fusemig.fuse.lanes import open_lane
 from fusemig.fuse.preflight import MountOptions
 from fusemig.heat import EPOCH_S
-from fusemig.http_server import serve_http
+from fusemig.history import History
+from fusemig.http_server import Site, serve_http
 from fusemig.inbound import Inbound
 from fusemig.inheritance import Inheritance
 from fusemig.listener import listening
-from fusemig.metrics import PATH, Metrics, check_address
+from fusemig.metrics import PATH, Metrics
+from fusemig.migration_info import incoming_migration_info, outgoing_info
 from fusemig.outbound import Outbound
 from fusemig.pause import Pause
+from fusemig.phase import MigrationPhase
 from fusemig.qmp import schema
-from fusemig.security import Security
+from fusemig.security import Security, check_address
 from fusemig.succession.fdstore import FdStore
 from fusemig.supervision import ask_mount, supervise
 from fusemig.transport import parse_uri
 from fusemig.upgrade import Upgrade
+from fusemig.web import Web, token_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -85,6 +90,7 @@ class Daemon:
         self.pause = Pause(self.disks.values(), self._push_out)
         announcer = Announcer(self.events, self.pause)
         self.totals = Totals()
+        self.history = History()
         self.outbound = Outbound(
             self.disks,
             self.pause,
@@ -93,7 +99,7 @@ class Daemon:
             self._count_requests,
             self._show_outgoing,
             self._note_outgoing_over,
-            lambda: self.inheritance.keep_anyhow(),
+            self._note_outgoing_change,
             is_destination=options.incoming is not None,
         )
         self.inbound = Inbound(
@@ -104,8 +110,8 @@ class Daemon:
             announcer,
             self._push_out,
             self._show_size,
-            self._show_incoming,
-            self.totals.incoming_over,
+            self._note_incoming_phase,
+            self._note_incoming_over,
             self.store,
         )
         self.doubts = Doubts(self.disks, self.outbound.dial, self.outbound.settled)
@@ -114,6 +120,8 @@ class Daemon:
         self.mount: AnyMount | None = None
         self.metrics: Listener | None = None
         """Where metrics are asked for."""
+        self.web: Web | None = None
+        """The web page, if one is served."""
         self.stop_reason = ""
         self.inheritance = Inheritance(self)
         self.upgrade = Upgrade(self)
@@ -154,6 +162,8 @@ class Daemon:
             await control.start(self._serve_control)
             if self.options.metrics is not None:
                 await control.start(self._serve_metrics, parse_uri(self.options.metrics))
+            if self.options.web is not None:
+                await control.start(self._serve_web, parse_uri(self.options.web))
             options = self.options
             mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
             async with (
@@ -195,12 +205,30 @@ class Daemon:
             control.cancel_scope.cancel()
 
     async def _serve_metrics(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        check_address(uri, is_insecure=self.options.are_metrics_public)
+        check_address("--metrics", uri, is_insecure=self.options.are_metrics_public)
         metrics = Metrics(partial(daemon_status, self), lambda: [block_stats(served) for served in self.disks.values()])
         async with listening(uri) as self.metrics:
             log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
             task_status.started()
-            await serve_http(self.metrics, {PATH: metrics.page})
+            await serve_http(self.metrics, Site({PATH: metrics.page}))
+
+    async def _serve_web(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        check_address("--web", uri, is_insecure=self.options.is_web_public)
+        async with AsyncExitStack() as stack:
+            try:
+                listener = await stack.enter_async_context(listening(uri))
+                self.web = stack.enter_context(Web(self, listener))
+            except FusemigError as exc:
+                if not self.store.has_mount:
+                    raise
+                log.error("the page is not shown", reason=str(exc))  # guests wait for their disks, not for a picture
+                with suppress(OSError):
+                    token_path(self.options.control).unlink(missing_ok=True)  # the predecessor's, of no use any more
+                task_status.started()
+                return
+            log.info("showing itself", page=self.web.address, token=str(self.web.token_path))
+            task_status.started()
+            await self.web.run()
 
     async def _serve_control(self, task_status: trio.TaskStatus[None]) -> None:
         with self._control_scope:
@@ -229,6 +257,7 @@ class Daemon:
                 if served.disk is not None:
                     counters = served.disk.statistics()
                     served.disk.heat.tick(now, counters.written_bytes, counters.n_writes)
+            self.history.tick(now)
             await trio.sleep_until(now + EPOCH_S)
 
     def stop(self, reason: str) -> None:
@@ -275,15 +304,29 @@ class Daemon:
 
     def _show_outgoing(self, migration: OutgoingMigration) -> None:
         self.shown = migration
+        uri = self.outbound.uri
+        self.history.begin(migration, uri, partial(outgoing_info, migration), partial(self.outbound.asked, uri))
+
+    def _note_outgoing_change(self) -> None:
+        self.inheritance.keep_anyhow()
+        if self.outbound.migration is not None:
+            self.history.note(self.outbound.migration, trio.current_time())
 
     def _note_outgoing_over(self) -> None:
         assert self.outbound.migration is not None
         self.totals.outgoing_over(self.outbound.migration)
         self.doubts.look()
 
-    def _show_incoming(self, migration: IncomingMigration) -> None:
-        if not self.outbound.is_migrating:
-            self.shown = migration
+    def _note_incoming_phase(self, migration: IncomingMigration) -> None:
+        if migration.phase is MigrationPhase.SETUP:
+            if not self.outbound.is_migrating:
+                self.shown = migration
+            self.history.begin(migration, migration.peer, partial(incoming_migration_info, migration))
+        self.history.note(migration, trio.current_time())
+
+    def _note_incoming_over(self, migration: IncomingMigration) -> None:
+        self.totals.incoming_over(migration)
+        self.history.end(migration)
 
     async def _show_size(self, served: ServedDisk) -> None:
         assert self.mount is not None

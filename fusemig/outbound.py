@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import structlog
 import trio
+from msgspec import UNSET
 
 from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.tracked import Gate
@@ -28,6 +29,7 @@ from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.phase import MigrationPhase
 from fusemig.qmp import schema
+from fusemig.qmp.seeing import RecordParameters
 from fusemig.runtimes.move import GuestMove
 from fusemig.runtimes.options import make_runtime
 from fusemig.transport import connect, parse_uri
@@ -132,6 +134,28 @@ class Outbound:
         """Bring the migration to an end: called off if it can be, else run out; within deadlines."""
         if self.migration is not None:
             await self.migration.wind_down()
+
+    @property
+    def uri(self) -> str:
+        """Where the last migration goes or went to; empty if there was none."""
+        return "" if self._request is None else self._request.uri
+
+    def asked(self, uri: str) -> RecordParameters:
+        """Return what the last migration, to ``uri``, is asked for now."""
+        now = self.parameters
+        return RecordParameters(
+            uri=uri,
+            downtime_limit=round(now.downtime_limit_s * 1000),
+            max_bandwidth=now.max_bandwidth,
+            order=now.order.value,
+            auto_mirror=now.auto_mirror,
+            mirror_lag=str(now.mirror_lag),
+            throttle_max=now.throttle_max,
+            reconnect=round(now.reconnect_limit_s * 1000),
+            pause_before_switchover=now.pause_before_switchover,
+            incremental=UNSET if now.incremental is None else now.incremental,
+            compression_level=UNSET if now.compression_level is None else now.compression_level,
+        )
 
     def migrate(
         self,

@@ -46,6 +46,10 @@ class ServeOptions:
     """Where Prometheus is answered: a URI."""
     are_metrics_public: bool = False
     """That may be an address which other hosts reach."""
+    web: str | None = None
+    """Where the web page is served: a URI."""
+    is_web_public: bool = False
+    """That may be an address which other hosts reach."""
     heeds_signals: bool = True
     """SIGTERM and SIGINT ask for an orderly end; else they are left to the program that this is a part of."""
     is_resilient: bool = False

@@ -127,6 +127,8 @@ def cli() -> None:
 @click.option("--insecure", is_flag=True, help="Let plain text cross the network, and anybody there send disks.")
 @click.option("--metrics", metavar="URI", help="Answer Prometheus at tcp:127.0.0.1:PORT or unix:PATH, path /metrics.")
 @click.option("--metrics-insecure", is_flag=True, help="Let other hosts read the metrics, in plain text.")
+@click.option("--web", metavar="URI", help="Show the disks and their migration in a browser, at tcp:127.0.0.1:PORT.")
+@click.option("--web-insecure", is_flag=True, help="Let other hosts look at that page, in plain text.")
 @click.option(
     "--resilient", is_flag=True, help="Keep the mount when the daemon dies, and start another: guests only wait."
 )
@@ -281,6 +283,44 @@ def status(socket: Path, as_json: bool) -> None:
     from fusemig.cli.status import status_command
 
     sys.exit(run(status_command, socket, as_json))
+
+
+@cli.command()
+@click.argument("sockets", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="SOCKET...")
+@click.option("--interval", type=_Time(), default="1s", show_default=True, metavar="TIME", help="Look so often.")
+@click.option("--once", is_flag=True, help="Show the present moment and end; so it does where stdout is no terminal.")
+@click.option("--json", "as_json", is_flag=True, help="Once, one JSON object a line for each socket.")
+def top(sockets: tuple[Path, ...], **options: Any) -> None:
+    """Show daemons live in the terminal: a map of each disk's chunks, rates, passes, what is to come; q quits.
+
+    A daemon that goes away is waited for. Signs and colours can be told apart by everybody; NO_COLOR is heeded.
+    """
+    from fusemig.cli.top import TopRequest, top_command
+
+    sys.exit(run(top_command, TopRequest(sockets=sockets, **options)))
+
+
+@cli.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    default="-",
+    metavar="FILE",
+    help="Write there (default: stdout).",
+)
+@click.option("--migration", default="", metavar="ID", help="The one whose session begins so (default: the last).")
+@click.option("--json", "as_json", is_flag=True, help="All of them as data, one JSON object a line.")
+def report(target: Path, **options: Any) -> None:
+    """Write a report of a migration as one HTML page: timeline, passes, rates, downtime, digests, outcome.
+
+    TARGET is the control socket of a daemon, which remembers its last 16 migrations until it ends, or a file that
+    `report SOCKET --json` wrote.
+    """
+    from fusemig.cli.report import ReportRequest, report_command
+
+    sys.exit(run(report_command, ReportRequest(target=target, **options)))
 
 
 @cli.command()

@@ -54,6 +54,8 @@ class ServeRequest:
     insecure: bool
     metrics: str | None
     metrics_insecure: bool
+    web: str | None
+    web_insecure: bool
     resilient: bool
     standby: bool
 
@@ -126,6 +128,8 @@ def _options(request: ServeRequest) -> ServeOptions:
         is_insecure=request.insecure,
         metrics=request.metrics,
         are_metrics_public=request.metrics_insecure,
+        web=request.web,
+        is_web_public=request.web_insecure,
         is_resilient=request.resilient,
         detect_zeroes=DetectZeroes(request.detect_zeroes),
     )

@@ -45,6 +45,8 @@ def _describe(status: dict[str, Any]) -> list[str]:
         lines.append(f"  incoming at {incoming['uri']}: {incoming['status']}")
         if "error-desc" in incoming:
             lines.append(f"    last error: {incoming['error-desc']}")
+    if "web" in status:
+        lines.append(f"  page at {status['web']}, token for its buttons in {status['web-token']}")
     if "migration" in status:
         migration = status["migration"]
         own = migration["x-fusemig"]

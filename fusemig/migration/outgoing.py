@@ -36,6 +36,8 @@ from fusemig.phase import MigrationPhase, PhaseMachine
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
 
+    from fusemig.disk.tracked import TrackedDisk
+    from fusemig.disk.tracking import Tracking
     from fusemig.migration.commit import SourceDisk
     from fusemig.migration.guest import MovingGuest
     from fusemig.migration.link import Offload
@@ -176,6 +178,10 @@ class OutgoingMigration(ABC):
     def is_over(self) -> bool:
         """Whether it has ended; it may be in doubt then."""
         return self._machine.is_over
+
+    def tracking_of(self, disk: TrackedDisk) -> Tracking | None:
+        """Return the tracking of a disk that moves, as it is or was last; None where there is none."""
+        return next((one.tracking for one in self._disks if one.disk is disk), None)
 
     def cancel(self) -> None:
         """Call the migration off; `run` then ends as CANCELLED.
