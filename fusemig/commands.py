@@ -164,10 +164,6 @@ class _Commands:
             raise CommandError(
                 "'x-fusemig-order' does not go with QEMU's wire, whose order is sequential: leave it out"
             )
-        if is_postcopy and order is not Order.SEQUENTIAL:
-            raise CommandError(
-                "'x-fusemig-order' is that of a bulk phase, and post-copy begins with none: leave it out"
-            )
         if is_qemu and (arguments.inc is not UNSET or arguments.x_fusemig_compress is not UNSET):
             raise CommandError("'inc' and 'x-fusemig-compress' do not go with QEMU's wire: leave them out")
         incremental = self._daemon.outbound.parameters.block_incremental

@@ -27,11 +27,15 @@ import math
 import sys
 from array import array
 from hashlib import shake_128
+from heapq import nlargest
 from mmap import mmap
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, n_chunks
 from fusemig.working_set import WorkingSet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 EPOCH_S: Final = 1.0
 """How often `tick` is to be called, in seconds."""
@@ -58,6 +62,8 @@ _SPREAD: Final = array("H", shake_128(b"fusemig.heat").digest(2 * _N_SLOTS))
 """A random slot for the lower half of a group's number."""
 _MOST_SLOTS: Final = 0.98 * _N_SLOTS
 """Beyond this the number of blocks cannot be told any more."""
+_PART: Final = 1 << 12
+"""Chunks that are looked at together for whether any of them was ever written."""
 _EPOCHS: Final = 255
 """Slots hold epochs 1 to 255, in turn; 0 is never."""
 
@@ -167,6 +173,23 @@ class Heat:
                 hot = int.from_bytes(heats.translate(_IS_HOT[age]))
                 n += (of_age & hot).bit_count()
         return n
+
+    def hottest(self, most: int) -> list[int]:
+        """Return at most ``most`` chunks that are not cold, the hottest first, else in ascending order.
+
+        Takes a second for each three million chunks that were written lately, and next to nothing for others.
+        """
+        return [chunk for _, chunk in nlargest(most, self._warm_chunks(), key=lambda one: one[0])]
+
+    def _warm_chunks(self) -> Iterator[tuple[int, int]]:
+        n = n_chunks(self._size)
+        for first in range(0, n, _PART):
+            stop = min(n, first + _PART)
+            words = self._chunks[first:stop].tobytes()
+            if words.count(0) < len(words):
+                for chunk in range(first, stop):
+                    if level := self.level(chunk):
+                        yield level, chunk
 
     def tick(self, now: float, written_bytes: int, n_writes: int) -> None:
         """End an epoch.

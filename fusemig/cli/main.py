@@ -343,6 +343,18 @@ def continue_(socket: Path) -> None:
 
 @cli.command()
 @SOCKET
+def postcopy(socket: Path) -> None:
+    """Have the running migration hand over at once, whatever was sent; the destination fetches the rest.
+
+    Until it has, both hosts hold the disks, and it cannot be cancelled (docs/postcopy.md).
+    """
+    from fusemig.cli.status import postcopy_command
+
+    sys.exit(run(postcopy_command, socket))
+
+
+@cli.command()
+@SOCKET
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def upgrade(socket: Path, as_json: bool) -> None:
     """Have the fusemig that is installed now take over from the daemon at SOCKET; guests only wait a moment.

@@ -1,4 +1,4 @@
-"""``fusemig status``, ``cancel`` and ``continue``."""
+"""``fusemig status``, ``cancel``, ``continue`` and ``postcopy``."""
 
 from __future__ import annotations
 
@@ -75,3 +75,10 @@ async def continue_command(socket: Path) -> None:
     """Let a migration that waits at pre-switchover go on."""
     async with open_control(socket) as control:
         await control.execute("migrate-continue", {"state": "pre-switchover"})
+
+
+async def postcopy_command(socket: Path) -> None:
+    """Have the running migration hand over at once; what is missing then is fetched."""
+    async with open_control(socket) as control:
+        await control.execute("migrate-start-postcopy")
+    print("fusemig: handing over; both hosts are needed until the destination has fetched the rest", file=sys.stderr)

@@ -136,7 +136,7 @@ class DestinationMigration(IncomingMigration):
                 self.session, self.is_loan = lend.session, True
                 self._log = self._log.bind(migration=self.session[:8])
                 self._enter(MigrationPhase.POSTCOPY)
-                self._borrowing = Borrowing(self._link, loans, self._pool, self._offload)
+                self._borrowing = Borrowing(self._link, loans, self._pool, self._offload, lend.hot)
                 await self._borrowing.run()
                 self._enter(MigrationPhase.COMPLETED)
         except PeerRefusedError as exc:

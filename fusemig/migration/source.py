@@ -58,6 +58,7 @@ from fusemig.wire import native
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochRecord
     from fusemig.migration.commit import Route, SourceDisk
     from fusemig.migration.link import Offload
@@ -503,6 +504,12 @@ class SourceMigration(OutgoingMigration):
     def _heat_order(self) -> HeatOrder:
         return HeatOrder([(disk.disk.heat, disk.disk.size) for disk in self._disks])
 
+    def _hot_chunks(self, disk: TrackedDisk) -> list[int]:
+        """Return what is to be fetched first; writes have ended, so this is asked once, before the heat fades."""
+        if self._parameters.order is not Order.HEAT:
+            return []
+        return disk.heat.hottest(native.MAX_HOT // len(self._lent))
+
     def _check_can_lend(self) -> None:
         if self._is_postcopy() and not self._can_lend:
             raise MigrationError(
@@ -616,7 +623,10 @@ class SourceMigration(OutgoingMigration):
         """Have the destination fetch the rest; both hosts hold a part of the disks until that has ended."""
         self._thaw()
         self._enter(MigrationPhase.POSTCOPY)
-        disks = [LentDisk(lent.disk.name, lent.disk.image, lent.epoch_file) for lent in self._lent]
+        disks = [
+            LentDisk(lent.disk.name, lent.disk.image, lent.epoch_file, await self._offload(self._hot_chunks, lent.disk))
+            for lent in self._lent
+        ]
         self._lending = Lending(disks, self._connect, self._offload)
         self.forget()
         with self._lending_scope:
