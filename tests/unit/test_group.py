@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from fusemig.cli.group import check_request, parse_places, standing_of
 from fusemig.cli.migrate import MigrateRequest
 from fusemig.decision import DecisionFile
-from fusemig.errors import ConfigError, StateError
+from fusemig.errors import ConfigError, MigrationError, StateError
 from fusemig.group import OVER, PAST, Conduct, Standing, Step, Word, conduct, next_step
+from fusemig.migration.link import BufferPool, NativeLink
+from fusemig.migration.pledge import Pledge
+from fusemig.wire import native
+from support.pair import inline
+from support.streams import memory_connection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,6 +81,24 @@ def test_who_is_first_decides(tmp_path: Path, first: Word) -> None:
         file.forget(who)
     file.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", [None, *Word])
+async def test_a_pledge_whose_time_is_up(tmp_path: Path, word: Word | None) -> None:
+    """It ends by what is decided, also where that was decided in the last moment; or decides, for everybody."""
+    forth, back = memory_connection()
+    pledge, file = Pledge(tmp_path / "g", "me", inline), DecisionFile(tmp_path / "g")
+    await pledge.prepare()
+    if word is not None:
+        file.lay(word, "other")
+        file.propose("other")
+        with pytest.raises(MigrationError, match="was called off"):
+            await pledge.check()
+    link = NativeLink(forth, native.Decoder(native.FROM_DESTINATION, preface=False), BufferPool())
+    assert await pledge.decision(link, trio.current_time()) is (word or Word.ABORT)
+    assert file.read() is (word or Word.ABORT)
+    await forth.aclose()
+    await back.aclose()
 
 
 def test_who_has_laid_nothing_decides_nothing(tmp_path: Path) -> None:
