@@ -19,6 +19,7 @@ import msgspec
 import structlog
 import trio
 
+from fusemig.backoff import Backoff
 from fusemig.decision import DecisionFile
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import DOUBTFUL, Ownership, Side, redeemed, resolved
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 FIRST_PAUSE_S: Final = 0.5
 LONGEST_PAUSE_S: Final = 30.0
-"""Between two questions about the same migration; it doubles from the one to the other."""
+"""Between two questions about the same migration."""
 
 log = structlog.get_logger(__name__)
 
@@ -82,21 +83,19 @@ class Doubts:
 
         Cancellation: at any moment; what is settled is durable.
         """
-        pause_s = FIRST_PAUSE_S
+        backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         while True:
             self._new = trio.Event()
             sessions = self._sessions()
             for session in sessions:
                 await self._ask(session)
             if not self._sessions():
-                pause_s = FIRST_PAUSE_S
+                backoff.reset()
                 await self._new.wait()
                 continue
-            with trio.move_on_after(pause_s):
+            with trio.move_on_after(backoff.next_s()):
                 await self._new.wait()
-                pause_s = FIRST_PAUSE_S
-                continue
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                backoff.reset()
 
     def _sessions(self) -> list[str]:
         """Return the migrations that can be asked about now."""

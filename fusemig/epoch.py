@@ -86,6 +86,8 @@ class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Where the credentials lie that a migration brought along, for asking its destination after a restart."""
     tls_hostname: str = ""
     """What the destination's certificate had to say, if that was not the host of the URI."""
+    is_insecure: bool = False
+    """Whether the migration was allowed to cross the network in plain text; so may the questions about it."""
     is_loan: bool = False
     """Whether the destination takes the disk over before it has all of it: `owner` is `borrowing` then."""
     decision: str = ""

@@ -364,7 +364,9 @@ class Outbound:
             given = None
             if record.tls_creds:
                 given = await trio.to_thread.run_sync(load_credentials, Path(record.tls_creds), Endpoint.CLIENT)
-            self._secured[uri] = self._security.outgoing(uri, given, record.tls_hostname)
+            self._secured[uri] = self._security.outgoing(
+                uri, given, record.tls_hostname, is_insecure=record.is_insecure
+            )
         return await self._dial(uri)
 
     async def try_out(self, uri: Uri) -> ByteStream:
@@ -519,4 +521,4 @@ def _log_fields(migration: OutgoingMigration, disks: list[str]) -> dict[str, obj
 
 def _route(request: Request) -> Route:
     """Return how the destination of a migration is talked to, for whoever asks it later."""
-    return Route(request.tls_directory, request.tls_hostname)
+    return Route(request.tls_directory, request.tls_hostname, request.is_insecure)

@@ -21,7 +21,7 @@ from fusemig.units import BLOCK_SIZE, n_blocks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from fusemig.disk.borrowed import BorrowedDisk
     from fusemig.migration.link import BufferPool, NativeLink, Offload
@@ -227,10 +227,10 @@ class Borrowing:
         if self._failure is not None:
             raise self._failure
 
-    async def _guard(self, task: Callable[[], object]) -> None:
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
         """Run a task of the nursery; its failure ends the fetching with this error rather than with a group of them."""
         try:
-            await task()  # type: ignore[misc]
+            await task()
         except FusemigError as exc:
             if self._failure is None:
                 self._failure = exc

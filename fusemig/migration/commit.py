@@ -74,6 +74,8 @@ class Route:
     """The directory with the credentials that the migration brought along; "": the daemon's own."""
     tls_hostname: str = ""
     """What the destination's certificate must say; "": what the daemon's parameter or the URI says."""
+    is_insecure: bool = False
+    """Whether plain text may cross the network."""
 
 
 NO_ROUTE: Final = Route()
@@ -152,6 +154,7 @@ class HandoffRecords:
             group=len(self._lent),
             tls_creds=self._route.tls_creds,
             tls_hostname=self._route.tls_hostname,
+            is_insecure=self._route.is_insecure,
             is_loan=self.is_loan and state is not Ownership.OWNER,
             decision=self.decision if state is Ownership.PLEDGED else "",
         )

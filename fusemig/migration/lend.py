@@ -23,6 +23,7 @@ import structlog
 import trio
 from xxhash import xxh3_64_intdigest
 
+from fusemig.backoff import Backoff
 from fusemig.epoch import Ownership
 from fusemig.errors import DiskError, FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 FIRST_RETRY_S: Final = 0.25
 MAX_RETRY_S: Final = 5.0
-"""How long the next connection is put off; it doubles from the one to the other."""
+"""How long the next connection is put off."""
 _ZEROS: Final = bytes(native.MAX_FETCH_BLOCKS * BLOCK_SIZE)
 
 log = structlog.get_logger(__name__)
@@ -85,7 +86,7 @@ class Lending:
 
         Cancellation: at any moment; what is to be lent is written in the epoch files.
         """
-        delay_s = FIRST_RETRY_S
+        backoff = Backoff(FIRST_RETRY_S, MAX_RETRY_S)
         while True:
             n_connections = self.n_connections
             try:
@@ -98,9 +99,8 @@ class Lending:
             else:
                 return
             if self.n_connections > n_connections:
-                delay_s = FIRST_RETRY_S
-            await trio.sleep(delay_s)
-            delay_s = min(2 * delay_s, MAX_RETRY_S)
+                backoff.reset()
+            await trio.sleep(backoff.next_s())
 
     async def _lend(self) -> None:
         """Make one connection and serve over it until WHOLE."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
+from fusemig.backoff import Backoff
 from fusemig.compression import Packer
 from fusemig.disk.dirty_map import MapBase, Since
 from fusemig.epoch import Ownership
@@ -70,9 +71,8 @@ if TYPE_CHECKING:
 
 PROGRESS_INTERVAL_S: Final = 1.0
 FIRST_RETRY_S: Final = 0.25
-"""How long the first try to get a lost connection back is put off; each further one twice as long."""
 MAX_RETRY_S: Final = 10.0
-
+"""How long a try to get a lost connection back is put off."""
 
 MAX_LOST_SWITCHOVERS: Final = 3
 """Connections that may be lost while guests' writes wait: each costs the guests a pause."""
@@ -142,7 +142,7 @@ class SourceMigration(OutgoingMigration):
         self._can_lend = True
         self._lending: Lending | None = None
         self._stalled_since: float | None = None
-        self._n_retries = 0
+        self._backoff = Backoff(FIRST_RETRY_S, MAX_RETRY_S)
         self._n_reconnects = n_reconnects
         self._n_lost_switchovers = 0
         self._was_connected = False
@@ -451,14 +451,14 @@ class SourceMigration(OutgoingMigration):
         """
         now, limit_s = trio.current_time(), self._parameters.reconnect_limit_s
         if self._stalled_since is None:
-            self._stalled_since, self._n_retries = now, 0
-        delay_s = min(MAX_RETRY_S, FIRST_RETRY_S * 2**self._n_retries)
+            self._stalled_since = now
+            self._backoff.reset()
+        delay_s = self._backoff.next_s()
         if now + delay_s > self._stalled_since + limit_s:
             raise ConnectionLostError(
                 f"{failure}; for {limit_s:g} s nothing could be sent: see to the link and the destination, then go on"
                 " with `fusemig migrate --resume`"
             ) from failure
-        self._n_retries += 1
         self._waiting = str(failure)
         self._log.warning("connection lost, trying again", reason=str(failure), delay_s=delay_s)
         await trio.sleep(delay_s)
