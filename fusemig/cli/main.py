@@ -261,7 +261,7 @@ def migrate(
         request = MigrateRequest(socket=socket, uri="", **options)
         sys.exit(run(migrate_group_command, group.absolute(), texts, request))
     if uri is None:
-        raise click.MissingParameter(ctx=ctx, param=next(one for one in ctx.command.params if one.name == "uri"))
+        raise click.UsageError("Missing argument 'URI'.", ctx)
     if more:
         raise click.UsageError(f"'{more[0]}' is one argument too many: several daemons need --group DIR", ctx)
     sys.exit(run(migrate_command, MigrateRequest(socket=socket, uri=uri, **options)))
