@@ -6,6 +6,7 @@ reason and the next step, never silently accepted.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -18,6 +19,7 @@ from fusemig.compression import parse_compression
 from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.credentials import Endpoint
 from fusemig.daemon_info import daemon_status, io_error, migration_parameters, run_state
+from fusemig.decision import DecisionFile
 from fusemig.epoch import Ownership, Side
 from fusemig.errors import ConfigError, StateError
 from fusemig.estimate import estimate
@@ -182,6 +184,7 @@ class _Commands:
         tls = None
         if not isinstance(arguments.x_fusemig_tls_creds, UnsetType):
             tls = await load(arguments.x_fusemig_tls_creds, Endpoint.CLIENT)
+        group = await self._group(arguments)
         await self._daemon.wait_ready()
         self._daemon.outbound.migrate(
             arguments.uri,
@@ -199,7 +202,25 @@ class _Commands:
             compression_level=compression_level,
             is_postcopy=is_postcopy,
             order=order,
+            group=group,
         )
+
+    async def _group(self, arguments: schema.Migrate) -> str:
+        """Return the group that a migration is a part of, whose directory was looked at; "" for none."""
+        group = arguments.x_fusemig_group
+        if isinstance(group, UnsetType):
+            return ""
+        for is_asked, what, why in (
+            (arguments.x_fusemig_wire is schema.WireName.QEMU, "QEMU's wire", "which has no two-phase commit"),
+            (arguments.x_fusemig_mode is schema.Mode.POSTCOPY, "post-copy", "which hands over when it begins"),
+            (arguments.x_fusemig_guest is not UNSET, "a guest", "whose hand-over is its own"),
+            (arguments.x_fusemig_pause_command is not UNSET, "a guest", "whose hand-over is its own"),
+        ):
+            if is_asked:
+                raise CommandError(f"'x-fusemig-group' does not go with {what}, {why}: leave one of them out")
+        beside = {served.epoch_file.path.parent for served in self._daemon.disks.values()}
+        await trio.to_thread.run_sync(DecisionFile(Path(group)).check, beside)
+        return group
 
     def _known(self, names: list[str] | UnsetType) -> list[str] | None:
         if isinstance(names, UnsetType):
@@ -417,6 +438,11 @@ def _why_guests_may_not_write(daemon: Daemon) -> str:
         record = served.epoch_file.record
         if served.is_waiting:
             return f"disk '{served.name}' is still to come: it may be written here once a migration has been taken over"
+        if record is not None and record.state is Ownership.PLEDGED:
+            return (
+                f"disk '{served.name}' is pledged to a group of migrations, and what is decided of that is not known: "
+                f"{served.doubt or 'it is being looked at'}; see `fusemig resolve --help`"
+            )
         if record is not None and record.state is Ownership.HANDED_OFF:
             return (
                 f"it is not known whether {record.peer or 'the destination'} took disk '{served.name}', and a guest "

@@ -119,6 +119,7 @@ def outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             else UNSET,
             waiting=stats.waiting or UNSET,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
+            group=migration.group or UNSET,
             guest=guest_info(migration.guest.account(), migration.started_at),
         ),
     )

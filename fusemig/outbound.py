@@ -16,7 +16,7 @@ from msgspec import UNSET
 from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.tracked import Gate
 from fusemig.doubt import in_doubt
-from fusemig.epoch import Ownership
+from fusemig.epoch import DOUBTFUL, Ownership
 from fusemig.errors import FusemigError, InDoubtError, MigrationError, StateError
 from fusemig.handover.state import Outgoing, Request
 from fusemig.log_context import log_fields
@@ -55,6 +55,10 @@ _DONE_WITH: Final = frozenset(
 )
 """A successor has nothing to do with a migration in these; whoever cancelled it was answered."""
 _RESTARTED: Final = "the daemon was restarted"
+_RESTARTED_IN_GROUP: Final = (
+    "the daemon was restarted while its disks were to move in a group, which was called off: they stay here; migrate "
+    "the group again"
+)
 _KILLED_IN_HANDOFF: Final = (
     "the daemon was restarted in the moment of the hand-off: the destination is being asked whether it owns the disks, "
     "see `fusemig status`; if it is gone for good, see `fusemig resolve --help`"
@@ -175,6 +179,7 @@ class Outbound:
         compression_level: int | None = None,
         is_postcopy: bool = False,
         order: Order = Order.SEQUENTIAL,
+        group: str = "",
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
@@ -194,6 +199,7 @@ class Outbound:
             compression_level: as `MigrationParameters` has it.
             is_postcopy: as `MigrationParameters` has it.
             order: of the bulk phase; QEMU's wire knows the sequential one only.
+            group: the path that names what decides of these disks and others together; it waits at pre-switchover.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -223,11 +229,12 @@ class Outbound:
             incremental=incremental,
             compression_level=compression_level,
             mirrors=mirrors,
+            group=group,
         )
         new = (
             partial(QemuSource, machine=machine)
             if is_qemu
-            else partial(SourceMigration, resume=resume, route=_route(request))
+            else partial(SourceMigration, resume=resume, route=_route(request), group=Path(group) if group else None)
         )
         self._secured[uri] = secure
         if self.migration is not None and (resume is None or not resume.disks):
@@ -256,7 +263,7 @@ class Outbound:
                 )
             )
         self.parameters.pause_before_switchover = (
-            schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
+            schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities or bool(request.group)
         )
         self.parameters.reconnect_limit_s = request.reconnect_limit_s
         self.parameters.incremental = request.incremental
@@ -320,7 +327,7 @@ class Outbound:
             self._secured[uri] = self._security.outgoing(
                 uri, tls, left.request.tls_hostname, is_insecure=left.request.is_insecure
             )
-            if Ownership.HANDED_OFF in states:
+            if not states.isdisjoint(DOUBTFUL):
                 self._interrupted = left
                 self.stand_for(left, MigrationPhase.IN_DOUBT, InDoubtError(_KILLED_IN_HANDOFF))
             elif Ownership.LENDING in states:
@@ -346,6 +353,8 @@ class Outbound:
             raise MigrationError(_RESTARTED_WITH_GUEST)
         if request.is_qemu:
             raise MigrationError(_RESTARTED_ON_QEMU_WIRE)
+        if request.group:
+            raise MigrationError(_RESTARTED_IN_GROUP)
         chosen = self.choose(request.disks)
         resume = self._resume_point(chosen) if may_be_there else None
         if not request.reconnect_limit_s:
@@ -435,7 +444,7 @@ class Outbound:
         else:
             chosen = [self._disks[name] for name in dict.fromkeys(names)]
         for served in chosen:
-            if served.ownership is Ownership.HANDED_OFF:
+            if served.ownership in DOUBTFUL:
                 raise InDoubtError(
                     f"disk '{served.name}' is in doubt: it is not known whether its destination took it "
                     f"({served.doubt or 'it was not asked yet'}); see `fusemig resolve --help`"

@@ -169,7 +169,15 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
 
 @cli.command(cls=ConfiguredCommand)
 @SOCKET
-@click.argument("uri")
+@click.argument("uri", required=False)
+@click.argument("more", nargs=-1, metavar="[SOCKET=URI]...")
+@click.option(
+    "--group",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Move disks of several daemons of this host in one switchover, all or none: SOCKET=URI for each; DIR, on a "
+    "disk and writable by all, keeps the decision (docs/groups.md).",
+)
 @click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
 @click.option("--max-bandwidth", type=_Rate(), metavar="RATE", help="Bytes per second, such as 100M; 0 is unlimited.")
 @click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
@@ -242,16 +250,28 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
 )
 @click.option("--tls-hostname", metavar="NAME", help="Name in the destination's certificate, if it is not URI's host.")
 @click.option("--insecure", is_flag=True, help="Let plain text cross the network.")
-def migrate(socket: Path, uri: str, **options: Any) -> None:
-    """Move disks of the daemon at SOCKET to the destination at URI.
+@click.pass_context
+def migrate(
+    ctx: click.Context, /, socket: Path, uri: str | None, more: tuple[str, ...], group: Path | None, **options: Any
+) -> None:
+    """Move disks of the daemon at SOCKET to the destination at URI; with --group, of several: SOCKET=URI for each.
 
     Exits 0 only when the destination has proved that it holds every byte and has taken over (with --wire qemu: when
     everything was sent). Ctrl-C cancels: the disks then stay here, and so does a guest that was to move with them.
     """
     from fusemig.cli.migrate import MigrateRequest, migrate_command
 
-    request = MigrateRequest(socket=socket, uri=uri, **options)
-    sys.exit(run(migrate_command, request))
+    if group is not None:
+        from fusemig.cli.group import migrate_group_command
+
+        texts = [str(socket), *([] if uri is None else [uri]), *more]
+        request = MigrateRequest(socket=socket, uri="", **options)
+        sys.exit(run(migrate_group_command, group.absolute(), texts, request))
+    if uri is None:
+        raise click.UsageError("Missing argument 'URI'.", ctx)
+    if more:
+        raise click.UsageError(f"'{more[0]}' is one argument too many: several daemons need --group DIR", ctx)
+    sys.exit(run(migrate_command, MigrateRequest(socket=socket, uri=uri, **options)))
 
 
 @cli.command()
@@ -384,8 +404,8 @@ def resolve(target: Path, **options: Any) -> None:
     without an answer. Nothing checks what you say: first make sure that the other side cannot write the disk.
 
     \b
-    on the source       --owner source        handed-off, released: writable here again
-                        --owner destination   handed-off: released
+    on the source       --owner source        handed-off, pledged, released: writable here again
+                        --owner destination   handed-off, pledged: released
     on the destination  --owner destination   prepared: writable here
                         --owner source        prepared: waits for the source again
     """  # noqa: D301  (\b is click's mark for lines that stay as they are)

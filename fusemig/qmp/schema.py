@@ -224,6 +224,9 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     x_fusemig_reconnect: UInt63 | UnsetType = UNSET
     """How long to try to get a lost connection back, in milliseconds without progress; absent or 0: not at all."""
     x_fusemig_order: Order = Order.SEQUENTIAL
+    x_fusemig_group: str | UnsetType = UNSET
+    """DIR/NAME, absolute: the disks move together with those of other daemons of this host, all or none; what decides
+    is DIR/NAME.decision (docs/groups.md). Waits at pre-switchover, as with ``pause-before-switchover``."""
     x_fusemig_compress: str | UnsetType = UNSET
     """``zstd`` or ``zstd:LEVEL``; absent: nothing is compressed."""
     x_fusemig_guest: str | UnsetType = UNSET
@@ -517,6 +520,8 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     """Why there is no connection at the moment; another one is being tried."""
     error_kind: str | UnsetType = UNSET
     """`FusemigError.kind` of what ended a failed migration."""
+    group: str | UnsetType = UNSET
+    """As ``x-fusemig-group`` said; in the phase ``pledged`` its decision is waited for."""
     guest: GuestInfo | UnsetType = UNSET
     """The guest that moves with the disks, if one does."""
 
