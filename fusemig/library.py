@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from fusemig.daemon import Daemon
-from fusemig.daemon_info import daemon_status
+from fusemig.daemon.daemon import Daemon
+from fusemig.daemon.info import daemon_status
+from fusemig.daemon.serve_options import ServeOptions
+from fusemig.daemon.served import DiskSpec
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import ConfigError, FusemigError
-from fusemig.serve_options import ServeOptions
-from fusemig.served import DiskSpec
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

@@ -20,11 +20,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fusemig.credentials import Endpoint, load_credentials, names_of
+from fusemig.core.units import format_size
 from fusemig.errors import AuthenticationError, FuseUnavailableError
 from fusemig.fuse.preflight import check_device, check_library, is_allow_other_allowed
 from fusemig.fuse.tuning import READ_AHEAD_KIB
-from fusemig.units import format_size
+from fusemig.net.credentials import Endpoint, load_credentials, names_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

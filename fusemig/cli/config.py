@@ -10,7 +10,7 @@ import msgspec
 
 from fusemig.cli import config_file
 from fusemig.errors import ConfigError
-from fusemig.transport import parse_uri
+from fusemig.net.transport import parse_uri
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import click
 import msgspec
 
+from fusemig.daemon.served import parse_disk
 from fusemig.errors import ConfigError
-from fusemig.served import parse_disk
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

@@ -41,9 +41,9 @@ from fusemig.cli.demo_stage import (
     why_no_loop,
 )
 from fusemig.cli.demo_writer import check_plain, check_sqlite, read_log
-from fusemig.control_client import open_control
+from fusemig.control.client import open_control
+from fusemig.core.units import SECTOR_SIZE
 from fusemig.errors import ConfigError, FusemigError
-from fusemig.units import SECTOR_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from fusemig.cli.demo_stage import LoopMount, Place, Program
     from fusemig.cli.demo_writer import Log
-    from fusemig.control_client import ControlClient
+    from fusemig.control.client import ControlClient
 
 MIN_SIZE: Final = 32 << 20
 MIGRATE_DEADLINE_S: Final = 600.0

@@ -27,9 +27,9 @@ from fusemig.cli.demo_records import last_durable, lost_records, read_console
 from fusemig.cli.demo_report import Check, page
 from fusemig.cli.demo_stage import DemoError, command, daemon, fill_with_random, in_thread, place
 from fusemig.cli.guest import downtime, timeline
-from fusemig.control_client import open_control
+from fusemig.control.client import open_control
+from fusemig.core.units import format_size
 from fusemig.errors import ConfigError
-from fusemig.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

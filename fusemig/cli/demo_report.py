@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from fusemig.units import format_size
+from fusemig.core.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

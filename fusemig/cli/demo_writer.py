@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_128_digest
 
-from fusemig.units import BLOCK_SIZE
+from fusemig.core.units import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,12 +11,12 @@ import trio
 
 from fusemig.cli import checkup
 from fusemig.cli.checkup import Finding, Level, Machine
-from fusemig.control_client import open_control
-from fusemig.credentials import Endpoint, load_credentials
+from fusemig.control.client import open_control
+from fusemig.daemon.security import Security
+from fusemig.daemon.served import parse_disk
 from fusemig.errors import AuthenticationError, ConfigError, FusemigError
-from fusemig.security import Security
-from fusemig.served import parse_disk
-from fusemig.transport import connect, is_private, parse_uri
+from fusemig.net.credentials import Endpoint, load_credentials
+from fusemig.net.transport import connect, is_private, parse_uri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

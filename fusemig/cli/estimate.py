@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from fusemig.control_client import open_control
-from fusemig.shaping import MAX_THROTTLE_PERCENT
-from fusemig.units import format_size
+from fusemig.control.client import open_control
+from fusemig.core.shaping import MAX_THROTTLE_PERCENT
+from fusemig.core.units import format_size
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -46,7 +46,7 @@ def fail(message: str, kind: str = "failed") -> int:
 
 def run(function: Callable[..., Awaitable[int | None]], *args: Any) -> int:
     """Run an async command; return its exit code."""
-    import trio  # not needed to answer guests (`fusemig.estate`), nor by what only prints
+    import trio  # not needed to answer guests (`fusemig.daemon.estate`), nor by what only prints
 
     try:
         return trio.run(function, *args) or 0

@@ -1,7 +1,7 @@
 """``fusemig migrate --group``: move disks of several daemons in one switchover, all or none (docs/groups.md).
 
-`coordinate` is what the coordinator does with daemons and the decision, as `fusemig.group` says; `DaemonMember` is a
-daemon over its control socket. The coordinator may die at any step: nothing waits for it.
+`coordinate` is what the coordinator does with daemons and the decision, as `fusemig.core.group` says; `DaemonMember` is
+a daemon over its control socket. The coordinator may die at any step: nothing waits for it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import trio
 
 from fusemig.cli.exits import EXIT_CODES, fail
 from fusemig.cli.progress import make_display
-from fusemig.control_client import QmpError, open_control
-from fusemig.decision import COORDINATOR, DecisionFile
+from fusemig.control.client import QmpError, open_control
+from fusemig.core.group import Standing, Step, Word, next_step
 from fusemig.errors import ConfigError, ConnectionLostError, FusemigError, StateError
 from fusemig.failpoint import arm, reach
-from fusemig.group import Standing, Step, Word, next_step
+from fusemig.records.decision import COORDINATOR, DecisionFile
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from fusemig.cli.migrate import MigrateRequest
     from fusemig.cli.progress import Display
-    from fusemig.control_client import ControlClient
+    from fusemig.control.client import ControlClient
 
 CALM_S: Final = 0.1
 """Between two looks while passes are made."""

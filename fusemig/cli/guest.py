@@ -18,7 +18,7 @@ _WORDS: Final = {
     "in-doubt": "it stands still; nobody knows who owns its disks",
     "stuck-at-destination": "it stands still, and may run at the destination only",
 }
-"""What each of `fusemig.guest.GuestState` means; the first, at-source, is no news."""
+"""What each of `fusemig.core.guest.GuestState` means; the first, at-source, is no news."""
 
 _PARTS: Final = (
     ("disks", "standing-still", "loading"),
@@ -32,7 +32,7 @@ STUCK: Final = frozenset({"stuck-at-source", "stuck-at-destination"})
 
 
 def timeline(guest: dict[str, Any]) -> list[str]:
-    """Return a line for each step of ``x-fusemig.guest``."""
+    """Return a line for each step of ``x-fusemig.core.guest``."""
     return [f"{step['at-ms'] / 1000:7.3f} s  {_WORDS[step['state']]}" for step in guest.get("timeline", [])]
 
 

@@ -1,8 +1,8 @@
 """Has structlog loaded without rich, if this is imported first.
 
 structlog takes rich for tracebacks on a console wherever it is installed, and that is half of what a successor would
-load before it answers guests (`fusemig.estate`). Nobody here asks for such tracebacks; what draws progress loads rich
-itself.
+load before it answers guests (`fusemig.daemon.estate`). Nobody here asks for such tracebacks; what draws progress loads
+rich itself.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from fusemig import __version__
 from fusemig.cli.config_file import VARIABLE, ConfiguredCommand, find
 from fusemig.cli.exits import EXIT_CODES, fail, run
 from fusemig.cli.logs import LEVELS, set_up_logs
+from fusemig.core.units import parse_duration, parse_size
 from fusemig.errors import ConfigError, FusemigError
-from fusemig.units import parse_duration, parse_size
 
 
 class _Rate(click.ParamType[int]):

@@ -14,15 +14,15 @@ from fusemig.cli.exits import fail
 from fusemig.cli.guest import STUCK
 from fusemig.cli.guest import lines as guest_lines
 from fusemig.cli.progress import make_display
-from fusemig.control_client import open_control
+from fusemig.control.client import open_control
+from fusemig.core.units import format_size
 from fusemig.errors import ConnectError, ConnectionLostError, StateError
-from fusemig.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from fusemig.cli.progress import Display
-    from fusemig.control_client import ControlClient
+    from fusemig.control.client import ControlClient
 
 POLL_INTERVAL_S: Final = 0.1
 DEFAULT_RECONNECT_S: Final = 30.0

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusemig.cli.pacing import notes
-from fusemig.units import format_size
+from fusemig.core.units import format_size
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from fusemig.control_client import open_control
+from fusemig.control.client import open_control
 from fusemig.errors import ConfigError, StateError
 from fusemig.pages.report import report_page
 from fusemig.qmp.schema import MigrationRecord

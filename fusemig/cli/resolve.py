@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from fusemig.control_client import open_control
+from fusemig.control.client import open_control
+from fusemig.daemon.doubt import UNFENCED
+from fusemig.daemon.served import DiskSpec, epoch_path
 from fusemig.disk.raw import RawDisk
-from fusemig.doubt import UNFENCED
-from fusemig.epoch import EpochFile, Ownership, Side, resolved
 from fusemig.errors import ConfigError, StateError
-from fusemig.served import DiskSpec, epoch_path
+from fusemig.records.epoch import EpochFile, Ownership, Side, resolved
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,20 +12,20 @@ import structlog
 
 from fusemig import failpoint
 from fusemig.cli.exits import run
+from fusemig.daemon.estate import Estate
+from fusemig.daemon.serve_options import ServeOptions
+from fusemig.daemon.served import parse_disk
 from fusemig.disk.zeroes import DetectZeroes
-from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
-from fusemig.estate import Estate
 from fusemig.fuse.preflight import Lane
-from fusemig.serve_options import ServeOptions
-from fusemig.served import parse_disk
+from fusemig.records.epoch import sync_directory
 from fusemig.wire.base import IncomingWire
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fusemig.credentials import Credentials
-    from fusemig.served import DiskSpec
+    from fusemig.daemon.served import DiskSpec
+    from fusemig.net.credentials import Credentials
     from fusemig.succession.fdstore import FdStore
 
 
@@ -83,7 +83,7 @@ def begin(request: ServeRequest, store: FdStore) -> Estate:
 
 def load_rest() -> None:
     """Load what answering guests does not need: who waits for its turn has the time."""
-    import fusemig.daemon  # noqa: F401
+    import fusemig.daemon.daemon  # noqa: F401
 
 
 def go_on(estate: Estate) -> int:
@@ -98,7 +98,7 @@ def go_on(estate: Estate) -> int:
 
 
 async def _serve(estate: Estate) -> None:
-    from fusemig.daemon import Daemon
+    from fusemig.daemon.daemon import Daemon
 
     await Daemon(estate.options, estate).run()
 
@@ -144,7 +144,7 @@ def _load_tls(request: ServeRequest) -> tuple[Credentials | None, Credentials | 
         return None, None
     if request.insecure:
         raise ConfigError("--insecure takes back what --tls-creds demands: leave one of them out")
-    from fusemig.credentials import Endpoint, load_credentials
+    from fusemig.net.credentials import Endpoint, load_credentials
 
     server = client = None
     if request.incoming is not None:

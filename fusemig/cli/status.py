@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fusemig.cli.pacing import notes as pacing_notes
-from fusemig.control_client import open_control
-from fusemig.units import format_size
+from fusemig.control.client import open_control
+from fusemig.core.units import format_size
 
 if TYPE_CHECKING:
     from pathlib import Path

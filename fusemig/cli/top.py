@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.live import Live
 
 from fusemig.cli.top_picture import ASCII, UNICODE, Watched, cells_wanted, picture
-from fusemig.control_client import open_control
+from fusemig.control.client import open_control
 from fusemig.errors import FusemigError, RemoteProtocolError
 from fusemig.qmp.schema import View
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from fusemig.control_client import ControlClient
+    from fusemig.control.client import ControlClient
 
 AGAIN_S: Final = 1.0
 """How long to wait before a daemon that is away is tried again."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from msgspec import UNSET, UnsetType
 from rich.text import Text
 
+from fusemig.core.units import format_size
 from fusemig.qmp.seeing import MAX_CELLS
-from fusemig.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from fusemig.control_client import open_control
+from fusemig.control.client import open_control
 from fusemig.errors import ConnectionLostError, TransportError
 
 if TYPE_CHECKING:

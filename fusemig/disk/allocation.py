@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from fusemig.bitmap import ChunkBitmap
+from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.units import BLOCK_SIZE, mask_runs, n_blocks
 from fusemig.disk.page import PAGE_SIZE, decode_page, encode_page
 from fusemig.errors import ConfigError, DiskError
-from fusemig.units import BLOCK_SIZE, mask_runs, n_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -22,13 +22,13 @@ from collections import deque
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
+from fusemig.core.units import BLOCK_SIZE, n_blocks
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, boot_id, map_size, write_header
 from fusemig.disk.base import Disk, Extent
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.raw import RawDisk, create_image
-from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError, DiskError
-from fusemig.units import BLOCK_SIZE, n_blocks
+from fusemig.records.epoch import sync_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

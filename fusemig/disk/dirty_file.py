@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from fusemig.bitmap import ChunkBitmap
+    from fusemig.core.bitmap import ChunkBitmap
     from fusemig.disk.base import Disk
     from fusemig.disk.dirty_map import MapBase
     from fusemig.disk.tracked import TrackedDisk

@@ -39,9 +39,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from fusemig.bitmap import ChunkBitmap
+from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.units import CHUNK_SIZE, n_chunks
 from fusemig.disk.page import BLANK_PAGE, PAGE_SIZE, decode_page, encode_page
-from fusemig.units import CHUNK_SIZE, n_chunks
 
 if TYPE_CHECKING:
     from fusemig.disk.base import Disk

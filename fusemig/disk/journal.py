@@ -5,7 +5,7 @@
     4 KiB     mark: the last frame that the entries cover         by `write`, after the entries are durable
     8 KiB     entries: 62 chunks' values and a check a sector     by `write`, after the image was synced
 
-It lies beside the image as ``PATH.fusemig-journal``. A value is that of `fusemig.digest`, 0 where the chunk is not
+It lies beside the image as ``PATH.fusemig-journal``. A value is that of `fusemig.core.digest`, 0 where the chunk is not
 known to be there; a chunk of zeros has no entry, because to say so again costs less. Rules:
 
 1. An entry is written only after a sync of the image that began when the entry's frames had been written.
@@ -34,17 +34,17 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from xxhash import xxh3_64_intdigest
 
-from fusemig.bitmap import ChunkBitmap
+from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.units import CHUNK_SIZE, SECTOR_SIZE, n_chunks
 from fusemig.disk.page import BLANK_PAGE, PAGE_SIZE, decode_page, encode_page
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError
-from fusemig.units import CHUNK_SIZE, SECTOR_SIZE, n_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from fusemig.digest import DiskDigest
+    from fusemig.core.digest import DiskDigest
     from fusemig.disk.base import Disk
 
 _VERSION: Final = 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from fusemig.core.units import BLOCK_SIZE
 from fusemig.disk.base import Disk, Extent
-from fusemig.units import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

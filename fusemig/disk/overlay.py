@@ -22,9 +22,9 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
+from fusemig.core.units import BLOCK_SIZE, mask_runs
 from fusemig.disk.base import Disk, Extent
 from fusemig.errors import ConfigError, DiskError
-from fusemig.units import BLOCK_SIZE, mask_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_128
 
+from fusemig.core.units import CHUNK_SIZE, chunks_of
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, boot_id, map_size, write_header
 from fusemig.disk.overlay import OverlayDisk, check_sizes
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.stamp import stamp_of
-from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
-from fusemig.units import CHUNK_SIZE, chunks_of
+from fusemig.records.epoch import sync_directory
 
 if TYPE_CHECKING:
     import os

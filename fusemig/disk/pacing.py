@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusemig.admission import Brake
-from fusemig.units import BLOCK_SIZE
+from fusemig.core.admission import Brake
+from fusemig.core.units import BLOCK_SIZE
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Sequence
 
+    from fusemig.core.mirror import Reach
+    from fusemig.core.tracker import ChunkTracker
     from fusemig.disk.tracked import TrackedDisk
-    from fusemig.mirror import Reach
-    from fusemig.tracker import ChunkTracker
 
 
 class Pacing:

@@ -17,11 +17,11 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from fusemig.core.units import BLOCK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 from fusemig.disk.base import Disk, Extent
-from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError, DiskError
+from fusemig.records.epoch import sync_directory
 from fusemig.succession.fdstore import identity
-from fusemig.units import BLOCK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

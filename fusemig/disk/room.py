@@ -12,7 +12,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from fusemig.units import format_size
+from fusemig.core.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

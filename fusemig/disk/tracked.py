@@ -18,11 +18,11 @@ that meet one sees the other's first step. A write that was not seen inside find
 So once the gate is closed and ``inside`` is empty no write is under way, nor will one be.
 
 Marks without a lock. A write marks its blocks before it stores, and again after it, also if the store failed, unless
-the regime is still the same (rule 1 of `fusemig.tracker`). Marks are bytes, one a block, in ``fresh`` by chunk. To move
-them into the trackers, or to take a chunk, is: take the bytes out of ``fresh``, *replace the regime*, look at them, and
-only then read the image. A mark that is set too late to be seen belongs to a write that read the regime before it was
-replaced and has not looked again since: it will, and marks once more. A write that had looked again before that had set
-its mark earlier, and all of it is in the image.
+the regime is still the same (rule 1 of `fusemig.core.tracker`). Marks are bytes, one a block, in ``fresh`` by chunk. To
+move them into the trackers, or to take a chunk, is: take the bytes out of ``fresh``, *replace the regime*, look at
+them, and only then read the image. A mark that is set too late to be seen belongs to a write that read the regime
+before it was replaced and has not looked again since: it will, and marks once more. A write that had looked again
+before that had set its mark earlier, and all of it is in the image.
 
 The lock guards the rest. It is held for microseconds and never during I/O. Reads never take it.
 
@@ -35,9 +35,9 @@ The write gate. A closed gate refuses a write with `GateClosedError`, and nothin
 it, that is, keeps the data and asks `park` for a call when the gate has changed. A parked write is data held for a
 later reply, never a blocked thread. Whoever closes the gate owes every parked write an answer before a deadline.
 
-A migration that guests write faster than it can follow lays a *brake* on the disk (`fusemig.admission`): an open gate
-then refuses a write until its turn, which the lane parks as it does at a closed one, and `hold_reply` keeps the answer
-of a write that was made until the destination has it.
+A migration that guests write faster than it can follow lays a *brake* on the disk (`fusemig.core.admission`): an open
+gate then refuses a write until its turn, which the lane parks as it does at a closed one, and `hold_reply` keeps the
+answer of a write that was made until the destination has it.
 
 A disk that is *held* (QMP's `stop`) keeps its gate closed where it would be open. That is a second, independent wish:
 no migration that thaws, takes over or hands off undoes it, and lifting it never opens a gate that is closed or
@@ -54,19 +54,19 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 
-from fusemig.bitmap import ChunkBitmap
+from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.heat import Heat
+from fusemig.core.tracker import ChunkTracker
+from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, chunks_of, n_chunks
 from fusemig.disk.base import Disk
 from fusemig.disk.tracking import Tracking
 from fusemig.disk.zeroes import DetectZeroes, is_zero_blocks
 from fusemig.errors import DiskError, GateClosedError
-from fusemig.heat import Heat
-from fusemig.tracker import ChunkTracker
-from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, chunks_of, n_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from fusemig.admission import Brake
+    from fusemig.core.admission import Brake
     from fusemig.disk.base import Buffer, Extent
     from fusemig.disk.dirty_map import DirtyMap, MapBase
 

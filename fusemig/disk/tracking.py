@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Sequence
 
-    from fusemig.bitmap import ChunkBitmap
+    from fusemig.core.bitmap import ChunkBitmap
+    from fusemig.core.tracker import ChunkTracker
     from fusemig.disk.tracked import TrackedDisk
-    from fusemig.tracker import ChunkTracker
 
 
 class Tracking:

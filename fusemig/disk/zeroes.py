@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 
 if TYPE_CHECKING:
     from fusemig.disk.base import Buffer

@@ -17,7 +17,7 @@ Rules:
 4. A write that meets a closed gate is *held*: its data is copied and its answer owed. It is made again, as if it were
    new, each time the gate has changed. No thread waits for it. It is answered EINTR if its caller is being killed,
    because the kernel lets nobody die while an answer is owed; a signal that does not kill changes nothing, for a disk's
-   write is not interruptible. A migration's brake (`fusemig.admission`) refuses a write as a closed gate does, and
+   write is not interruptible. A migration's brake (`fusemig.core.admission`) refuses a write as a closed gate does, and
    keeps the answer of one that was made: `TrackedDisk.hold_reply` calls back, on any thread, within a deadline.
 5. A request is answered exactly once, on the descriptor that it was read from. `_held` decides who answers a held one:
    whoever takes it out.

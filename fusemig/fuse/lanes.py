@@ -45,7 +45,7 @@ async def open_lane(
         options: how to mount.
         n_threads: the data lane's; None for as many as there are cores, at most 2.
         kept: has the mount outlive this process where it can, and is one to be adopted perhaps.
-        service: serves that one already (`fusemig.estate`).
+        service: serves that one already (`fusemig.daemon.estate`).
 
     Raises:
         FuseUnavailableError: it cannot be mounted here, with the cause and what to do about it.

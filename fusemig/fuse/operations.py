@@ -40,10 +40,10 @@ import structlog
 import trio
 from pyfuse3 import FUSEError
 
+from fusemig.core.units import BLOCK_SIZE
 from fusemig.disk.tracked import Gate
 from fusemig.errors import DiskError, GateClosedError
 from fusemig.fuse.export import ROOT_INODE
-from fusemig.units import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

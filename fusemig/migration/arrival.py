@@ -21,10 +21,10 @@ from fusemig.wire.base import IncomingWire
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fusemig.core.phase import MigrationPhase
     from fusemig.migration.incoming import IncomingHost, IncomingMigration
     from fusemig.migration.link import Offload
-    from fusemig.phase import MigrationPhase
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
 
 _MAGIC: Final = savevm.MAGIC.to_bytes(4, "big")
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import structlog
 import trio
 
-from fusemig.convergence import Throughput
+from fusemig.core.convergence import Throughput
+from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, n_blocks
 from fusemig.errors import FusemigError, PeerRefusedError, RemoteProtocolError
-from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, n_blocks
 from fusemig.wire import native
 
 if TYPE_CHECKING:

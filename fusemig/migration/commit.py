@@ -1,8 +1,8 @@
 """OutgoingHandoff: the source's half of the two-phase commit, with its messages and its epoch files.
 
     prove     FINAL ──> PREPARED, proofs equal          may be called off: `call_off`, `say_abort`
-    pledge    `pledged` durable; then as the group decides (`fusemig.group`), for migrations that are one of several
-    commit    `handed-off` durable, COMMIT ──> TAKEN    may not; what fails here is in doubt
+    pledge    `pledged` durable; then as the group decides (`fusemig.core.group`), for migrations that are one of
+    several commit    `handed-off` durable, COMMIT ──> TAKEN    may not; what fails here is in doubt
     release   `released` durable, RELEASED ──>          whatever fails, the destination owns the disks
 
 If `handed-off` cannot be made durable and cannot be taken back either, it may be durable all the same, and a source
@@ -10,7 +10,7 @@ that is started again would have the prepared destination take the disks. So the
 destination has answered ABORT with ABORT, which it does when it has durably forgotten; without that answer the disks
 are in doubt.
 
-The order of states is `fusemig.handoff`'s; here is what has to happen on the way from one to the next.
+The order of states is `fusemig.core.handoff`'s; here is what has to happen on the way from one to the next.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import msgspec
 import structlog
 import trio
 
-from fusemig.epoch import EpochRecord, Ownership
+from fusemig.core.group import Word
+from fusemig.core.handoff import SourceEvent, SourceHandoff, SourceState
 from fusemig.errors import FusemigError, InDoubtError, StateError, VerificationError
 from fusemig.failpoint import reach
-from fusemig.group import Word
-from fusemig.handoff import SourceEvent, SourceHandoff, SourceState
 from fusemig.migration.pledge import aborted_error
+from fusemig.records.epoch import EpochRecord, Ownership
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
     from fusemig.disk.dirty_file import DirtyFile
     from fusemig.disk.tracked import TrackedDisk
-    from fusemig.epoch import EpochFile
     from fusemig.migration.link import NativeLink, Offload
     from fusemig.migration.pledge import Pledge
     from fusemig.migration.stats import MigrationParameters
+    from fusemig.records.epoch import EpochFile
 
 log = structlog.get_logger(__name__)
 

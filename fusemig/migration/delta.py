@@ -14,7 +14,7 @@
 
 What is proved. The destination says so of its own image if its epoch record says that it released the disk, in the very
 migration that brought it to the source, and if the image has the stamp that is kept with that
-(`fusemig.epoch.is_as_released`). The source tells from its persistent map what was written since that migration
+(`fusemig.records.epoch.is_as_released`). The source tells from its persistent map what was written since that migration
 (`fusemig.disk.dirty_map`, `Since.OWNED`). Where either is missing nothing is taken on trust: contents are compared, if
 that was asked for, or everything is sent.
 
@@ -33,11 +33,19 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from fusemig.bitmap import ChunkBitmap
+from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.units import (
+    BLOCK_SIZE,
+    BLOCKS_PER_CHUNK,
+    CHUNK_SIZE,
+    chunk_length,
+    chunk_mask,
+    mask_extents,
+    n_chunks,
+)
 from fusemig.errors import DiskError, MigrationError, RemoteProtocolError
 from fusemig.migration.link import IDLE_DEADLINE_S
 from fusemig.migration.resume import ContentReconciliation
-from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, chunk_length, chunk_mask, mask_extents, n_chunks
 from fusemig.wire import native
 
 if TYPE_CHECKING:

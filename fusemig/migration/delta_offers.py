@@ -19,11 +19,11 @@ from fusemig.wire import native
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fusemig.bitmap import ChunkBitmap
-    from fusemig.epoch import EpochRecord
+    from fusemig.core.bitmap import ChunkBitmap
     from fusemig.migration.commit import SourceDisk
     from fusemig.migration.link import NativeLink, Offload
     from fusemig.migration.reader import OutgoingDisk
+    from fusemig.records.epoch import EpochRecord
 
 
 class DeltaOffers:

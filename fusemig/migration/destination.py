@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
+from fusemig.core.handoff import DestinationEvent, DestinationHandoff, DestinationState
+from fusemig.core.phase import MigrationPhase
+from fusemig.core.units import CHUNK_SIZE, n_blocks
 from fusemig.disk.overlay import OverlayDisk
-from fusemig.epoch import Ownership
 from fusemig.errors import DiskError, FusemigError, MigrationError, PeerBusyError, PeerRefusedError, RemoteProtocolError
 from fusemig.failpoint import reach
-from fusemig.handoff import DestinationEvent, DestinationHandoff, DestinationState
 from fusemig.migration.borrow import Borrowing
 from fusemig.migration.delta import DestinationDelta
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
@@ -33,8 +34,7 @@ from fusemig.migration.receipt import Receipt
 from fusemig.migration.receiver import FrameReceiver
 from fusemig.migration.witness import Witness
 from fusemig.migration.writer import FrameWriter
-from fusemig.phase import MigrationPhase
-from fusemig.units import CHUNK_SIZE, n_blocks
+from fusemig.records.epoch import Ownership
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fusemig.migration.incoming import IncomingHost, IncomingStatistics
     from fusemig.migration.link import Offload
     from fusemig.migration.writer import IncomingDisk
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
 
 
 PROOF_OF_LIFE_S: Final = 5.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from fusemig.guest import GuestState
+    from fusemig.core.guest import GuestState
 
 
 class GuestAccount(NamedTuple):
@@ -25,7 +25,7 @@ class GuestAccount(NamedTuple):
 
 
 class MovingGuest(Protocol):
-    """A guest on its way, as `OutgoingMigration` and the native hand-off lead it; the order is `fusemig.guest`'s."""
+    """A guest on its way, as `OutgoingMigration` and the native hand-off lead it; the order is `core.guest`'s."""
 
     is_moving: bool
     """Whether there is a guest to be moved."""

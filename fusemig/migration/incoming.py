@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Protocol
 
 import structlog
 
+from fusemig.core.phase import MigrationPhase
+from fusemig.core.units import format_size
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import EpochRecord, Ownership
 from fusemig.errors import DiskError, FusemigError, MigrationError
 from fusemig.failpoint import reach
 from fusemig.migration.witness import RecallHost
-from fusemig.phase import MigrationPhase
-from fusemig.units import format_size
+from fusemig.records.epoch import EpochRecord, Ownership
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fusemig.migration.borrow import Loan
     from fusemig.migration.link import Offload
     from fusemig.migration.writer import IncomingDisk
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
     from fusemig.wire.native import DiskOffer
 
 LINGER_S: Final = 2.0

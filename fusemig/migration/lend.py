@@ -24,20 +24,20 @@ import structlog
 import trio
 from xxhash import xxh3_64_intdigest
 
-from fusemig.backoff import Backoff
-from fusemig.epoch import Ownership
+from fusemig.core.backoff import Backoff
+from fusemig.core.units import BLOCK_SIZE, n_blocks
 from fusemig.errors import DiskError, FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
-from fusemig.units import BLOCK_SIZE, n_blocks
+from fusemig.records.epoch import Ownership
 from fusemig.wire import native
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from fusemig.disk.base import Disk
-    from fusemig.epoch import EpochFile
     from fusemig.migration.link import Offload
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
+    from fusemig.records.epoch import EpochFile
 
 FIRST_RETRY_S: Final = 0.25
 MAX_RETRY_S: Final = 5.0

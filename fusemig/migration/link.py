@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.errors import ConnectionLostError, MigrationError, RemoteProtocolError
-from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from fusemig.disk.base import Buffer
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
 
     Offload = Callable[..., Awaitable[Any]]
     """Runs a call that may sleep: a worker thread, or inline in the simulation."""

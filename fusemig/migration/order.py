@@ -14,8 +14,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from fusemig.bitmap import ChunkBitmap
-from fusemig.units import n_chunks
+from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.units import n_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Order(Enum):
 
 
 class Levels(Protocol):
-    """Where the heat of chunks is known (`fusemig.heat.Heat`)."""
+    """Where the heat of chunks is known (`fusemig.core.heat.Heat`)."""
 
     def level(self, chunk: int) -> int:
         """Return how hot a chunk is; 0 is cold."""

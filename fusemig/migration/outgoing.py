@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 import structlog
 import trio
 
-from fusemig.convergence import Convergence, Decision, Rate, RateLimit, Throughput
+from fusemig.core.convergence import Convergence, Decision, Rate, RateLimit, Throughput
+from fusemig.core.phase import MigrationPhase, PhaseMachine
 from fusemig.disk.tracked import Gate
 from fusemig.errors import CancelledByUserError, DiskError, FusemigError, InDoubtError, MigrationError, StateError
 from fusemig.migration.guest import NoGuest
@@ -31,19 +32,18 @@ from fusemig.migration.outlook import Outlook
 from fusemig.migration.pacer import Pacer
 from fusemig.migration.reader import OutgoingDisk
 from fusemig.migration.stats import DiskStatistics, MigrationStatistics
-from fusemig.phase import MigrationPhase, PhaseMachine
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
 
+    from fusemig.core.mirror import Reach
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.disk.tracking import Tracking
     from fusemig.migration.commit import SourceDisk
     from fusemig.migration.guest import MovingGuest
     from fusemig.migration.link import Offload
     from fusemig.migration.stats import MigrationParameters, WindowStatistics
-    from fusemig.mirror import Reach
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
 
 log = structlog.get_logger(__name__)
 
@@ -97,7 +97,7 @@ class OutgoingMigration(ABC):
         self.guest: MovingGuest = NoGuest()
         """The guest that moves with the disks; set before `run`."""
         self.group = ""
-        """What decides of these disks together with those of other daemons (`fusemig.decision`); "": nothing does."""
+        """What decides of these disks together with those of other daemons (`records.decision`); "": nothing does."""
         self.elapsed_before_s = 0.0
         """How long the daemons before this one ran it; set before `run`."""
         self._handoff: Handoff

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from fusemig.forecast import Plan, predict
+from fusemig.core.forecast import Plan, predict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fusemig.forecast import Prediction
+    from fusemig.core.forecast import Prediction
     from fusemig.migration.reader import OutgoingDisk
     from fusemig.migration.stats import MigrationParameters
 

@@ -1,7 +1,7 @@
 """Pacer: mirrors the disks of an outgoing migration and slows their guests down, as wanted and as far as needed.
 
-What is wanted comes from the user (mode ``mirror``) or from how the passes go (`fusemig.shaping`); what is done about
-it is the disks' (`fusemig.disk.pacing`). Here is what needs a clock:
+What is wanted comes from the user (mode ``mirror``) or from how the passes go (`fusemig.core.shaping`); what is done
+about it is the disks' (`fusemig.disk.pacing`). Here is what needs a clock:
 
     begin_pass, end_pass    judge a pass, and take the next step if it did not help
     run                     follow a change of mode, size the window, refill the throttle's bucket, keep the deadlines
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import trio
 
-from fusemig.convergence import Rate
+from fusemig.core.convergence import Rate
+from fusemig.core.mirror import Reach
+from fusemig.core.shaping import Escalation, Stall, limits
 from fusemig.migration.stats import PacingStatistics
-from fusemig.mirror import Reach
-from fusemig.shaping import Escalation, Stall, limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -10,7 +10,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fusemig.compression import Packer
+    from fusemig.core.compression import Packer
 
 
 class PackingWatch:

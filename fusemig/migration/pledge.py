@@ -1,4 +1,4 @@
-"""Pledge: what binds the disks of one migration to what is decided of its group (`fusemig.group`)."""
+"""Pledge: what binds the disks of one migration to what is decided of its group (`fusemig.core.group`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from fusemig.decision import DecisionFile
+from fusemig.core.group import Conduct, Word, conduct
 from fusemig.errors import FusemigError, MigrationError, StateError
-from fusemig.group import Conduct, Word, conduct
+from fusemig.records.decision import DecisionFile
 from fusemig.wire import native
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
 
 PROBE_S: Final = 1.0
 """How long the source sends, in seconds."""

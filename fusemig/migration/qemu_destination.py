@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
+from fusemig.core.phase import MigrationPhase
 from fusemig.disk.overlay import OverlayDisk
-from fusemig.epoch import Ownership
 from fusemig.errors import ConnectionLostError, FusemigError, MigrationError, RemoteProtocolError
 from fusemig.migration.incoming import LINGER_S, IncomingMigration
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, Need, Pace, drop_sent
 from fusemig.migration.qemu_receiver import QemuReceiver, Turn
-from fusemig.phase import MigrationPhase
+from fusemig.records.epoch import Ownership
 from fusemig.wire import native, qemu_block, savevm
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fusemig.migration.link import Offload
     from fusemig.migration.qemu_receiver import Event
     from fusemig.migration.writer import IncomingDisk
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
 
 _IDLE_DEADLINE_S: Final = 600.0
 """Without a byte for this long the source counts as lost.
@@ -46,7 +46,7 @@ _IDLE_DEADLINE_S: Final = 600.0
 A slow ``max-bandwidth`` is no silence: QEMU sends a chunk at least in every window of 100 ms, however small the limit
 (7.2: migration/block.c, flush_blks; migration/migration.c, BUFFER_DELAY). What is one is a store that hangs, and a
 source that waits for `migrate-continue` at pre-switchover, for a person or a script. A host that is gone does not last
-so long: the kernel's keepalive finds it (`fusemig.transport`).
+so long: the kernel's keepalive finds it (`fusemig.net.transport`).
 """
 _SETTLE_S: Final = 0.1
 """How long a stream that may be whole must be silent before the source is told so."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.migration.link import POLL_S, SLICE_BYTES, Need
-from fusemig.units import CHUNK_SIZE
 from fusemig.wire import qemu_block, savevm
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fusemig.migration.incoming import AwaitedDisk
     from fusemig.migration.writer import IncomingDisk
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
 
 _ZEROS: Final = bytes(CHUNK_SIZE)
 

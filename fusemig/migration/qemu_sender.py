@@ -2,8 +2,8 @@
 
 QEMU sends whole chunks, also for one dirty block of one, and so does this. What a bulk phase finds untouched and not
 allocated goes out as a zero record, because the destination's disk may hold anything. A chunk's dirty bits are cleared
-before it is read (rule 2 of `fusemig.tracker`); it is in flight until its last byte was given to the stream, which is
-as much as this wire ever tells.
+before it is read (rule 2 of `fusemig.core.tracker`); it is in flight until its last byte was given to the stream, which
+is as much as this wire ever tells.
 
 Chunks are read and sent in one order. So a short last chunk, which is sent as the disk's last MiB (`Tail.OVERLAPPING`)
 and repeats bytes of the chunk before it, repeats none that are older than those that the destination has.
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from fusemig.core.units import CHUNK_SIZE, chunk_length, n_chunks
 from fusemig.errors import DiskError, MigrationError
 from fusemig.migration.link import Need, drop_sent
 from fusemig.migration.sender import Politeness
-from fusemig.units import CHUNK_SIZE, chunk_length, n_chunks
 from fusemig.wire import qemu_block, savevm
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from fusemig.disk.base import Buffer
     from fusemig.migration.reader import OutgoingDisk
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
 
 _SECTION_ID: Final = 1
 _ZEROS: Final = bytes(CHUNK_SIZE)

@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING, ClassVar
 
 import trio
 
-from fusemig.epoch import Ownership
+from fusemig.core.phase import MigrationPhase
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.errors import ConnectionLostError, FusemigError, InDoubtError, RemoteProtocolError
 from fusemig.migration.commit import HandoffRecords
 from fusemig.migration.link import IDLE_DEADLINE_S, SLICE_BYTES, Need, drop_sent
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.qemu_sender import QemuSender
 from fusemig.migration.stats import WindowStatistics
-from fusemig.phase import MigrationPhase
-from fusemig.units import CHUNK_SIZE
+from fusemig.records.epoch import Ownership
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from fusemig.core.mirror import Reach
     from fusemig.migration.commit import SourceDisk
     from fusemig.migration.link import Offload
     from fusemig.migration.stats import MigrationParameters
-    from fusemig.mirror import Reach
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
 
 DEFAULT_MACHINE = "fusemig"
 """Sent as the machine type where none was given; a QEMU insists on its own, a fusemig does not look."""

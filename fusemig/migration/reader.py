@@ -1,12 +1,12 @@
 """PassReader: turns what is dirty into frames; the synchronous half of the source, run in worker threads.
 
 A pass walks the disks in order and each disk's dirty chunks in ascending order from a cursor that a new pass resets. A
-chunk's dirty bits are cleared, and it is put in flight, before it is read (rule 2 of `fusemig.tracker`); a chunk that
-is still in flight is left for the next pass. A whole chunk becomes one frame; the dirty blocks of several chunks share
-frames of at most one chunk of payload. What reads as zeros becomes an extent of a ZERO frame; where guests discarded or
-zeroed, holes are not even read and every block is looked at by itself, so a destination gets no block that the source
-has not. A whole chunk that was sent before with the same bytes, as the disk's digest knows, is not sent again. With a
-`HeatOrder` a pass is several such walks, each over what that lets through.
+chunk's dirty bits are cleared, and it is put in flight, before it is read (rule 2 of `fusemig.core.tracker`); a chunk
+that is still in flight is left for the next pass. A whole chunk becomes one frame; the dirty blocks of several chunks
+share frames of at most one chunk of payload. What reads as zeros becomes an extent of a ZERO frame; where guests
+discarded or zeroed, holes are not even read and every block is looked at by itself, so a destination gets no block that
+the source has not. A whole chunk that was sent before with the same bytes, as the disk's digest knows, is not sent
+again. With a `HeatOrder` a pass is several such walks, each over what that lets through.
 
 One call runs at a time, so frames are numbered, hashed into the disk's digest and sent in one order.
 """
@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_intdigest
 
-from fusemig.bitmap import ChunkBitmap
-from fusemig.digest import DiskDigest
+from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.digest import DiskDigest
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, chunk_mask, mask_extents, n_blocks, n_chunks
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.zeroes import is_zero
 from fusemig.errors import DiskError, MigrationError
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, chunk_mask, mask_extents, n_blocks, n_chunks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fusemig.compression import Packer
+    from fusemig.core.compression import Packer
     from fusemig.disk.base import Buffer, Disk
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.disk.tracking import Tracking

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from fusemig.core.units import BLOCK_SIZE
 from fusemig.migration.link import POLL_S, SLICE_BYTES, Need
-from fusemig.units import BLOCK_SIZE
 from fusemig.wire import native
 
 if TYPE_CHECKING:

@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
+from fusemig.core.units import CHUNK_SIZE, chunk_length, n_chunks
 from fusemig.errors import DiskError, MigrationError, RemoteProtocolError
-from fusemig.units import CHUNK_SIZE, chunk_length, n_chunks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    from fusemig.bitmap import ChunkBitmap
-    from fusemig.digest import DiskDigest
+    from fusemig.core.bitmap import ChunkBitmap
+    from fusemig.core.digest import DiskDigest
     from fusemig.disk.base import Disk
     from fusemig.migration.reader import OutgoingDisk, SentFrame
 

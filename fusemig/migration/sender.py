@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from fusemig.convergence import Courtesy
+from fusemig.core.convergence import Courtesy
+from fusemig.core.shaping import MIRROR_SHARE
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.migration.link import Need, drop_sent, first_bytes
-from fusemig.shaping import MIRROR_SHARE
-from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fusemig.migration.link import BufferPool
     from fusemig.migration.reader import Batch, PassReader, SentFrame
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
 
 PIECE_BYTES: Final = 256 << 10
 """What is sent at a time while guests are busy: a whole chunk would hold up some of them for as long as it takes."""

@@ -2,7 +2,7 @@
 
     ASK     ──────────>
             <──────────    ANSWER                 what the destination's epoch files say
-    COMMIT, or ABORT ──>                          if disks are prepared there (`fusemig.handoff.judge`)
+    COMMIT, or ABORT ──>                          if disks are prepared there (`fusemig.core.handoff.judge`)
             <──────────    ANSWER                 what they say then
 
     owned -> `released` here        incoming -> `owner` here, in the epoch after the next        else: in doubt still
@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from fusemig.epoch import Ownership, Side, resolved
+from fusemig.core.handoff import Evidence, SourceState, Verdict, judge, settled
 from fusemig.errors import InDoubtError, PeerRefusedError, RemoteProtocolError
 from fusemig.failpoint import reach
-from fusemig.handoff import Evidence, SourceState, Verdict, judge, settled
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
+from fusemig.records.epoch import Ownership, Side, resolved
 from fusemig.wire import native
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fusemig.epoch import EpochFile
     from fusemig.migration.link import Offload
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
+    from fusemig.records.epoch import EpochFile
 
 log = structlog.get_logger(__name__)
 

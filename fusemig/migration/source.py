@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
-from fusemig.backoff import Backoff
-from fusemig.compression import Packer
+from fusemig.core.backoff import Backoff
+from fusemig.core.compression import Packer
+from fusemig.core.phase import MigrationPhase
+from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
 from fusemig.disk.dirty_map import MapBase, Since
-from fusemig.epoch import Ownership
 from fusemig.errors import (
     AuthenticationError,
     ConnectionLostError,
@@ -53,22 +54,21 @@ from fusemig.migration.resume import (
 )
 from fusemig.migration.sender import WINDOW_BYTES, PassSender
 from fusemig.migration.stats import WindowStatistics
-from fusemig.phase import MigrationPhase
-from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
+from fusemig.records.epoch import Ownership
 from fusemig.wire import native
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from pathlib import Path
 
+    from fusemig.core.mirror import Reach
     from fusemig.disk.tracked import TrackedDisk
-    from fusemig.epoch import EpochRecord
     from fusemig.migration.commit import Route, SourceDisk
     from fusemig.migration.link import Offload
     from fusemig.migration.resume import Reconciliation
     from fusemig.migration.stats import MigrationParameters, MigrationStatistics
-    from fusemig.mirror import Reach
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
+    from fusemig.records.epoch import EpochRecord
 
 PROGRESS_INTERVAL_S: Final = 1.0
 FIRST_RETRY_S: Final = 0.25
@@ -121,7 +121,7 @@ class SourceMigration(OutgoingMigration):
             on_pace: as `OutgoingMigration` has it.
             resume: where an earlier migration of the same disks was interrupted, to go on from there.
             route: how the destination is talked to, for whoever has to ask it later.
-            group: names what decides of these disks and others together (`fusemig.decision`).
+            group: names what decides of these disks and others together (`fusemig.records.decision`).
             n_reconnects: how often it got its connection back before, in another daemon.
             waiting: why it has none now; "" for one that begins.
         """

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from fusemig.core.mirror import Reach
+from fusemig.core.shaping import DEFAULT_LAG
 from fusemig.migration.order import Order
-from fusemig.mirror import Reach
-from fusemig.shaping import DEFAULT_LAG
 
 if TYPE_CHECKING:
-    from fusemig.forecast import Prediction
-    from fusemig.phase import MigrationPhase
-    from fusemig.shaping import MirrorLag
+    from fusemig.core.forecast import Prediction
+    from fusemig.core.phase import MigrationPhase
+    from fusemig.core.shaping import MirrorLag
 
 DEFAULT_DOWNTIME_LIMIT_S: Final = 0.3
 """QEMU's default (migration/options.c: DEFAULT_MIGRATE_SET_DOWNTIME, 300 ms)."""

@@ -13,20 +13,20 @@ import msgspec
 import structlog
 import trio
 
+from fusemig.core.handoff import DestinationEvent, DestinationHandoff, DestinationState, Evidence
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import Ownership, evidence_of
 from fusemig.errors import ConnectionLostError, PeerRefusedError, RemoteProtocolError, StateError
 from fusemig.failpoint import reach
-from fusemig.handoff import DestinationEvent, DestinationHandoff, DestinationState, Evidence
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S
+from fusemig.records.epoch import Ownership, evidence_of
 from fusemig.wire import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fusemig.disk.tracked import TrackedDisk
-    from fusemig.epoch import EpochFile, EpochRecord
     from fusemig.migration.link import NativeLink, Offload
+    from fusemig.records.epoch import EpochFile, EpochRecord
 
 log = structlog.get_logger(__name__)
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from fusemig.bitmap import ChunkBitmap
-from fusemig.compression import unpack
-from fusemig.digest import DiskDigest
+from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.compression import unpack
+from fusemig.core.digest import DiskDigest
+from fusemig.core.units import BLOCK_SIZE, chunks_of, format_size, n_blocks, n_chunks
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.errors import RemoteProtocolError
-from fusemig.units import BLOCK_SIZE, chunks_of, format_size, n_blocks, n_chunks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from fusemig.disk.base import Buffer
     from fusemig.disk.journal import ReceiptJournal
     from fusemig.disk.tracked import TrackedDisk
-    from fusemig.epoch import EpochFile
     from fusemig.migration.link import BufferPool
+    from fusemig.records.epoch import EpochFile
 
 
 @dataclass

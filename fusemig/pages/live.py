@@ -1,4 +1,4 @@
-"""The live page, which `fusemig.web` serves."""
+"""The live page, which `fusemig.daemon.web` serves."""
 
 from __future__ import annotations
 

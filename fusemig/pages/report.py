@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 from msgspec import UnsetType
 
+from fusemig.core.units import format_size
 from fusemig.pages.page import assemble
-from fusemig.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

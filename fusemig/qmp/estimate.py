@@ -35,7 +35,7 @@ class EstimatedDisk(Result, frozen=True, kw_only=True):
 
 
 class RemedyKind(StrEnum):
-    """What would make a migration converge (`fusemig.forecast.RemedyKind`)."""
+    """What would make a migration converge (`fusemig.core.forecast.RemedyKind`)."""
 
     BANDWIDTH = "bandwidth"
     """A link, or ``max-bandwidth``, of so many bytes per second."""

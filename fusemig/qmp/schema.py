@@ -428,7 +428,7 @@ class MigrationWindow(Result, frozen=True, kw_only=True):
 
 
 class GuestStep(Result, frozen=True, kw_only=True):
-    """A state that a guest came to on its way (`fusemig.guest`)."""
+    """A state that a guest came to on its way (`fusemig.core.guest`)."""
 
     state: str
     at_ms: float

@@ -13,7 +13,7 @@ from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the a
 from fusemig.qmp.base import Arguments, Result
 
 MAX_CELLS: Final = 4096
-"""As `fusemig.chunk_map` has it."""
+"""As `fusemig.core.chunk_map` has it."""
 
 
 class QueryView(Arguments, frozen=True, kw_only=True):
@@ -24,7 +24,7 @@ class QueryView(Arguments, frozen=True, kw_only=True):
 
 
 class ChunkMap(Result, frozen=True, kw_only=True):
-    """How many chunks of each cell are in which state (`fusemig.chunk_map`); each is in one of the first six.
+    """How many chunks of each cell are in which state (`fusemig.core.chunk_map`); each is in one of the first six.
 
     A list is empty where it would say 0 for every cell.
     """

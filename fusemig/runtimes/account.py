@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
-from fusemig.guest import GuestState
+from fusemig.core.guest import GuestState
 from fusemig.qmp import schema
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from typing import IO, Final
 import structlog
 import trio
 
+from fusemig.core.guest import Side
 from fusemig.errors import MigrationError
-from fusemig.guest import Side
 
 log = structlog.get_logger(__name__)
 

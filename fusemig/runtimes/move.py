@@ -1,4 +1,4 @@
-"""GuestMove: leads a runtime through the move of its guest, in the order of `fusemig.guest`.
+"""GuestMove: leads a runtime through the move of its guest, in the order of `fusemig.core.guest`.
 
 It lives in the source's daemon and nowhere else, because the daemon is the one process without which the guest has no
 disk: whoever asked for the move may go away, and if the daemon dies there is nothing left that the guest could run on.
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 import structlog
 import trio
 
+from fusemig.core.guest import GuestEvent, GuestMachine, GuestState
 from fusemig.errors import FusemigError, StateError
-from fusemig.guest import GuestEvent, GuestMachine, GuestState
 from fusemig.migration.guest import GuestAccount
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 import trio
 
-from fusemig.control_client import QmpError, Server, open_control
+from fusemig.control.client import QmpError, Server, open_control
 from fusemig.errors import ConfigError, FusemigError, MigrationError, StateError
 from fusemig.runtimes.move import FALL_BACK_DEADLINE_S, RUN_DEADLINE_S
 from fusemig.runtimes.race import race
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from fusemig.control_client import ControlClient
+    from fusemig.control.client import ControlClient
 
 log = structlog.get_logger(__name__)
 

@@ -9,7 +9,7 @@ Names, and who keeps them:
 
     fuse, fuse-init          the mount and its INIT request: `fusemig.fuse.lane_mount`
     image-DEV-INODE          images with their locks, and the maps beside them (file-DEV-INODE): `fusemig.disk.raw`
-    control, incoming-N      listening sockets: `fusemig.control`, `fusemig.listener`
+    control, incoming-N      listening sockets: `fusemig.control.server`, `fusemig.net.listener`
 
 Rules:
 

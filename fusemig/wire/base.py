@@ -9,8 +9,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.errors import LocalProtocolError
-from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

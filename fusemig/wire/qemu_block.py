@@ -24,8 +24,8 @@ import struct
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from fusemig.core.units import BLOCKS_PER_CHUNK, CHUNK_SIZE, SECTOR_SIZE, format_size, mask_runs, n_chunks
 from fusemig.errors import ConfigError, LocalProtocolError, RemoteProtocolError
-from fusemig.units import BLOCKS_PER_CHUNK, CHUNK_SIZE, SECTOR_SIZE, format_size, mask_runs, n_chunks
 from fusemig.wire.base import StepDecoder
 
 if TYPE_CHECKING:

@@ -20,16 +20,16 @@ import pytest
 import trio
 import trio.testing
 
-from fusemig import control
-from fusemig.control import Command, CommandError, DeviceNotFoundError, EventHub, serve_control
-from fusemig.control_client import ControlClient, QmpError, open_control
+from fusemig.control import server as control
+from fusemig.control.client import ControlClient, QmpError, open_control
+from fusemig.control.server import Command, CommandError, DeviceNotFoundError, EventHub, serve_control
 from fusemig.errors import ConfigError, ConnectError, ConnectionLostError, PeerRefusedError
 from fusemig.qmp import schema
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from fusemig.control import Session
+    from fusemig.control.server import Session
 
 DEADLINE_S = 20.0
 """Only a hang meets it."""
@@ -581,7 +581,7 @@ def test_command_error_has_a_class() -> None:
 def test_control_imports_nothing_above_it() -> None:
     """The control socket can be used without FUSE, disks or a migration."""
     code = (
-        "import sys, fusemig.control, fusemig.control_client; "
+        "import sys, fusemig.control.server, fusemig.control.client; "
         "print([m for m in sys.modules if m.startswith(('pyfuse3', 'fusemig.fuse', 'fusemig.disk', 'fusemig.mig'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

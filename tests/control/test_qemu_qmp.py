@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from fusemig.control import Command, EventHub, serve_control
+from fusemig.control.server import Command, EventHub, serve_control
 from fusemig.qmp import schema
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.fuse
 
 _LATE = """
 import os, sys, time
-LATE = ("trio", "pyfuse3", "rich", "prometheus_client", "h11", "attr", "fusemig.daemon", "fusemig.commands",
-        "fusemig.control", "fusemig.migration", "fusemig.runtimes", "fusemig.wire.native", "fusemig.wire.qemu_block",
-        "fusemig.tls", "fusemig.credentials", "fusemig.disk.journal" * {is_too_much})
+LATE = ("trio", "pyfuse3", "rich", "prometheus_client", "h11", "attr", "fusemig.daemon.daemon",
+"fusemig.daemon.commands", "fusemig.control.server", "fusemig.migration", "fusemig.runtimes", "fusemig.wire.native",
+"fusemig.wire.qemu_block", "fusemig.net.tls", "fusemig.net.credentials", "fusemig.disk.journal" * {is_too_much})
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name in LATE:
@@ -34,7 +34,7 @@ class Finder:
                 time.sleep(0.01)
 sys.meta_path.insert(0, Finder())
 from fusemig.cli import main
-from fusemig.served import ServedDisk
+from fusemig.daemon.served import ServedDisk
 if {is_forgetful}:
     ServedDisk.set_held = lambda self, is_held: None
 del sys.argv[1:4]
@@ -166,7 +166,7 @@ from fusemig.cli import main
 from fusemig.errors import ConfigError
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "fusemig.metrics":  # after fusemig.inheritance
+        if name == "fusemig.daemon.metrics":  # after fusemig.daemon.inheritance
             try:
                 os.unlink({trigger!r})
             except FileNotFoundError:
@@ -182,7 +182,7 @@ main()
 
 @pytest.mark.parametrize(
     "failure",
-    ["raise ConfigError('half installed')", "sys.modules['fusemig.inheritance'].Inheritance.restore = refuse"],
+    ["raise ConfigError('half installed')", "sys.modules['fusemig.daemon.inheritance'].Inheritance.restore = refuse"],
     ids=["loading", "restoring"],
 )
 def test_a_successor_that_fails_after_its_first_answer_has_one_too(hosts: Hosts, place: Path, failure: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fusemig.epoch import EpochFile
+from fusemig.records.epoch import EpochFile
 from support.hosts import MIB, Finished, QmpRefusedError, assert_migrates, pwrite, wait_until, write_random
 
 if TYPE_CHECKING:

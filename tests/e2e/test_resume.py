@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from fusemig.epoch import EpochFile
+from fusemig.records.epoch import EpochFile
 from fusemig.wire.native import FrameType
 from support.hosts import MIB, pread, pwrite, wait_until
 from support.proxy import Fault, FaultProxy

@@ -40,15 +40,15 @@ if "FUSEMIG_UPGRADE" in os.environ:
     os._exit(3)
 """
 CRASHES_ONCE = """
-import os, fusemig.daemon
+import os, fusemig.daemon.daemon
 def die(self):
     try:
         os.unlink({trigger!r})
     except FileNotFoundError:
         return serve(self)
     os._exit(3)
-serve = fusemig.daemon.Daemon.run
-fusemig.daemon.Daemon.run = die
+serve = fusemig.daemon.daemon.Daemon.run
+fusemig.daemon.daemon.Daemon.run = die
 """
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.phase import MigrationPhase
 from fusemig.errors import StateError
-from fusemig.phase import MigrationPhase
 from support.aftermath import go_on
 from support.matrix import MATRIX, Fault, Moment, Outcome
 from support.promises import check_promises

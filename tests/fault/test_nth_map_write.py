@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.dirty_file import DirtyFile
 from fusemig.disk.dirty_map import MapBase, Since, dirty_file_size
@@ -22,7 +23,6 @@ from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.tracked import TrackedDisk
 from fusemig.errors import ConfigError, DiskError
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
 from support.crash import CrashDisk, Fate
 
 if TYPE_CHECKING:

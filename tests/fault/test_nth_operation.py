@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.phase import MigrationPhase as P
 from fusemig.disk.fault import Fault, Operation
-from fusemig.epoch import Ownership
 from fusemig.errors import ConnectionLostError
-from fusemig.phase import MigrationPhase as P
+from fusemig.records.epoch import Ownership
 from support.world import cancel_if_possible, run
 
 if TYPE_CHECKING:

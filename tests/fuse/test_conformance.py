@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.tracked import TrackedDisk
@@ -22,7 +23,6 @@ from fusemig.fuse.export import Exports
 from fusemig.fuse.lane_mount import open_data_lane_mount
 from fusemig.fuse.mount import open_mount
 from fusemig.fuse.preflight import MountOptions
-from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

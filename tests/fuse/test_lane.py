@@ -24,6 +24,7 @@ import pyfuse3
 import pytest
 import trio
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import DiskError, FuseUnavailableError, StateError
@@ -32,7 +33,6 @@ from fusemig.fuse.export import Exports
 from fusemig.fuse.lane import FLUSH_THREADS
 from fusemig.fuse.lane_mount import open_data_lane_mount
 from fusemig.fuse.link import edited_init
-from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

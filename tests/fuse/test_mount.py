@@ -25,6 +25,7 @@ import pytest
 import trio
 import trio.testing
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.tracked import Gate, TrackedDisk
@@ -34,7 +35,6 @@ from fusemig.fuse.export import Exports
 from fusemig.fuse.lane_mount import open_data_lane_mount
 from fusemig.fuse.mount import open_mount as open_pyfuse3_mount
 from fusemig.fuse.preflight import MountOptions
-from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

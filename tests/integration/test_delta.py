@@ -9,13 +9,13 @@ import pytest
 import trio
 from msgspec.structs import replace
 
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 from fusemig.disk.dirty_map import Since
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import Ownership
 from fusemig.errors import ConnectionLostError, DiskError, MigrationError
 from fusemig.migration.delta import SourceDelta, kept_value
 from fusemig.migration.resume import ResumePoint
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
+from fusemig.records.epoch import Ownership
 from support.pair import Pair
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from fusemig.bitmap import ChunkBitmap
+    from fusemig.core.bitmap import ChunkBitmap
     from fusemig.migration.reader import OutgoingDisk
     from fusemig.wire import native
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.guest import GuestState, Side
+from fusemig.core.phase import MigrationPhase as Phase
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.tracked import Gate
 from fusemig.errors import MigrationError
-from fusemig.guest import GuestState, Side
 from fusemig.migration.guest import NoGuest
-from fusemig.phase import MigrationPhase as Phase
 from fusemig.runtimes.move import GuestMove
-from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native
 from support.pair import Pair
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from fusemig.epoch import EpochRecord
+    from fusemig.records.epoch import EpochRecord
 
 STEPS = ("prepare", "begin_copy", "wait_standstill", "load")
 """What the runtime does before COMMIT, in this order."""

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from fusemig import http_server
-from fusemig.http_server import Answer, Site, refusal, serve_http
-from fusemig.listener import listening
-from fusemig.transport import parse_uri
+from fusemig.net import http_server
+from fusemig.net.http_server import Answer, Site, refusal, serve_http
+from fusemig.net.listener import listening
+from fusemig.net.transport import parse_uri
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-    from fusemig.http_server import Request
+    from fusemig.net.http_server import Request
 
 DEADLINE_S = 20.0
 

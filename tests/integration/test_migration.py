@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.phase import MigrationPhase as Phase
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import Ownership
 from fusemig.errors import ConnectionLostError, DiskError, GateClosedError, PeerRefusedError, StateError
-from fusemig.phase import MigrationPhase as Phase
-from fusemig.units import CHUNK_SIZE
+from fusemig.records.epoch import Ownership
 from support.pair import Pair
 
 if TYPE_CHECKING:

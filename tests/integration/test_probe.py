@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.phase import MigrationPhase
 from fusemig.errors import ConnectionLostError, FusemigError, PeerRefusedError, RemoteProtocolError
 from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.link import BufferPool, NativeLink
 from fusemig.migration.probe import LONGEST_S, Path, measure
-from fusemig.phase import MigrationPhase
 from fusemig.wire import native
 from support.faults import faulty_connection
 from support.pair import inline

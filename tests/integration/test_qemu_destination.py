@@ -14,11 +14,12 @@ import pytest
 import trio
 from xxhash import xxh3_64_hexdigest
 
+from fusemig.core.phase import MigrationPhase as Phase
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.epoch import EpochFile, Ownership
 from fusemig.errors import (
     ConnectionLostError,
     DiskError,
@@ -30,8 +31,7 @@ from fusemig.errors import (
 from fusemig.migration.arrival import greet
 from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.qemu_receiver import QemuReceiver, Turn
-from fusemig.phase import MigrationPhase as Phase
-from fusemig.units import CHUNK_SIZE
+from fusemig.records.epoch import EpochFile, Ownership
 from fusemig.wire import native, qemu_block, savevm
 from fusemig.wire.base import IncomingWire
 from support.pair import Pair, Side, inline

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.phase import MigrationPhase as Phase
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import EpochFile, Ownership
 from fusemig.errors import (
     ConfigError,
     ConnectionLostError,
@@ -22,8 +23,7 @@ from fusemig.errors import (
 from fusemig.migration.arrival import greet
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.qemu_source import QemuSource
-from fusemig.phase import MigrationPhase as Phase
-from fusemig.units import CHUNK_SIZE
+from fusemig.records.epoch import EpochFile, Ownership
 from fusemig.wire import qemu_block, savevm
 from fusemig.wire.base import IncomingWire
 from support.pair import Pair, inline, nothing

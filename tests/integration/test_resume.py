@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.phase import MigrationPhase as Phase
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.dirty_map import Since
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import EpochRecord, Ownership
 from fusemig.errors import ConnectError, ConnectionLostError, PeerRefusedError
 from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import MAX_LOST_SWITCHOVERS
-from fusemig.phase import MigrationPhase as Phase
-from fusemig.units import CHUNK_SIZE
+from fusemig.records.epoch import EpochRecord, Ownership
 from fusemig.wire.native import MAGIC, FrameType
 from support.pair import Pair
 from support.streams import memory_connection

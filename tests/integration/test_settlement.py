@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.handoff import Evidence
+from fusemig.core.phase import MigrationPhase
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import EpochFile, EpochRecord, Ownership, Side, evidence_of, resolved
 from fusemig.errors import FusemigError, InDoubtError, PeerRefusedError, StateError
-from fusemig.handoff import Evidence
 from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.link import BufferPool, NativeLink
 from fusemig.migration.settlement import DoubtfulDisk, Settlement, is_askable
-from fusemig.phase import MigrationPhase
+from fusemig.records.epoch import EpochFile, EpochRecord, Ownership, Side, evidence_of, resolved
 from fusemig.wire import native
 from support.pair import Pair, inline
 from support.streams import memory_connection

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.epoch import Ownership
 from fusemig.errors import ConnectionLostError, PeerRefusedError
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
+from fusemig.records.epoch import Ownership
 from support.overlays import lay_over
 from support.pair import Pair
 

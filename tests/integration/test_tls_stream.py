@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from fusemig import listener as listener_module
-from fusemig import tls
-from fusemig.credentials import Endpoint, load_credentials
 from fusemig.errors import AuthenticationError, ConnectionLostError
-from fusemig.listener import MAX_PENDING_PER_ADDRESS, listening
 from fusemig.migration import arrival, destination, link
 from fusemig.migration.arrival import greet
-from fusemig.transport import SocketStream, connect, is_private, parse_uri
+from fusemig.net import listener as listener_module
+from fusemig.net import tls
+from fusemig.net.credentials import Endpoint, load_credentials
+from fusemig.net.listener import MAX_PENDING_PER_ADDRESS, listening
+from fusemig.net.transport import SocketStream, connect, is_private, parse_uri
 from fusemig.wire import native
 from fusemig.wire.base import IncomingWire
 from support.certificates import HOST, Authority
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from fusemig.listener import Connection, Listener
-    from fusemig.transport import ByteStream
+    from fusemig.net.listener import Connection, Listener
+    from fusemig.net.transport import ByteStream
 
 ANYWHERE = parse_uri("tcp:127.0.0.1:0")
 BIG = 24 << 20

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from fusemig import view, web
-from fusemig.daemon import Daemon
+from fusemig.daemon import view, web
+from fusemig.daemon.daemon import Daemon
+from fusemig.daemon.serve_options import ServeOptions
+from fusemig.daemon.web import Web
 from fusemig.errors import ConfigError
-from fusemig.listener import listening
-from fusemig.serve_options import ServeOptions
-from fusemig.transport import parse_uri
-from fusemig.web import Web
+from fusemig.net.listener import listening
+from fusemig.net.transport import parse_uri
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

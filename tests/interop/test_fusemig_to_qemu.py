@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fusemig.units import CHUNK_SIZE
+from fusemig.core.units import CHUNK_SIZE
 from support.hosts import assert_migrates, assert_unharmed, pread, pwrite, write_random
 from support.qemu import MACHINE, Drive, Qemu, QemuError, disk_bytes, is_available
 

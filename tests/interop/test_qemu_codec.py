@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fusemig.units import CHUNK_SIZE, n_chunks
+from fusemig.core.units import CHUNK_SIZE, n_chunks
 from fusemig.wire import qemu_block, savevm
 from fusemig.wire.qemu_block import BlockZero, Device, Tail
 from support.qemu import DEADLINE_S, MACHINE, Destination, Drive, Qemu, QemuError, disk_bytes, is_available

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fusemig.units import CHUNK_SIZE
+from fusemig.core.units import CHUNK_SIZE
 from support.hosts import pread, pwrite, wait_until
 from support.qemu import DEADLINE_S, Drive, Qemu, is_available
 

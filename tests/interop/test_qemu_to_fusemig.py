@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fusemig.units import CHUNK_SIZE
+from fusemig.core.units import CHUNK_SIZE
 from support.hosts import pread, pwrite, wait_until
 from support.qemu import Drive, Qemu, disk_bytes, is_available
 

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE, mask_extents
 from fusemig.disk import tracked, tracking
 from fusemig.disk.dirty_map import DirtyMap, MapBase, Since, dirty_file_size
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import GateClosedError
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, mask_extents
 from support.lockstep import Lockstep, pause
 
 if TYPE_CHECKING:

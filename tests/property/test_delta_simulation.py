@@ -16,11 +16,11 @@ import pytest
 import trio
 import trio.testing
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.dirty_map import Since
 from fusemig.disk.tracked import Gate
 from fusemig.errors import InDoubtError, TransportError
 from fusemig.migration.resume import ResumePoint
-from fusemig.units import CHUNK_SIZE
 from support.faults import faulty_connection
 from support.overlays import lay_over
 from support.pair import Pair, Side

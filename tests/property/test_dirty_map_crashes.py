@@ -8,10 +8,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+from fusemig.core.units import CHUNK_SIZE, SECTOR_SIZE
 from fusemig.disk.dirty_file import DirtyFile
 from fusemig.disk.dirty_map import MapBase, Since, dirty_file_size
 from fusemig.disk.tracked import TrackedDisk
-from fusemig.units import CHUNK_SIZE, SECTOR_SIZE
 from support.crash import CrashDisk, Fate, KilledError
 
 N_CHUNKS = 11

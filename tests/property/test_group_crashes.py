@@ -1,8 +1,8 @@
 """A group of two pairs, with the coordinator or a source killed at each of its steps, and the daemons started again.
 
 The coordinator is `fusemig.cli.group.coordinate`, the daemons are real migrations over memory, and what a restarted one
-does is `fusemig.doubt.Doubts`. Every place is taken in turn: each durable write, message, proposal and command. In the
-end all disks have moved or none has, and every byte that a guest was told is durable is with the owner.
+does is `fusemig.daemon.doubt.Doubts`. Every place is taken in turn: each durable write, message, proposal and command.
+In the end all disks have moved or none has, and every byte that a guest was told is durable is with the owner.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import trio
 import trio.testing
 
 from fusemig.cli.group import coordinate
-from fusemig.decision import DecisionFile
+from fusemig.core.group import Standing
+from fusemig.core.phase import MigrationPhase
+from fusemig.daemon.doubt import Doubts
 from fusemig.disk.tracked import Gate
-from fusemig.doubt import Doubts
 from fusemig.errors import FusemigError, StateError
-from fusemig.group import Standing
-from fusemig.phase import MigrationPhase
+from fusemig.records.decision import DecisionFile
 from support.crash import KilledError
 from support.mortal import Hosts, Life
 from support.pair import inline
@@ -31,10 +31,10 @@ from support.pair import inline
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from fusemig.daemon.served import ServedDisk
     from fusemig.disk.tracked import TrackedDisk
-    from fusemig.epoch import EpochFile, EpochRecord, Ownership
-    from fusemig.served import ServedDisk
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
+    from fusemig.records.epoch import EpochFile, EpochRecord, Ownership
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """Groups, model-checked: two sources, two destinations, a coordinator, a decision.
 
 A state is what is durable, and where each process is. Every durable write, message, crash and restart is a step of its
-own, taken in every order. What the processes do is what `fusemig.handoff`, `fusemig.group` and `fusemig.epoch` say;
-what is written here is the world around them. Each rule of docs/groups.md that is taken out leads to a state that
-breaks a promise.
+own, taken in every order. What the processes do is what `fusemig.core.handoff`, `fusemig.core.group` and
+`fusemig.records.epoch` say; what is written here is the world around them. Each rule of docs/groups.md that is taken
+out leads to a state that breaks a promise.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import pytest
 
-from fusemig.epoch import EpochRecord, Ownership, redeemed
-from fusemig.group import Conduct, Standing, Step, Word, conduct, next_step
-from fusemig.handoff import SourceEvent, SourceHandoff, SourceState
+from fusemig.core.group import Conduct, Standing, Step, Word, conduct, next_step
+from fusemig.core.handoff import SourceEvent, SourceHandoff, SourceState
+from fusemig.records.epoch import EpochRecord, Ownership, redeemed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

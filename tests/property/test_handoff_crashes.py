@@ -16,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 
-from fusemig.epoch import Ownership
+from fusemig.records.epoch import Ownership
 from support.mortal import Hosts, Life
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from fusemig.epoch import EpochRecord, Ownership, Side, evidence_of, resolved
-from fusemig.handoff import SourceState, Verdict, judge, settled
+from fusemig.core.handoff import SourceState, Verdict, judge, settled
+from fusemig.records.epoch import EpochRecord, Ownership, Side, evidence_of, resolved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fusemig.handoff import Evidence
+    from fusemig.core.handoff import Evidence
 
 O = Ownership  # noqa: E741
 N = 2

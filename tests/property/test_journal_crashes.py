@@ -13,10 +13,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from fusemig.bitmap import ChunkBitmap
-from fusemig.digest import DiskDigest
+from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.digest import DiskDigest
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.journal import CHUNKS_PER_SECTOR, JournalOwner, Mark, ReceiptJournal, journal_size
-from fusemig.units import CHUNK_SIZE
 from support.crash import CrashDisk, Fate, KilledError
 
 N_CHUNKS = 2 * CHUNKS_PER_SECTOR + 5

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from fusemig.core.phase import MigrationPhase as P
+from fusemig.core.shaping import MirrorLag
 from fusemig.disk.fault import EVERY_OPERATION, Fault, Operation
-from fusemig.epoch import Ownership
 from fusemig.migration.order import Order
 from fusemig.migration.pacer import HOLD_DEADLINE_S
-from fusemig.phase import MigrationPhase as P
-from fusemig.shaping import MirrorLag
+from fusemig.records.epoch import Ownership
 from support.faults import KINDS
 from support.world import cancel_if_possible, run
 
@@ -171,7 +171,7 @@ def test_simulated_migrations(fast_directory: Path, batch: int, nightly: bool, m
     first = random.SystemRandom().getrandbits(40) if nightly else batch * 1_000_000
     print(f"seeds {first} to {first + n_runs - 1}")
     for name in ("FIRST_WINDOW_BYTES", "MIN_WINDOW_BYTES"):
-        monkeypatch.setattr(f"fusemig.shaping.{name}", 8192)  # the disks are small
+        monkeypatch.setattr(f"fusemig.core.shaping.{name}", 8192)  # the disks are small
     mirrored: Counter[str] = Counter()
     outcomes = Counter(simulate(seed, fast_directory / str(seed), mirrored) for seed in range(first, first + n_runs))
     print(dict(outcomes), dict(mirrored))

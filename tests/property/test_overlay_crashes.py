@@ -17,10 +17,10 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from fusemig.core.units import BLOCK_SIZE
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.overlay import OverlayDisk
-from fusemig.units import BLOCK_SIZE
 from support.crash import CrashDisk, Fate, KilledError
 
 if TYPE_CHECKING:

@@ -14,15 +14,15 @@ import pytest
 import trio
 import trio.testing
 
+from fusemig.core.units import BLOCK_SIZE, SECTOR_SIZE, n_blocks
 from fusemig.disk.allocation import AllocationMap, map_size
 from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
 from fusemig.disk.memory import MemoryDisk
-from fusemig.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.errors import ConnectionLostError, DiskError, FusemigError
 from fusemig.migration.borrow import Borrowing, Loan
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import BufferPool, NativeLink
-from fusemig.units import BLOCK_SIZE, SECTOR_SIZE, n_blocks
+from fusemig.records.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.wire import native
 from support.crash import CrashDisk, Fate, KilledError
 from support.faults import KINDS, FaultyStream

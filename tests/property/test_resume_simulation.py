@@ -18,13 +18,13 @@ import pytest
 import trio
 import trio.testing
 
+from fusemig.core.phase import MigrationPhase as P
+from fusemig.core.units import CHUNK_SIZE, n_chunks
 from fusemig.disk.dirty_map import Since
 from fusemig.disk.journal import journal_size
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import TransportError
 from fusemig.migration.resume import ResumePoint
-from fusemig.phase import MigrationPhase as P
-from fusemig.units import CHUNK_SIZE, n_chunks
 from support.crash import CrashDisk, Fate
 from support.faults import FaultyStream, faulty_connection
 from support.pair import Pair

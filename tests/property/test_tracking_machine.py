@@ -35,20 +35,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from fusemig.core.mirror import Reach
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE, chunk_mask, mask_extents, n_chunks
 from fusemig.disk.dirty_file import DirtyFile
 from fusemig.disk.dirty_map import MapBase, Since, dirty_file_size
 from fusemig.disk.fault import Fault, FaultDisk, Operation
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.epoch import EpochFile
 from fusemig.errors import DiskError, GateClosedError, MigrationError
 from fusemig.migration.link import BufferPool
 from fusemig.migration.order import HeatOrder
 from fusemig.migration.reader import OutgoingDisk, PassReader
 from fusemig.migration.resume import LivingReconciliation, MappedReconciliation, ResumePoint, journal_pages
 from fusemig.migration.writer import FrameWriter, IncomingDisk
-from fusemig.mirror import Reach
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_mask, mask_extents, n_chunks
+from fusemig.records.epoch import EpochFile
 from fusemig.wire import native
 from support.lockstep import Lockstep, pause
 from support.pair import nothing

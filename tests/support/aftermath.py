@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from fusemig.core.phase import MigrationPhase as P
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import Ownership
 from fusemig.errors import DiskError, PeerRefusedError
-from fusemig.phase import MigrationPhase as P
+from fusemig.records.epoch import Ownership
 from support.matrix import Outcome
 from support.promises import check_contents, outcomes_of
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fusemig.core.units import SECTOR_SIZE
 from fusemig.disk.memory import MemoryDisk
-from fusemig.units import SECTOR_SIZE
 
 if TYPE_CHECKING:
     import random

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_intdigest
 
-from fusemig.compression import Packer, unpack
-from fusemig.credentials import Endpoint, load_credentials
+from fusemig.core.compression import Packer, unpack
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.memory import MemoryDisk
-from fusemig.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.errors import AuthenticationError, ConfigError, RemoteProtocolError, StateError
 from fusemig.handover.state import (
     SLOT_SIZE,
@@ -32,9 +31,10 @@ from fusemig.handover.state import (
     encode_state,
     newest,
 )
+from fusemig.net.credentials import Endpoint, load_credentials
 from fusemig.qmp.codec import RequestParser, decode_server_line, encode_request
 from fusemig.qmp.objects import ObjectAdd, ObjectType
-from fusemig.units import CHUNK_SIZE
+from fusemig.records.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.wire import native, qemu_block, savevm
 
 if TYPE_CHECKING:

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from fusemig.decision import DecisionFile
+from fusemig.core.phase import MigrationPhase
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.epoch import DOUBTFUL, EpochFile, Ownership
 from fusemig.errors import FusemigError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.settlement import DoubtfulDisk, Settlement
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
-from fusemig.phase import MigrationPhase
-from fusemig.units import CHUNK_SIZE
+from fusemig.records.decision import DecisionFile
+from fusemig.records.epoch import DOUBTFUL, EpochFile, Ownership
 from support.crash import CrashDisk, Fate, KilledError
 from support.pair import Side, inline, nothing
 from support.streams import MemoryStream, Pipe
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from fusemig.disk.base import Buffer
-    from fusemig.epoch import EpochRecord
+    from fusemig.records.epoch import EpochRecord
 
 SIZES = {"a": CHUNK_SIZE + 1536, "b": 4096}
 
@@ -250,7 +250,7 @@ class Hosts:
         }
 
     async def settle_once(self) -> None:
-        """Have the source ask, once, as `fusemig.doubt` does."""
+        """Have the source ask, once, as `fusemig.daemon.doubt` does."""
         doubtful = self.in_doubt()
         if not doubtful:
             return

@@ -14,7 +14,6 @@ from fusemig.disk.journal import ReceiptJournal, journal_size
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.epoch import EpochFile, EpochRecord, Ownership, is_as_released
 from fusemig.errors import PeerRefusedError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
@@ -23,6 +22,7 @@ from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.witness import RecalledDisk
 from fusemig.migration.writer import IncomingDisk
+from fusemig.records.epoch import EpochFile, EpochRecord, Ownership, is_as_released
 from support.streams import memory_connection
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from fusemig.core.phase import MigrationPhase
     from fusemig.disk.base import Disk
     from fusemig.migration.borrow import Loan
     from fusemig.migration.resume import ResumePoint
-    from fusemig.phase import MigrationPhase
     from fusemig.wire.native import DiskOffer
     from support.streams import MemoryStream
 

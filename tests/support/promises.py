@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fusemig.core.phase import MigrationPhase as P
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import Ownership
 from fusemig.errors import ConfigError
-from fusemig.phase import MigrationPhase as P
+from fusemig.records.epoch import Ownership
 from support.matrix import Outcome
 from support.simhost import SimDisk
 from support.simulation import SIZES

@@ -15,7 +15,7 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from fusemig.units import CHUNK_SIZE
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.wire import qemu_block, savevm
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusemig.units import SECTOR_SIZE
+from fusemig.core.units import SECTOR_SIZE
 
 if TYPE_CHECKING:
     from fusemig.disk.base import Disk

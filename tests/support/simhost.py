@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from fusemig.core.units import CHUNK_SIZE
+from fusemig.daemon.doubt import Doubts
+from fusemig.daemon.served import DiskSpec, ServedDisk
 from fusemig.disk.dirty_file import DirtyFile
 from fusemig.disk.dirty_map import dirty_file_size
 from fusemig.disk.fault import FaultDisk
 from fusemig.disk.journal import ReceiptJournal, journal_size
-from fusemig.doubt import Doubts
-from fusemig.epoch import EpochFile
 from fusemig.errors import ConnectError, PeerRefusedError, StateError
 from fusemig.fuse.export import Exports
 from fusemig.migration.witness import RecalledDisk
 from fusemig.migration.writer import IncomingDisk
-from fusemig.served import DiskSpec, ServedDisk
-from fusemig.units import CHUNK_SIZE
+from fusemig.records.epoch import EpochFile
 from support.crash import CrashDisk, Fate, KilledError
 from support.faults import FaultyStream
 from support.pair import inline
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from fusemig.disk.overlay_file import OverlayFile
     from fusemig.disk.raw import RawDisk
     from fusemig.disk.tracked import TrackedDisk
-    from fusemig.epoch import EpochRecord, Ownership
     from fusemig.migration.borrow import Loan
     from fusemig.migration.incoming import AwaitedDisk
-    from fusemig.transport import ByteStream
+    from fusemig.net.transport import ByteStream
+    from fusemig.records.epoch import EpochRecord, Ownership
     from fusemig.wire.native import DiskOffer
     from support.streams import Pipe
 

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import trio
 import trio.testing
 
+from fusemig.core.phase import MigrationPhase as P
+from fusemig.core.shaping import MirrorLag
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import Ownership
 from fusemig.errors import ConnectError, DiskError, GateClosedError, PeerRefusedError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
-from fusemig.phase import MigrationPhase as P
-from fusemig.shaping import MirrorLag
-from fusemig.units import CHUNK_SIZE
+from fusemig.records.epoch import Ownership
 from support.crash import KilledError
 from support.matrix import Moment
 from support.pair import inline, nothing
@@ -212,7 +212,7 @@ class SimWorld(trio.abc.Instrument):
         return SourceMigration(lent, connect, self.parameters, inline, on_phase, resume=resume)
 
     def resume_point(self) -> ResumePoint:
-        """Return where the migration was interrupted, as `fusemig.outbound` does."""
+        """Return where the migration was interrupted, as `fusemig.daemon.outbound` does."""
         point = self.outgoing.resume_point()
         if point is not None and [disk.disk for disk in point.disks] == [served.guest for served in self.served_here()]:
             return point

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from fusemig.core.phase import MigrationPhase
 from fusemig.disk.fault import Fault as DiskFault
 from fusemig.disk.fault import Operation
 from fusemig.errors import StateError
-from fusemig.phase import MigrationPhase
 from support.matrix import Fault, Moment
 from support.simhost import SimHost
 from support.simulation import SIZES, refused

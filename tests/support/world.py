@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import trio
 import trio.testing
 
+from fusemig.core.phase import MigrationPhase
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.fault import FaultDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.epoch import EpochFile, Ownership
 from fusemig.errors import DiskError, GateClosedError, StateError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
-from fusemig.phase import MigrationPhase
-from fusemig.units import CHUNK_SIZE
+from fusemig.records.epoch import EpochFile, Ownership
 from support.faults import faulty_connection
 from support.pair import Side, inline, nothing
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from fusemig.epoch import EpochRecord
+    from fusemig.records.epoch import EpochRecord
     from support.faults import FaultyStream
 
 P = MigrationPhase

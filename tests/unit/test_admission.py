@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 
-from fusemig.admission import TURN_S, Brake
-from fusemig.mirror import Reach
-from fusemig.tracker import ChunkTracker
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
+from fusemig.core.admission import TURN_S, Brake
+from fusemig.core.mirror import Reach
+from fusemig.core.tracker import ChunkTracker
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 
 SIZE = 4 * CHUNK_SIZE
 

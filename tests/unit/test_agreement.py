@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from fusemig import __version__
+from fusemig.daemon.estate import difference
 from fusemig.errors import StateError
-from fusemig.estate import difference
 from fusemig.handover.agreement import VARIABLE, Answer, answer, decode_answer
 from fusemig.handover.state import Mount, ServedFile, State, encode_state
 

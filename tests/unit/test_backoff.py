@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusemig.backoff import Backoff
+from fusemig.core.backoff import Backoff
 
 
 def test_the_wait_doubles_up_to_the_longest() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from fusemig.bitmap import ChunkBitmap
+from fusemig.core.bitmap import ChunkBitmap
 
 LARGE = 16 << 20  # the chunks of a 16 TiB disk
 

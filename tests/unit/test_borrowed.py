@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
 from fusemig.disk.allocation import map_size
 from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
 from fusemig.disk.memory import MemoryDisk
 from fusemig.errors import DiskError, RemoteProtocolError
 from fusemig.migration.borrow import PIECE_BLOCKS, FetchPlan, Loan, Request, hot_requests
-from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
 from fusemig.wire import native
 from support.hosts import wait_until
 

@@ -9,19 +9,19 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemig import chunk_map_info
-from fusemig.bitmap import ChunkBitmap
-from fusemig.chunk_map import MAX_CELLS, STATES, Cell, chunks_per_cell, count_cell
-from fusemig.chunk_map_info import ChunkMaps
+from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.chunk_map import MAX_CELLS, STATES, Cell, chunks_per_cell, count_cell
+from fusemig.core.heat import HALVING_EPOCHS, HOT_LEVEL, Heat
+from fusemig.core.phase import MigrationPhase
+from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_chunks
+from fusemig.daemon import chunk_map_info
+from fusemig.daemon.chunk_map_info import ChunkMaps
 from fusemig.disk.allocation import map_size
 from fusemig.disk.base import Extent
 from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import TrackedDisk
-from fusemig.heat import HALVING_EPOCHS, HOT_LEVEL, Heat
-from fusemig.phase import MigrationPhase
 from fusemig.qmp import seeing
-from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fusemig.compression import LEVELS, Packer, PackingRule, parse_compression, unpack
+from fusemig.core.compression import LEVELS, Packer, PackingRule, parse_compression, unpack
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.errors import ConfigError, RemoteProtocolError
-from fusemig.units import CHUNK_SIZE
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusemig import convergence
-from fusemig.convergence import Convergence, Decision, Rate, RateLimit, Throughput
+from fusemig.core import convergence
+from fusemig.core.convergence import Convergence, Decision, Rate, RateLimit, Throughput
 
 MIB = 1 << 20
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography.hazmat.primitives import serialization as s
 
-from fusemig.credentials import AccessList, Endpoint, Rule, load_credentials, names_of
 from fusemig.errors import AuthenticationError
+from fusemig.net.credentials import AccessList, Endpoint, Rule, load_credentials, names_of
 from support.certificates import Authority
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from fusemig.digest import DiskDigest
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, n_blocks, n_chunks
+from fusemig.core.digest import DiskDigest
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE, chunk_length, n_blocks, n_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

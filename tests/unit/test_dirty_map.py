@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.dirty_file import DirtyFile, open_dirty_file
 from fusemig.disk.dirty_map import MapBase, Since, dirty_file_size
 from fusemig.disk.fault import Fault, FaultDisk, Operation
@@ -14,7 +15,6 @@ from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import DiskError, GateClosedError
-from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_hexdigest
 
-from fusemig.epoch import EpochFile, EpochRecord, Ownership, Side, redeemed, resolved
+from fusemig.core.group import Word
 from fusemig.errors import ConfigError, StateError
-from fusemig.group import Word
+from fusemig.records.epoch import EpochFile, EpochRecord, Ownership, Side, redeemed, resolved
 from support.crash import KilledError
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusemig.convergence import Convergence, Decision
-from fusemig.forecast import HANDOFF_S, PASS_S, Plan, RemedyKind, predict, remedies
-from fusemig.shaping import MIRROR_SHARE
-from fusemig.units import BLOCK_SIZE
-from fusemig.working_set import WorkingSet
+from fusemig.core.convergence import Convergence, Decision
+from fusemig.core.forecast import HANDOFF_S, PASS_S, Plan, RemedyKind, predict, remedies
+from fusemig.core.shaping import MIRROR_SHARE
+from fusemig.core.units import BLOCK_SIZE
+from fusemig.core.working_set import WorkingSet
 
 MIB = 1 << 20
 N_BLOCKS = 4000

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusemig.units import CHUNK_SIZE
+from fusemig.core.units import CHUNK_SIZE
 from support.fuzzing import CORPUS, TARGETS, seeds
 
 if TYPE_CHECKING:

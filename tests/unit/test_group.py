@@ -11,11 +11,11 @@ import trio
 
 from fusemig.cli.group import check_request, parse_places, standing_of
 from fusemig.cli.migrate import MigrateRequest
-from fusemig.decision import DecisionFile
+from fusemig.core.group import OVER, PAST, Conduct, Standing, Step, Word, conduct, next_step
 from fusemig.errors import ConfigError, MigrationError, StateError
-from fusemig.group import OVER, PAST, Conduct, Standing, Step, Word, conduct, next_step
 from fusemig.migration.link import BufferPool, NativeLink
 from fusemig.migration.pledge import Pledge
+from fusemig.records.decision import DecisionFile
 from fusemig.wire import native
 from support.pair import inline
 from support.streams import memory_connection

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
+from fusemig.core.guest import OVER, SITUATIONS, TABLE, GuestEvent, GuestMachine, GuestState, Side
+from fusemig.core.handoff import SourceEvent, SourceHandoff, SourceState
 from fusemig.errors import RemoteProtocolError, StateError
-from fusemig.guest import OVER, SITUATIONS, TABLE, GuestEvent, GuestMachine, GuestState, Side
-from fusemig.handoff import SourceEvent, SourceHandoff, SourceState
 
 S, E, SE = GuestState, GuestEvent, SourceEvent
 

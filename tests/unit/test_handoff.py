@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fusemig.errors import RemoteProtocolError
-from fusemig.handoff import (
+from fusemig.core.handoff import (
     DESTINATION_TABLE,
     SOURCE_TABLE,
     DestinationEvent,
@@ -22,6 +21,7 @@ from fusemig.handoff import (
     judge,
     settled,
 )
+from fusemig.errors import RemoteProtocolError
 
 S, SE, D, DE = SourceState, SourceEvent, DestinationState, DestinationEvent
 

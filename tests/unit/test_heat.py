@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusemig.core.heat import HALVING_EPOCHS, HORIZON, N_LEVELS, Heat
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
+from fusemig.core.working_set import WorkingSet
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import DiskError, GateClosedError
-from fusemig.heat import HALVING_EPOCHS, HORIZON, N_LEVELS, Heat
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
-from fusemig.working_set import WorkingSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable

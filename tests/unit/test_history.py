@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 import pytest
 
-from fusemig import history
 from fusemig.cli.report import ReportRequest, report_command
+from fusemig.core.phase import MigrationPhase
+from fusemig.daemon import history
+from fusemig.daemon.history import History
 from fusemig.errors import FusemigError
-from fusemig.history import History
 from fusemig.pages.report import freeze, phases, report_page
-from fusemig.phase import MigrationPhase
 from fusemig.qmp import schema
 from fusemig.qmp.seeing import RecordParameters
 

@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from fusemig.daemon.metrics import Metrics
+from fusemig.daemon.security import check_address
 from fusemig.errors import ConfigError
-from fusemig.http_server import Request
-from fusemig.metrics import Metrics
+from fusemig.net.http_server import Request
+from fusemig.net.transport import parse_uri
 from fusemig.qmp import block, schema
-from fusemig.security import check_address
-from fusemig.transport import parse_uri
 from support.promlint import problems, value
 
 

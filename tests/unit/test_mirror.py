@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fusemig.core.mirror import Reach
+from fusemig.core.tracker import ChunkTracker
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import TrackedDisk
 from fusemig.migration.link import BufferPool
 from fusemig.migration.reader import OutgoingDisk, PassReader
-from fusemig.mirror import Reach
-from fusemig.tracker import ChunkTracker
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from fusemig.mirror import MirrorMap
+    from fusemig.core.mirror import MirrorMap
 
 SIZE = 4 * CHUNK_SIZE + 1536
 

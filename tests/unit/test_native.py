@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
+from fusemig.core.units import CHUNK_SIZE, MAX_DISK_SIZE
 from fusemig.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
-from fusemig.units import CHUNK_SIZE, MAX_DISK_SIZE
 from fusemig.wire import native
 from fusemig.wire.native import Ack, DataFrame, Decoder, FrameType, ZeroFrame, frames
 

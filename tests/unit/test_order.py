@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import TrackedDisk
 from fusemig.migration.link import BufferPool
 from fusemig.migration.order import HeatOrder
 from fusemig.migration.reader import OutgoingDisk, PassReader
-from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 from fusemig.disk import overlay_file
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.base import Extent
@@ -24,7 +25,6 @@ from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.overlay_file import OverlayFile, content_digest
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
 from support.crash import CrashDisk, Fate
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
+from fusemig.core.phase import OVER, QMP_STATUS, MigrationPhase, PhaseMachine
 from fusemig.errors import StateError
-from fusemig.phase import OVER, QMP_STATUS, MigrationPhase, PhaseMachine
 
 P = MigrationPhase
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusemig.core.units import CHUNK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 from fusemig.errors import ConfigError, LocalProtocolError, RemoteProtocolError
-from fusemig.units import CHUNK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 from fusemig.wire import qemu_block
 from fusemig.wire.qemu_block import (
     BlockCompleteness,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fusemig.core.units import MAX_DISK_SIZE
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError
-from fusemig.units import MAX_DISK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import TrackedDisk
 from fusemig.errors import RemoteProtocolError
 from fusemig.migration.reader import OutgoingDisk
 from fusemig.migration.resume import ContentReconciliation, LivingReconciliation, content_pages, group_resumption
-from fusemig.units import CHUNK_SIZE
 from fusemig.wire.native import HAVE_HASHES, HAVE_VALUES, Have, Resumption
 
 SIZE = 70 * CHUNK_SIZE + 512

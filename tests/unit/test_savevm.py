@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_hexdigest
 
+from fusemig.core.units import CHUNK_SIZE
 from fusemig.errors import ConfigError, LocalProtocolError, RemoteProtocolError
-from fusemig.units import CHUNK_SIZE
 from fusemig.wire import qemu_block, savevm
 from fusemig.wire.qemu_block import BlockCompleteness, BlockData, BlockEos, BlockProgress, BlockZero, Device
 from fusemig.wire.savevm import Command, CommandType, Configuration, DeviceState, SectionEnd, StreamEnd

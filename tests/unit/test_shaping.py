@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fusemig.errors import ConfigError
-from fusemig.mirror import Reach
-from fusemig.shaping import (
+from fusemig.core.mirror import Reach
+from fusemig.core.shaping import (
     DEFAULT_LAG,
     FIRST_WINDOW_BYTES,
     MAX_WINDOW_BYTES,
@@ -17,6 +16,7 @@ from fusemig.shaping import (
     Stall,
     limits,
 )
+from fusemig.errors import ConfigError
 
 MIB = 1 << 20
 

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 import trio
 
+from fusemig.daemon.supervision import describe, supervise
 from fusemig.notify import Notifier, open_notifier
 from fusemig.qmp import schema
-from fusemig.supervision import describe, supervise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusemig.chunk_map import Cell
 from fusemig.cli.top_picture import ASCII, MAX_ROWS, UNICODE, Watched, cell_states, cells_wanted, picture, rows_per_disk
+from fusemig.core.chunk_map import Cell
 from fusemig.qmp import schema, seeing
 from fusemig.qmp.seeing import MAX_CELLS, ChunkMap, DiskView, RecentEvent
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE, FULL_MASK
 from fusemig.disk.fault import Fault, FaultDisk, Operation
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import MAX_PARKED_WRITES, Gate, TrackedDisk
 from fusemig.errors import DiskError, GateClosedError
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, FULL_MASK
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fusemig.tracker import ChunkTracker
-from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, chunk_mask, n_blocks, n_chunks
+from fusemig.core.tracker import ChunkTracker
+from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, chunk_mask, n_blocks, n_chunks
 
 ODD = 5 * CHUNK_SIZE + 1536
 SIZES = [512, BLOCK_SIZE, CHUNK_SIZE - 512, CHUNK_SIZE, ODD, 5 * CHUNK_SIZE + BLOCK_SIZE + 512]

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusemig import units
+from fusemig.core import units
+from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, FULL_MASK
 from fusemig.errors import ConfigError
-from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, FULL_MASK
 
 ODD = 5 * CHUNK_SIZE + 1536
 

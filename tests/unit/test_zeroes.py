@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 from fusemig.disk.fault import Fault, FaultDisk, Operation
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.tracked import TrackedDisk
 from fusemig.disk.zeroes import DetectZeroes, is_zero, is_zero_blocks
 from fusemig.errors import DiskError
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -121,7 +121,7 @@ def _moved(settings: Settings, lane: str | None, size: int) -> Callable[[], Samp
 
 
 def _one_pass(n_dirty: int) -> Sample:
-    from fusemig.tracker import ChunkTracker
+    from fusemig.core.tracker import ChunkTracker
 
     tracker = ChunkTracker(16 * _TIB)
     chance = random.Random(5)
@@ -140,7 +140,7 @@ def _one_pass(n_dirty: int) -> Sample:
 
 
 def _a_day(n_marks: int) -> Sample:
-    from fusemig.tracker import ChunkTracker
+    from fusemig.core.tracker import ChunkTracker
 
     before = _own_resident_bytes()
     tracker = ChunkTracker(16 * _TIB)

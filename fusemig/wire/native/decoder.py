@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 from xxhash import xxh3_64_intdigest
 
+from fusemig.core.units import CHUNK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 from fusemig.errors import RemoteProtocolError
-from fusemig.units import CHUNK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 from fusemig.wire.base import StepDecoder
 from fusemig.wire.native.frames import (
     CHECK,

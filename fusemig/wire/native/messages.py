@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from fusemig.units import BLOCK_SIZE, CHUNK_SIZE
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 
 RESUME: Final = "resume"
 """The feature of a side that can go on after a lost connection: it knows HAVE, JOURNALED and what belongs to them."""
@@ -218,7 +218,7 @@ class Answer(msgspec.Struct, frozen=True):
     """The destination's durable word; sent again after a COMMIT or ABORT that follows an ASK."""
 
     disks: list[Literal["owned", "prepared", "incoming", "unknown"]]
-    """In the order in which they were asked about; the words are explained in `fusemig.handoff.Evidence`."""
+    """In the order in which they were asked about; the words are explained in `fusemig.core.handoff.Evidence`."""
     is_taken: bool
     """Whether any disk of that migration is owned by the destination."""
 

@@ -1,0 +1,1 @@
+"""Durable records: who owns a disk, and what a group of daemons decided."""
