@@ -56,8 +56,19 @@ class Guest(Qemu):
 
     def wait_writing(self, n_more: int = 200) -> None:
         """Wait until the guest has made ``n_more`` records durable here, from now on."""
-        first = wait_until(self.last_durable, "a record of the guest", BOOT_DEADLINE_S)
-        wait_until(lambda: self.last_durable() >= first + n_more, "records of the guest", BOOT_DEADLINE_S)
+        try:
+            first = wait_until(self.last_durable, "a record of the guest", BOOT_DEADLINE_S)
+            wait_until(lambda: self.last_durable() >= first + n_more, "records of the guest", BOOT_DEADLINE_S)
+        except TimeoutError as exc:
+            exc.add_note(self._situation())
+            raise
+
+    def _situation(self) -> str:
+        """Say whether the guest, QEMU or the mount hangs: twice where the CPU is, and what waits for an answer."""
+        waiting = {str(path): path.read_text().strip() for path in Path("/sys/fs/fuse/connections").glob("*/waiting")}
+        said = [f"run state {self.run_state()}; unanswered FUSE requests {waiting}; console {self.console[-500:]!r}"]
+        said += [self.monitor(command) for command in ("info blockstats", "info registers", "info registers")]
+        return "\n".join(said)
 
     def run_state(self) -> str:
         """Return QEMU's run state."""
