@@ -175,7 +175,6 @@ TestOverlay = OverlayMachine.TestCase
 TestOverlay.settings = settings(
     max_examples=150,
     stateful_step_count=40,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking a story with a seed in it takes for ever
 )
 

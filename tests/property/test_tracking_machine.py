@@ -605,7 +605,6 @@ def test_tracking_under_every_interleaving(tmp_path: Path, nightly: bool, monkey
         settings=settings(
             max_examples=3200 if nightly else 320,
             stateful_step_count=50,
-            deadline=None,
             derandomize=not nightly,
             print_blob=True,
             suppress_health_check=list(HealthCheck),

@@ -71,7 +71,7 @@ class BitmapMachine(RuleBasedStateMachine):
 
 
 TestBitmap = BitmapMachine.TestCase
-TestBitmap.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+TestBitmap.settings = settings(max_examples=60, stateful_step_count=30, derandomize=True)
 
 
 @given(st.sets(st.integers(0, 999)))

@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 import trio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fusemig.core.bitmap import ChunkBitmap
@@ -58,7 +58,6 @@ def _bits(chunks: set[int], first: int, stop: int) -> int:
 some = st.sets(st.integers(0, 299), max_size=60)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 350), some, some, some, some, some, st.booleans())
 def test_every_chunk_is_counted_once_in_its_most_important_state(
     n: int,
@@ -104,7 +103,6 @@ def test_limits_are_the_same_in_the_vocabulary() -> None:
     assert [name.replace("_", "-") for name in Cell._fields[:-1]] == list(STATES)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200), st.data())
 def test_bits_of_a_map_are_those_that_are_set(n: int, data: st.DataObject) -> None:
     """`ChunkBitmap.bits` for any range, aligned or not."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_64_hexdigest
 
@@ -154,7 +154,6 @@ def test_a_file_created_and_never_written_says_nothing(path: Path) -> None:
 @given(
     garbage=st.binary(max_size=2 * SLOT + 10) | st.sampled_from([b"[" * 9000, DEEP, b'{"record":' * 900, b'{"a":1}'])
 )
-@settings(deadline=None)
 def test_garbage_is_damage(tmp_path_factory: pytest.TempPathFactory, garbage: bytes) -> None:
     """Nothing but `ConfigError` comes of any content."""
     path = tmp_path_factory.mktemp("epoch") / "image.fusemig"

@@ -9,7 +9,7 @@ import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusemig.core.units import CHUNK_SIZE
@@ -55,7 +55,7 @@ def test_damage_and_garbage(name: str) -> None:
     """A kept input with bytes changed, taken out and put in; or anything."""
     corpus = [path.read_bytes() for path in kept(name)]
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=150)
     @given(st.sampled_from(corpus), st.data())
     def damage(data: bytes, choice: st.DataObject) -> None:
         spoiled = bytearray(data)
@@ -64,7 +64,7 @@ def test_damage_and_garbage(name: str) -> None:
             spoiled[at : at + choice.draw(st.integers(0, 9))] = choice.draw(st.binary(max_size=9))
         TARGETS[name](bytes(spoiled))
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(st.binary(max_size=3000))
     def garbage(data: bytes) -> None:
         TARGETS[name](data)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fusemig.cli.top_picture import ASCII, MAX_ROWS, UNICODE, Watched, cell_states, cells_wanted, picture, rows_per_disk
@@ -94,7 +94,6 @@ def test_no_two_states_look_the_same_without_colours(signs: Any) -> None:
     assert signs is UNICODE or all(sign.isascii() for sign in "".join([*signs.of.values(), *signs[1:]]))
 
 
-@settings(deadline=None)
 @given(st.integers(20, 300), st.integers(5, 120), st.integers(1, 3), st.integers(1, 20))
 def test_a_picture_fits_its_screen(width: int, height: int, n_daemons: int, n_disks: int) -> None:
     """Never a line too many or too long, and a map for each disk as far as there is room."""

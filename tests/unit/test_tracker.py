@@ -103,7 +103,7 @@ class TrackerMachine(RuleBasedStateMachine):
 
 
 TestTracker = TrackerMachine.TestCase
-TestTracker.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestTracker.settings = settings(max_examples=60, stateful_step_count=40, derandomize=True)
 
 
 def test_a_write_after_the_taking_stays(  # rule 2
