@@ -27,11 +27,13 @@ class DetectZeroes(Enum):
 def is_zero(data: Buffer) -> bool:
     """Tell whether all of at most a chunk of bytes is zero.
 
-    The first and the last byte tell most of the time. A memoryview compares at 0.4 GB/s, its copy as bytes at 30.
+    The first and the last byte tell most of the time. A bytearray is compared where it lies; a memoryview would compare
+    at 0.4 GB/s, so it is copied first.
     """
     if data[0] or data[-1]:
         return False
-    return bytes(data) == (ZEROS if len(data) == CHUNK_SIZE else ZEROS[: len(data)])
+    comparable = bytes(data) if isinstance(data, memoryview) else data
+    return comparable == (ZEROS if len(data) == CHUNK_SIZE else ZEROS[: len(data)])
 
 
 def is_zero_blocks(data: Buffer, offset: int) -> bool:

@@ -300,7 +300,7 @@ class PassReader:
         buffer = self._pool.take()
         view = memoryview(buffer)[:length]
         disk.disk.image.pread_into(view, offset)
-        if is_zero(view):
+        if is_zero(buffer if length == CHUNK_SIZE else view):  # the buffer need not be copied for that
             self._pool.give_back(buffer)
             self._note_zero_chunk(disk, chunk, offset, length, batch)
             return

@@ -25,6 +25,7 @@ def test_is_zero(length: int) -> None:
     assert is_zero(memoryview(data))
     for at in {0, length // 2, length - 1}:
         data[at] = 1
+        assert not is_zero(data)
         assert not is_zero(memoryview(data))
         data[at] = 0
 
