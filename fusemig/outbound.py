@@ -149,6 +149,7 @@ class Outbound:
         mirrors: bool = False,
         incremental: bool | None = None,
         compression_level: int | None = None,
+        streams: int = 1,
         is_postcopy: bool = False,
         order: Order = Order.SEQUENTIAL,
     ) -> None:
@@ -168,6 +169,7 @@ class Outbound:
             mirrors: as it has it.
             incremental: as `MigrationParameters` has it.
             compression_level: as `MigrationParameters` has it.
+            streams: as `MigrationParameters` has it.
             is_postcopy: as `MigrationParameters` has it.
             order: of the bulk phase; QEMU's wire knows the sequential one only.
 
@@ -198,6 +200,7 @@ class Outbound:
             order=order.value,
             incremental=incremental,
             compression_level=compression_level,
+            streams=streams,
             mirrors=mirrors,
         )
         new = (
@@ -237,6 +240,7 @@ class Outbound:
         self.parameters.reconnect_limit_s = request.reconnect_limit_s
         self.parameters.incremental = request.incremental
         self.parameters.compression_level = request.compression_level
+        self.parameters.streams = request.streams
         self.parameters.mirrors = request.mirrors
         self.parameters.is_postcopy = request.is_postcopy
         self.parameters.order = Order(request.order)
