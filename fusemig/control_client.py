@@ -164,6 +164,8 @@ class ControlClient:
         async with self._sending:
             if self._is_broken:
                 raise ConnectionLostError(f"the connection to '{self._path}' is unusable: open a new one")
+            # Who is cancelled before the first byte leaves nothing half said; from here to the first byte no task runs.
+            await trio.lowlevel.checkpoint_if_cancelled()
             self._is_broken = True
             try:
                 await self._stream.send_all(line)

@@ -105,6 +105,8 @@ class Request(_Record, frozen=True, kw_only=True):
     streams: int = 1
     mirrors: bool = False
     """Mode `mirror`, also if that was said later."""
+    group: str = ""
+    """What decides of the disks together with those of other daemons."""
 
 
 class Outgoing(_Record, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ next. Nothing but WHOLE ends it: until then both hosts are needed.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +24,7 @@ import structlog
 import trio
 from xxhash import xxh3_64_intdigest
 
+from fusemig.backoff import Backoff
 from fusemig.epoch import Ownership
 from fusemig.errors import DiskError, FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 FIRST_RETRY_S: Final = 0.25
 MAX_RETRY_S: Final = 5.0
-"""How long the next connection is put off; it doubles from the one to the other."""
+"""How long the next connection is put off."""
 _ZEROS: Final = bytes(native.MAX_FETCH_BLOCKS * BLOCK_SIZE)
 
 log = structlog.get_logger(__name__)
@@ -52,6 +54,8 @@ class LentDisk:
     name: str
     image: Disk
     epoch_file: EpochFile
+    hot: Sequence[int] = ()
+    """Chunks that are to be fetched before others, in this order; at most `native.MAX_HOT` of all disks together."""
 
 
 class Lending:
@@ -85,7 +89,7 @@ class Lending:
 
         Cancellation: at any moment; what is to be lent is written in the epoch files.
         """
-        delay_s = FIRST_RETRY_S
+        backoff = Backoff(FIRST_RETRY_S, MAX_RETRY_S)
         while True:
             n_connections = self.n_connections
             try:
@@ -98,9 +102,8 @@ class Lending:
             else:
                 return
             if self.n_connections > n_connections:
-                delay_s = FIRST_RETRY_S
-            await trio.sleep(delay_s)
-            delay_s = min(2 * delay_s, MAX_RETRY_S)
+                backoff.reset()
+            await trio.sleep(backoff.next_s())
 
     async def _lend(self) -> None:
         """Make one connection and serve over it until WHOLE."""
@@ -108,7 +111,8 @@ class Lending:
         try:
             link = NativeLink(stream, native.Decoder(native.FROM_DESTINATION, preface=False), self._pool)
             asked = [native.AskedDisk(record.image_id, record.epoch) for record in self._records]
-            lend = native.Lend(native.VERSION, self._records[0].session, asked)
+            hot = [struct.pack(f"<{len(disk.hot)}Q", *disk.hot) for disk in self._disks]
+            lend = native.Lend(native.VERSION, self._records[0].session, asked, hot)
             await link.send([native.PREFACE, native.encode_message(lend)])
             answer = await link.receive(HANDSHAKE_DEADLINE_S)
             if isinstance(answer, native.Refuse):

@@ -3,7 +3,7 @@
     handshake             HELLO, WELCOME; and what the destination has, if it goes on (`fusemig.migration.resume`)
     passes                PassSender in slices on a worker thread ─> wire
                           receiver <─ acknowledgements     ticker: proof of life
-    hand-off              OutgoingHandoff: FINAL, PREPARED, COMMIT, TAKEN
+    hand-off              OutgoingHandoff: FINAL, PREPARED, (a pledge to the group,) COMMIT, TAKEN
 
 The order of things is `fusemig.migration.outgoing`'s. When a migration fails, the tracker still knows what the
 destination does not hold: `resume_point`. A connection that is lost, or over which damaged bytes came, whichever side
@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import trio
 
+from fusemig.backoff import Backoff
 from fusemig.compression import Packer
 from fusemig.disk.dirty_map import MapBase, Since
+from fusemig.epoch import Ownership
 from fusemig.errors import (
     AuthenticationError,
     ConnectionLostError,
@@ -42,6 +44,7 @@ from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool
 from fusemig.migration.order import HeatOrder, Order
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.packing import PackingWatch
+from fusemig.migration.pledge import Pledge
 from fusemig.migration.reader import PassReader
 from fusemig.migration.resume import (
     ContentReconciliation,
@@ -57,7 +60,9 @@ from fusemig.wire import native
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from pathlib import Path
 
+    from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochRecord
     from fusemig.migration.commit import Route, SourceDisk
     from fusemig.migration.link import Offload
@@ -68,9 +73,8 @@ if TYPE_CHECKING:
 
 PROGRESS_INTERVAL_S: Final = 1.0
 FIRST_RETRY_S: Final = 0.25
-"""How long the first try to get a lost connection back is put off; each further one twice as long."""
 MAX_RETRY_S: Final = 10.0
-
+"""How long a try to get a lost connection back is put off."""
 
 MAX_LOST_SWITCHOVERS: Final = 3
 """Connections that may be lost while guests' writes wait: each costs the guests a pause."""
@@ -101,6 +105,7 @@ class SourceMigration(OutgoingMigration):
         resume: ResumePoint | None = None,
         route: Route = NO_ROUTE,
         *,
+        group: Path | None = None,
         n_reconnects: int = 0,
         waiting: str = "",
     ) -> None:
@@ -117,6 +122,7 @@ class SourceMigration(OutgoingMigration):
             on_pace: as `OutgoingMigration` has it.
             resume: where an earlier migration of the same disks was interrupted, to go on from there.
             route: how the destination is talked to, for whoever has to ask it later.
+            group: names what decides of these disks and others together (`fusemig.decision`).
             n_reconnects: how often it got its connection back before, in another daemon.
             waiting: why it has none now; "" for one that begins.
         """
@@ -128,6 +134,9 @@ class SourceMigration(OutgoingMigration):
             self.session = resume.session
             self._log = self._log.bind(migration=self.session[:8])
             self._disks = resume.disks
+        if group is not None:
+            self.group = str(group)
+        self._route = route
         self._attempt = 0
         self._attempt_scope = trio.CancelScope()
         self._is_reconciled = False
@@ -135,7 +144,7 @@ class SourceMigration(OutgoingMigration):
         self._can_lend = True
         self._lending: Lending | None = None
         self._stalled_since: float | None = None
-        self._n_retries = 0
+        self._backoff = Backoff(FIRST_RETRY_S, MAX_RETRY_S)
         self._n_reconnects = n_reconnects
         self._n_lost_switchovers = 0
         self._was_connected = False
@@ -149,7 +158,8 @@ class SourceMigration(OutgoingMigration):
         self._earlier_wire_bytes = 0
         self._earlier_acknowledged_bytes = 0
         self._delta = DeltaOffers(disks, parameters.incremental, offload)
-        self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload, route)
+        self._pledge = None if group is None else Pledge(group, self.session, offload)
+        self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload, route, self._pledge)
         self._pool = BufferPool()
         self._sender = PassSender(self._pool, count_requests)
         self._reader = PassReader((), self._pool)
@@ -160,6 +170,17 @@ class SourceMigration(OutgoingMigration):
         self._synced = trio.Event()
 
     async def _migrate(self) -> None:
+        if self._pledge is None:
+            await self._move()
+            return
+        await self._pledge.prepare()
+        try:
+            await self._move()
+        finally:
+            if all(_is_past_pledge(lent) for lent in self._lent):
+                await self._pledge.forget()
+
+    async def _move(self) -> None:
         records = await self._handoff.own_records()
         while True:
             with trio.CancelScope() as self._attempt_scope:
@@ -428,7 +449,9 @@ class SourceMigration(OutgoingMigration):
         self._frozen_at = None
         self._missing_bytes = 0
         self._enter(MigrationPhase.DIRTY)
-        self._handoff = OutgoingHandoff(self._lent, self.session, self._parameters, self._offload)
+        self._handoff = OutgoingHandoff(
+            self._lent, self.session, self._parameters, self._offload, self._route, self._pledge
+        )
         await self._handoff.own_records()
 
     async def _put_off(self, failure: FusemigError) -> None:
@@ -439,14 +462,14 @@ class SourceMigration(OutgoingMigration):
         """
         now, limit_s = trio.current_time(), self._parameters.reconnect_limit_s
         if self._stalled_since is None:
-            self._stalled_since, self._n_retries = now, 0
-        delay_s = min(MAX_RETRY_S, FIRST_RETRY_S * 2**self._n_retries)
+            self._stalled_since = now
+            self._backoff.reset()
+        delay_s = self._backoff.next_s()
         if now + delay_s > self._stalled_since + limit_s:
             raise ConnectionLostError(
                 f"{failure}; for {limit_s:g} s nothing could be sent: see to the link and the destination, then go on"
                 " with `fusemig migrate --resume`"
             ) from failure
-        self._n_retries += 1
         self._waiting = str(failure)
         self._log.warning("connection lost, trying again", reason=str(failure), delay_s=delay_s)
         await trio.sleep(delay_s)
@@ -512,6 +535,12 @@ class SourceMigration(OutgoingMigration):
 
     def _heat_order(self) -> HeatOrder:
         return HeatOrder([(disk.disk.heat, disk.disk.size) for disk in self._disks])
+
+    def _hot_chunks(self, disk: TrackedDisk) -> list[int]:
+        """Return what is to be fetched first; writes have ended, so this is asked once, before the heat fades."""
+        if self._parameters.order is not Order.HEAT:
+            return []
+        return disk.heat.hottest(native.MAX_HOT // len(self._lent))
 
     def _check_can_lend(self) -> None:
         if self._is_postcopy() and not self._can_lend:
@@ -600,6 +629,7 @@ class SourceMigration(OutgoingMigration):
             raise self._cancelled_error()
         self._check_stores()
         with trio.CancelScope(shield=True):
+            await self._handoff.pledge(link, self._freeze_ends_at, lambda: self._enter(MigrationPhase.PLEDGED))
             await self._handoff.commit(link, self._on_committed)
             self._taken_at = trio.current_time()
             self._thaw()  # answers the parked writes: EROFS
@@ -609,7 +639,8 @@ class SourceMigration(OutgoingMigration):
     @property
     def may_start_postcopy(self) -> bool:
         """Whether the hand-off may still be made to come at once."""
-        return self._machine.phase in (MigrationPhase.SETUP, *_SENDING) and not self.guest.is_moving
+        may = self._machine.phase in (MigrationPhase.SETUP, *_SENDING)
+        return may and not self.guest.is_moving and self._pledge is None
 
     async def _tell_missing(self, link: NativeLink) -> None:
         """Tell the destination what it has to fetch, if there is anything."""
@@ -626,7 +657,10 @@ class SourceMigration(OutgoingMigration):
         """Have the destination fetch the rest; both hosts hold a part of the disks until that has ended."""
         self._thaw()
         self._enter(MigrationPhase.POSTCOPY)
-        disks = [LentDisk(lent.disk.name, lent.disk.image, lent.epoch_file) for lent in self._lent]
+        disks = [
+            LentDisk(lent.disk.name, lent.disk.image, lent.epoch_file, await self._offload(self._hot_chunks, lent.disk))
+            for lent in self._lent
+        ]
         self._lending = Lending(disks, self._connect, self._offload)
         self.forget()
         with self._lending_scope:
@@ -703,6 +737,11 @@ class SourceMigration(OutgoingMigration):
             in_flight=len(sender.unacknowledged) - sender.n_read_done,
             transferred=sender.n_transferred,
         )
+
+
+def _is_past_pledge(lent: SourceDisk) -> bool:
+    record = lent.epoch_file.record
+    return lent.epoch_file.is_certain and (record is None or record.state is not Ownership.PLEDGED)
 
 
 def _in_chunks(runs: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:

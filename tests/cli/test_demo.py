@@ -151,7 +151,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(scratch: Path, sign: signal.S
         process.send_signal(sign)
         _, remarks = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130
-    assert remarks.splitlines()[-1] == "fusemig demo: interrupted; cleaning up"
+    assert "fusemig demo: interrupted; cleaning up" in remarks.splitlines()
 
 
 needs_guest = pytest.mark.skipif(not (is_available() and is_made()), reason="needs QEMU and a guest: tools/setup test")
@@ -193,7 +193,7 @@ def test_an_interrupted_move_of_a_vm_leaves_nothing_behind(scratch: Path) -> Non
         process.send_signal(signal.SIGINT)
         _, remarks = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130
-    assert remarks.splitlines()[-1] == "fusemig demo: interrupted; cleaning up"
+    assert "fusemig demo: interrupted; cleaning up" in remarks.splitlines()
 
 
 def test_without_a_guests_kernel_the_demo_says_how_to_get_one(tmp_path: Path) -> None:

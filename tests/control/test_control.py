@@ -511,6 +511,18 @@ async def test_client_files_events_and_replies(sock: Path) -> None:
         assert seen == ["RESUME", "SHUTDOWN"]
 
 
+async def test_a_command_that_is_called_off_at_any_step_costs_the_client_nothing(sock: Path) -> None:
+    """Neither before its first byte nor while its reply is awaited: the next one is answered."""
+    async with serving(sock), open_control(sock) as client:
+        for n_steps in range(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client.execute, "query-name")
+                for _ in range(n_steps):
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                nursery.cancel_scope.cancel()
+            assert await client.execute("query-name") == {"name": "test"}
+
+
 async def test_client_errors_are_not_wrapped(sock: Path) -> None:
     """The caller catches what it raised."""
     async with serving(sock):

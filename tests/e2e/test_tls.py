@@ -548,16 +548,21 @@ def test_plain_text_does_not_go_to_the_network(hosts: Hosts) -> None:
     assert_unharmed(here)
 
 
-def test_insecure_is_what_it_says(hosts: Hosts) -> None:
-    """With --insecure on both sides plain text goes through any address; each side needs it for itself."""
-    here, there = source(hosts), hosts.destination(incoming="tcp:0.0.0.0:0", options=["--insecure"])
+def own_address() -> str:
+    """Return an address of this machine that is not loopback's."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing: it asks which address would be used
         except OSError:
             pytest.skip("this machine has no address but loopback")
-        own = probe.getsockname()[0]
-    uri = f"tcp:{own}:{address(there)[1]}"
+        own: str = probe.getsockname()[0]
+        return own
+
+
+def test_insecure_is_what_it_says(hosts: Hosts) -> None:
+    """With --insecure on both sides plain text goes through any address; each side needs it for itself."""
+    here, there = source(hosts), hosts.destination(incoming="tcp:0.0.0.0:0", options=["--insecure"])
+    uri = f"tcp:{own_address()}:{address(there)[1]}"
     assert here.migrate(uri).exit_code == 2
     assert here.migrate(uri, "--insecure").exit_code == 0
     assert here.images["vda"].read_bytes() == there.images["vda"].read_bytes()
@@ -618,3 +623,22 @@ def test_both_sides_restart_and_settle_it_over_tls(hosts: Hosts, authority: Auth
     pwrite(there.file(), b"taken over")
     with pytest.raises(OSError, match="Read-only"):
         pwrite(asking.file(), b"x")
+
+
+def test_both_sides_restart_and_settle_it_in_plain_text(hosts: Hosts) -> None:
+    """Who was allowed plain text for one migration asks about it so after a restart, and sends nothing else."""
+    image, copy = write_random(hosts.directory / "a.img", MIB), hosts.directory / "b.img"
+    taking = {"incoming": "tcp:0.0.0.0:0", "options": ["--insecure"]}
+    here = hosts.start("source", {"vda": image})
+    there = hosts.start("destination", {"vda": copy}, failpoint="after-commit-received:kill", **taking)
+    uri = f"tcp:{own_address()}:{address(there)[1]}"
+    assert here.migrate(uri, "--insecure").exit_code == 7
+    there.wait_killed()
+    here.stop()
+    there = hosts.start("again", {"vda": copy}, **(taking | {"incoming": uri}))
+    asking = hosts.start("asking", {"vda": image, "other": write_random(hosts.directory / "other.img", MIB)})
+    wait_until(lambda: asking.disk()["state"] == "released", "the answer")
+    pwrite(there.file(), b"taken over")
+    refused = asking.migrate(uri, "--disk", "other")
+    assert refused.exit_code == 2
+    assert "in plain text" in refused.stderr

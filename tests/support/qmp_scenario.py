@@ -183,6 +183,7 @@ async def play(steps: Sequence[Step], sockets: Mapping[Side, Path], uri: str) ->
                     await _wait_for(step.wait_for, listeners[step.side], transcript.events[step.side])
                     if (there := _END_THERE.get(step.wait_for)) is not None:
                         await _wait_for(there, listeners["destination"], transcript.events["destination"])
+                    await _wait_for_run_state(clients[step.side])
             for side, client in clients.items():
                 # What came before this reply has been heard of by then. A server that has quit, or a QEMU that lost its
                 # source, has said all.
@@ -207,6 +208,16 @@ async def _wait_for(status: str, listener: EventListener, heard: list[dict[str, 
         heard.append(event)
         if event == {"event": "MIGRATION", "data": {"status": status}}:
             return
+
+
+async def _wait_for_run_state(client: QMPClient) -> None:
+    """QEMU says that a migration has ended before its own run state follows: the next question would be a race."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            status = await client.execute("query-status")
+            if not isinstance(status, dict) or status["status"] != "finish-migrate":
+                return
+            await asyncio.sleep(0.01)
 
 
 def _plain(event: Mapping[str, Any]) -> dict[str, Any]:

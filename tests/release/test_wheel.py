@@ -1,0 +1,80 @@
+"""What `pip install fusemig` gives: the wheel's contents, and the program installed from it in a fresh environment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+from fusemig import __version__
+
+PROJECT = Path(__file__).parents[2]
+
+
+def run(*command: object, cwd: Path, timeout_s: float = 110) -> str:
+    """Run a program; return what it printed, or fail with all that it said."""
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def build(directory: Path) -> Path:
+    """Build the wheel from what git knows of this tree, so that nothing that lies about gets in or helps."""
+    tree = directory / "tree"
+    files = run("git", "-C", PROJECT, "ls-files", "-z", cwd=directory).split("\0")
+    for name in filter(None, files):
+        target = tree / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (PROJECT / name).is_file():  # else: deleted, and not committed yet
+            target.write_bytes((PROJECT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-deps", "--wheel-dir", directory, tree, cwd=directory)
+    (wheel,) = directory.glob("*.whl")
+    return wheel
+
+
+def test_the_wheel_has_the_package_and_nothing_else(tmp_path: Path) -> None:
+    """Every module, the typing marker, the program's entry, the license; no tests, no tools."""
+    wheel = build(tmp_path)
+    assert wheel.name == f"fusemig-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        information = f"fusemig-{__version__}.dist-info"
+        metadata = HeaderParser().parsestr(archive.read(f"{information}/METADATA").decode())
+        entries = archive.read(f"{information}/entry_points.txt").decode()
+    package = {name for name in names if not name.startswith(information)}
+    known = run("git", "-C", PROJECT, "ls-files", "fusemig", cwd=tmp_path).split()
+    assert package == {name for name in known if (PROJECT / name).is_file()}
+    assert "fusemig/py.typed" in package
+    assert f"{information}/licenses/LICENSE" in names
+    assert "fusemig = fusemig.cli:main" in entries
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert {"pyfuse3", "trio", "xxhash"} <= {line.split(">")[0] for line in metadata.get_all("Requires-Dist", [])}
+
+
+@pytest.mark.nightly
+@pytest.mark.fuse
+@pytest.mark.timeout(900)
+def test_the_installed_program_moves_a_disk(tmp_path: Path) -> None:
+    """In an environment that knows nothing of this tree: version, demo, types."""
+    wheel = build(tmp_path)
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    bin_ = tmp_path / "venv" / "bin"
+    run(bin_ / "pip", "install", "--quiet", wheel, "mypy", cwd=tmp_path, timeout_s=600)
+    where = run(bin_ / "python", "-I", "-c", "import fusemig; print(fusemig.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(tmp_path / "venv")
+    assert run(bin_ / "fusemig", "--version", cwd=tmp_path).split()[-1] == __version__
+    assert "everything held" in run(bin_ / "fusemig", "demo", "--size", "64M", cwd=tmp_path)
+    for argument, is_right in (("ServeOptions", True), ("int", False)):
+        user = tmp_path / f"user_{argument.lower()}.py"
+        user.write_text(
+            f"from fusemig.library import ServeOptions, serving\n\n\ndef f(x: {argument}) -> None:\n    serving(x)\n"
+        )
+        done = subprocess.run([bin_ / "mypy", "--strict", user], cwd=tmp_path, capture_output=True, check=False)
+        assert (done.returncode == 0) is is_right, done.stdout
