@@ -159,6 +159,7 @@ class Outbound:
             pause_before_switchover=now.pause_before_switchover,
             incremental=UNSET if now.incremental is None else now.incremental,
             compression_level=UNSET if now.compression_level is None else now.compression_level,
+            streams=now.streams,
         )
 
     def migrate(
