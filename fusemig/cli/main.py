@@ -214,6 +214,14 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
 )
 @click.option("--compress", metavar="zstd[:LEVEL]", help="Compress where that is faster; levels 1 (the default) to 19.")
 @click.option(
+    "--streams",
+    type=click.IntRange(1, 16),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Send over so many connections, 1 to 16: for links on which one alone is slow.",
+)
+@click.option(
     "--incremental/--no-incremental",
     default=None,
     help="Compare with the destination's older copy, and insist on a shared base. Without either, what provably is "

@@ -52,6 +52,7 @@ class MigrateRequest:
     machine: str | None = None
     order: str = "sequential"
     compress: str | None = None
+    streams: int = 1
     incremental: bool | None = None
     resume: bool = False
     reconnect: float = DEFAULT_RECONNECT_S
@@ -82,6 +83,8 @@ class MigrateRequest:
             arguments["x-fusemig-order"] = self.order
         if self.compress is not None:
             arguments["x-fusemig-compress"] = self.compress
+        if self.streams != 1:
+            arguments["x-fusemig-streams"] = self.streams
         if self.incremental is not None:
             arguments["inc"] = self.incremental
         if self.resume:

@@ -168,6 +168,8 @@ class _Commands:
             )
         if is_qemu and (arguments.inc is not UNSET or arguments.x_fusemig_compress is not UNSET):
             raise CommandError("'inc' and 'x-fusemig-compress' do not go with QEMU's wire: leave them out")
+        if is_qemu and arguments.x_fusemig_streams != 1:
+            raise CommandError("'x-fusemig-streams' does not go with QEMU's wire, which has one: leave it out")
         incremental = self._daemon.outbound.parameters.block_incremental
         if not isinstance(arguments.inc, UnsetType):
             incremental = arguments.inc
@@ -200,6 +202,7 @@ class _Commands:
             mirrors=mirrors,
             incremental=incremental,
             compression_level=compression_level,
+            streams=arguments.x_fusemig_streams,
             is_postcopy=is_postcopy,
             order=order,
             group=group,

@@ -17,6 +17,7 @@ from fusemig.log_context import log_fields
 from fusemig.migration.arrival import greet
 from fusemig.migration.borrow import Loan
 from fusemig.migration.incoming import AwaitedDisk
+from fusemig.migration.joining import Gatherings
 from fusemig.migration.witness import RecalledDisk
 from fusemig.migration.writer import IncomingDisk
 from fusemig.net.listener import listening
@@ -83,6 +84,7 @@ class Inbound:
         self._on_phase = on_phase
         self._on_over = on_over
         self._store = store
+        self.gatherings = Gatherings()
         self.listener: Listener | None = None
         self.migration: IncomingMigration | None = None
         """The last one that began."""
@@ -174,7 +176,7 @@ class Inbound:
             self._announcer.incoming_phase(phase)
 
         try:
-            migration = await greet(stream, self._wire, self, trio.to_thread.run_sync, on_phase)
+            migration = await greet(stream, self._wire, self, trio.to_thread.run_sync, on_phase, connection.settle)
         except FusemigError as exc:
             self._note_rejected(stream, exc)
             return

@@ -186,6 +186,7 @@ def _migration(info: schema.MigrationInfo) -> Iterator[Metric]:
     yield _plain("fusemig_migration_bandwidth_bytes", "Acknowledged lately, per second.", [({}, own.bandwidth)])
     yield _plain("fusemig_migration_dirty_rate_bytes", "Dirtied lately, per second.", [({}, own.dirty_rate)])
     yield _plain("fusemig_migration_reconnects", "Lost connections that were made again.", [({}, own.reconnects)])
+    yield _plain("fusemig_migration_streams", "Connections that it sends over.", [({}, own.streams)])
     for name, documentation, milliseconds in (
         ("fusemig_migration_expected_downtime_seconds", "Freeze to be expected now.", info.expected_downtime),
         ("fusemig_migration_downtime_seconds", "From closing the gate to the take-over.", info.downtime),

@@ -110,6 +110,7 @@ def outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             wire_bytes=stats.wire_bytes,
             frozen_ms=stats.frozen_s * 1000,
             reconnects=stats.n_reconnects,
+            streams=stats.n_streams,
             kept_bytes=stats.kept_bytes,
             unchanged_bytes=stats.unchanged_bytes,
             compression=schema.CompressionInfo(

@@ -159,6 +159,7 @@ class Outbound:
             pause_before_switchover=now.pause_before_switchover,
             incremental=UNSET if now.incremental is None else now.incremental,
             compression_level=UNSET if now.compression_level is None else now.compression_level,
+            streams=now.streams,
         )
 
     def migrate(
@@ -177,6 +178,7 @@ class Outbound:
         mirrors: bool = False,
         incremental: bool | None = None,
         compression_level: int | None = None,
+        streams: int = 1,
         is_postcopy: bool = False,
         order: Order = Order.SEQUENTIAL,
         group: str = "",
@@ -197,6 +199,7 @@ class Outbound:
             mirrors: as it has it.
             incremental: as `MigrationParameters` has it.
             compression_level: as `MigrationParameters` has it.
+            streams: as `MigrationParameters` has it.
             is_postcopy: as `MigrationParameters` has it.
             order: of the bulk phase; QEMU's wire knows the sequential one only.
             group: the path that names what decides of these disks and others together; it waits at pre-switchover.
@@ -228,6 +231,7 @@ class Outbound:
             order=order.value,
             incremental=incremental,
             compression_level=compression_level,
+            streams=streams,
             mirrors=mirrors,
             group=group,
         )
@@ -268,6 +272,7 @@ class Outbound:
         self.parameters.reconnect_limit_s = request.reconnect_limit_s
         self.parameters.incremental = request.incremental
         self.parameters.compression_level = request.compression_level
+        self.parameters.streams = request.streams
         self.parameters.mirrors = request.mirrors
         self.parameters.is_postcopy = request.is_postcopy
         self.parameters.order = Order(request.order)

@@ -102,6 +102,7 @@ class Request(_Record, frozen=True, kw_only=True):
     """Of the bulk phase."""
     incremental: bool | None = None
     compression_level: int | None = None
+    streams: int = 1
     mirrors: bool = False
     """Mode `mirror`, also if that was said later."""
     group: str = ""

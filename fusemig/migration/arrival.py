@@ -35,8 +35,9 @@ async def greet(
     host: IncomingHost,
     offload: Offload,
     on_phase: Callable[[MigrationPhase], None] = lambda _phase: None,
+    on_joined: Callable[[], None] = lambda: None,
 ) -> IncomingMigration:
-    """Return the migration for a new connection, to be run.
+    """Return the migration for a new connection, to be run; the arguments are those of `DestinationMigration`.
 
     Raises:
         RemoteProtocolError: nothing came.
@@ -54,7 +55,7 @@ async def greet(
     refusal = ""
     if accepted is IncomingWire.QEMU:
         refusal = "only QEMU's migration stream is taken there: serve with --wire auto or --wire native"
-    return DestinationMigration(stream, host, offload, on_phase, head, refusal)
+    return DestinationMigration(stream, host, offload, on_phase, head, refusal, on_joined)
 
 
 async def _receive_head(stream: ByteStream) -> bytes:

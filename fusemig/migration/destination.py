@@ -23,7 +23,15 @@ from fusemig.core.handoff import DestinationEvent, DestinationHandoff, Destinati
 from fusemig.core.phase import MigrationPhase
 from fusemig.core.units import CHUNK_SIZE, n_blocks
 from fusemig.disk.overlay import OverlayDisk
-from fusemig.errors import DiskError, FusemigError, MigrationError, PeerBusyError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import (
+    ConnectionLostError,
+    DiskError,
+    FusemigError,
+    MigrationError,
+    PeerBusyError,
+    PeerRefusedError,
+    RemoteProtocolError,
+)
 from fusemig.failpoint import reach
 from fusemig.migration.borrow import Borrowing
 from fusemig.migration.delta import DestinationDelta
@@ -41,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fusemig.migration.incoming import IncomingHost, IncomingStatistics
+    from fusemig.migration.joining import Gathering
     from fusemig.migration.link import Offload
     from fusemig.migration.writer import IncomingDisk
     from fusemig.net.transport import ByteStream
@@ -63,6 +72,7 @@ class DestinationMigration(IncomingMigration):
         on_phase: Callable[[MigrationPhase], None] = lambda _phase: None,
         head: bytes = b"",
         refusal: str = "",
+        on_joined: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare as `IncomingMigration` does.
 
@@ -73,6 +83,7 @@ class DestinationMigration(IncomingMigration):
             on_phase: called at once at each change of phase.
             head: what was read of the stream already, shorter than the preface.
             refusal: why whatever is offered must be refused, if it must.
+            on_joined: called when the connection has become another migration's.
         """
         super().__init__(stream, host, offload, on_phase)
         decoder = native.Decoder(native.FROM_SOURCE, preface=True)
@@ -80,6 +91,8 @@ class DestinationMigration(IncomingMigration):
         self._pool = BufferPool()
         self._link = NativeLink(stream, decoder, self._pool)
         self._refusal = refusal
+        self._on_joined = on_joined
+        self._gathering: Gathering | None = None
         self._handoff = DestinationHandoff()
         self._progress = native.Progress(0, 0, 0)
         self._receipt: Receipt | None = None
@@ -107,6 +120,9 @@ class DestinationMigration(IncomingMigration):
             if isinstance(self._first, native.Lend) and not self._refusal:
                 await self._borrow(self._first)
                 return
+            if isinstance(self._first, native.Join) and not self._refusal:
+                await self._join(self._first)
+                return
         except FusemigError as exc:
             self.error = exc
             return
@@ -119,6 +135,27 @@ class DestinationMigration(IncomingMigration):
         with trio.move_on_after(HANDSHAKE_DEADLINE_S):
             return await self._link.receive(HANDSHAKE_DEADLINE_S)
         raise RemoteProtocolError(f"{self.peer} did not say hello within {HANDSHAKE_DEADLINE_S:g} s")
+
+    async def _join(self, join: native.Join) -> None:
+        """Be a further connection of another migration, until that needs it no more.
+
+        Raises:
+            PeerRefusedError: none waits for it.
+            ConnectionLostError: the source is gone.
+        """
+        try:
+            gathering = self._host.gatherings.find(join.session)
+            gathering.join(join, self._link.stream)
+        except PeerRefusedError as exc:
+            await self._refuse(str(exc))
+            raise
+        self.is_question = True
+        self._on_joined()
+        try:
+            await self._link.send_message(native.Joined())
+        finally:
+            with trio.CancelScope(shield=True):  # a thread may be inside the stream, which is closed after this
+                await gathering.over.wait()
 
     async def _borrow(self, lend: native.Lend) -> None:
         """Fetch what is missing of disks that are ours (`fusemig.migration.lend`).
@@ -153,7 +190,7 @@ class DestinationMigration(IncomingMigration):
     async def _meet(self) -> list[IncomingDisk]:
         if isinstance(self._first, native.Hello):
             return await self._claim(self._first)
-        if isinstance(self._first, native.Ask | native.Lend | native.Probe):
+        if isinstance(self._first, native.Ask | native.Lend | native.Probe | native.Join):
             await self._refuse(self._refusal)
             raise PeerRefusedError(self._refusal)
         raise RemoteProtocolError(f"{self.peer} began with {type(self._first).__name__}")
@@ -180,13 +217,16 @@ class DestinationMigration(IncomingMigration):
             raise
         self.session = hello.session
         self._receipt = Receipt(disks, hello, self._offload)
+        self._gathering = self._host.gatherings.begin(self.session, max(1, min(hello.streams, native.MAX_STREAMS)))
         return disks
 
     async def _run_claimed(self) -> None:
         assert self._receipt is not None
+        assert self._gathering is not None
         try:
             await super()._run_claimed()
         finally:
+            self._host.gatherings.end(self._gathering)
             self._receipt.close()
 
     async def _receive(self) -> None:
@@ -203,6 +243,7 @@ class DestinationMigration(IncomingMigration):
             raise failure
 
     async def _receive_all(self, receipt: Receipt) -> None:
+        assert self._gathering is not None
         await receipt.open()
         reach("before-welcome")
         delta = DestinationDelta(self._link, self.disks, receipt.hello.disks, self._offload)
@@ -216,8 +257,11 @@ class DestinationMigration(IncomingMigration):
                 receipt.covered,
                 delta.deltas if delta.is_any else [],
                 [disk.is_thin for disk in self.disks],
+                self._gathering.n_streams,
+                self._gathering.token if self._gathering.n_streams > 1 else "",
             )
         )
+        await self._gathering.gather(self._link)
         await receipt.tell(self._link)
         if delta.is_any:
             await delta.run(partial(receipt.tell_contents, self._link))
@@ -374,7 +418,7 @@ class DestinationMigration(IncomingMigration):
             return  # the source decides; it will hear of us when it asks
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LINGER_S):
             try:
-                is_damaged = isinstance(reason, RemoteProtocolError)
+                is_damaged = isinstance(reason, RemoteProtocolError | ConnectionLostError)  # of one of several streams
                 await self._link.send_message(native.Abort(str(reason), is_damaged=is_damaged))
                 await self._link.linger(LINGER_S)
             except FusemigError as exc:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import trio
 
     from fusemig.migration.borrow import Loan
+    from fusemig.migration.joining import Gatherings
     from fusemig.migration.link import Offload
     from fusemig.migration.writer import IncomingDisk
     from fusemig.net.transport import ByteStream
@@ -52,6 +53,9 @@ class AwaitedDisk(NamedTuple):
 
 class IncomingHost(RecallHost, Protocol):
     """What a destination needs of its daemon."""
+
+    gatherings: Gatherings
+    """Who waits for further connections."""
 
     async def awaited(self) -> list[AwaitedDisk]:
         """Return every disk that waits and is not busy, for a wire that does not say beforehand which disks come.

@@ -39,6 +39,7 @@ from fusemig.errors import (
 from fusemig.failpoint import reach
 from fusemig.migration.commit import NO_ROUTE, OutgoingHandoff
 from fusemig.migration.delta_offers import DeltaOffers
+from fusemig.migration.joining import join_streams
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool, NativeLink, Need
 from fusemig.migration.order import HeatOrder, Order
@@ -149,6 +150,7 @@ class SourceMigration(OutgoingMigration):
         self._was_connected = False
         self._kept_bytes = 0
         self._waiting = waiting
+        self._n_streams = 1
         self._missing_bytes = 0
         """What the destination was told to fetch."""
         self._lending_scope = trio.CancelScope()
@@ -208,11 +210,13 @@ class SourceMigration(OutgoingMigration):
         stream = await self._connect()
         self._peer = stream.peer
         self._was_connected = True
+        decoder = native.Decoder(native.FROM_DESTINATION, preface=False)
+        link = self._link = NativeLink(stream, decoder, self._pool)
         try:
-            decoder = native.Decoder(native.FROM_DESTINATION, preface=False)
-            link = self._link = NativeLink(stream, decoder, self._pool)
             welcome = await self._handshake(link, records)
             reach("after-welcome")
+            self._n_streams = await join_streams(self._connect, link, self.session, welcome, self._parameters.streams)
+            self._say_streams()
             try:
                 await self._find_what_to_send(link, welcome, records)
                 self._reader = PassReader(self._disks, self._pool, self._packer)
@@ -239,7 +243,7 @@ class SourceMigration(OutgoingMigration):
             self._pacer.release()
             self._pool.clear()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                await stream.aclose()
+                await link.stream.aclose()
 
     async def _guard(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
         """Run a task of a nursery; its failure ends this connection."""
@@ -262,7 +266,9 @@ class SourceMigration(OutgoingMigration):
             for lent, record in zip(self._lent, records, strict=True)
         ]
         features = [native.RESUME, native.POSTCOPY]
-        hello = native.Hello(native.VERSION, self.session, CHUNK_SIZE, offers, features, self._attempt)
+        hello = native.Hello(
+            native.VERSION, self.session, CHUNK_SIZE, offers, features, self._attempt, self._parameters.streams
+        )
         await link.send([native.PREFACE, native.encode_message(hello)])
         answer = await link.receive(HANDSHAKE_DEADLINE_S)
         if isinstance(answer, native.Refuse):
@@ -278,6 +284,10 @@ class SourceMigration(OutgoingMigration):
                 f"{link.peer} cannot unpack what is compressed: upgrade fusemig there, or migrate without --compress"
             )
         return answer
+
+    def _say_streams(self) -> None:
+        if self._n_streams < self._parameters.streams:
+            self._log.warning("fewer streams than asked for", streams=self._n_streams, asked=self._parameters.streams)
 
     # What is to be sent
 
@@ -700,6 +710,7 @@ class SourceMigration(OutgoingMigration):
         return replace(
             stats,
             n_reconnects=self._n_reconnects,
+            n_streams=self._n_streams,
             kept_bytes=self._kept_bytes,
             unchanged_bytes=self._earlier_unchanged_bytes + self._reader.unchanged_bytes,
             has_packer=packer is not None,

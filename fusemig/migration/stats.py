@@ -55,6 +55,8 @@ class MigrationParameters:
     """QMP's parameter: what ``incremental`` is where a migration does not say."""
     compression_level: int | None = None
     """Of Zstandard; None: nothing is compressed."""
+    streams: int = 1
+    """Connections to send over, at most."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class MigrationStatistics:
     """What is to be expected, while passes run and the link is known."""
     n_reconnects: int = 0
     """How often the connection was lost and made again."""
+    n_streams: int = 1
+    """Connections that the source sends over."""
     kept_bytes: int = 0
     """What the destination had already and need not be sent."""
     unchanged_bytes: int = 0

@@ -234,6 +234,11 @@ class SocketStream:
                 raise ConnectionLostError(f"{self.peer} closed the connection")
             return byte[0]
 
+    def limit_unsent(self, n_bytes: int) -> None:
+        """Count as writable only while less than this waits for the network (TCP_NOTSENT_LOWAT); for TCP only."""
+        if self._socket.family != socket.AF_UNIX:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, n_bytes)
+
     def detach(self) -> socket.socket:
         """Give the socket away; only `aclose` may follow."""
         self._wake_at(1)

@@ -188,6 +188,7 @@ DowntimeLimit = Annotated[
     int, msgspec.Meta(ge=0, le=2_000_000, description="an integer in the range of 0 to (2000 * 1000) ms")
 ]
 Channels = Annotated[int, msgspec.Meta(ge=1, le=255, description="a value between 1 and 255")]
+Streams = Annotated[int, msgspec.Meta(ge=1, le=16, description="a value between 1 and 16")]
 ZstdLevel = Annotated[int, msgspec.Meta(ge=0, le=20, description="a value between 0 and 20")]
 ThrottleMax = Annotated[int, msgspec.Meta(ge=0, le=99, description="an integer in the range of 0 to 99")]
 CommandDeadline = Annotated[
@@ -229,6 +230,9 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     is DIR/NAME.decision (docs/groups.md). Waits at pre-switchover, as with ``pause-before-switchover``."""
     x_fusemig_compress: str | UnsetType = UNSET
     """``zstd`` or ``zstd:LEVEL``; absent: nothing is compressed."""
+    x_fusemig_streams: Streams = 1
+    """Connections to send over, at most. No ``multifd-channels``: that is of QEMU's ``multifd``, which both sides set
+    and which has a stream format of its own."""
     x_fusemig_guest: str | UnsetType = UNSET
     """``qmp:PATH`` of the QEMU that runs the guest, which moves with its disks."""
     x_fusemig_guest_destination: str | UnsetType = UNSET
@@ -510,6 +514,8 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     """How long the write gate has been closed, or was."""
     reconnects: int = 0
     """How often a lost connection was made again."""
+    streams: int = 1
+    """Connections that the source sends over; the destination may take fewer than were asked for."""
     kept_bytes: int = 0
     """What the destination had already; it is not sent unless it is written."""
     unchanged_bytes: int = 0

@@ -87,6 +87,7 @@ class RecordParameters(Result, frozen=True, kw_only=True):
     """Absent: what provably is there is left out."""
     compression_level: int | UnsetType = UNSET
     """Absent: nothing is compressed."""
+    streams: int = 1
 
 
 class PhaseStep(Result, frozen=True, kw_only=True):

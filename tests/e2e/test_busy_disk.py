@@ -58,12 +58,18 @@ def finish(source: Host, destination: Host, *disks: str) -> None:
 
 
 @pytest.mark.qemu
-def test_what_fio_wrote_during_a_migration_verifies_at_the_destination(hosts: Hosts) -> None:
+@pytest.mark.parametrize(
+    ("lane", "streams"),
+    [("auto", 1), *(pytest.param(lane, 4, marks=pytest.mark.nightly) for lane in ("data", "pyfuse3"))],
+)
+def test_what_fio_wrote_during_a_migration_verifies_at_the_destination(hosts: Hosts, lane: str, streams: int) -> None:
     """Fio's random writes run while the bulk phase does; afterwards fio finds all of them on the other mount."""
-    source, destination = hosts.pair(24 * MIB)
+    image = write_random(hosts.directory / "source.img", 24 * MIB)
+    source = hosts.start("source", {"vda": image}, options=["--lane", lane])
+    destination = hosts.destination(options=["--lane", lane])
     source.pause_before_switchover()
     source.set_parameters(max_bandwidth=2 * MIB)  # the bulk phase outlasts the writes
-    migrate = source.start_migrate(destination.uri)
+    migrate = source.start_migrate(destination.uri, "--streams", streams)
     source.wait_phase("bulk")
     run(*fio(source.file(), "--do_verify=0"))
     source.set_parameters(max_bandwidth=0)

@@ -122,6 +122,7 @@ def test_what_is_not_built_yet_is_refused(hosts: Hosts, place: Path) -> None:
         ["--resume", "--wire", "qemu"],
         ["--incremental", "--wire", "qemu"],
         ["--compress", "zstd", "--wire", "qemu"],
+        ["--streams", "2", "--wire", "qemu"],
     ):
         done = source.migrate("tcp:127.0.0.1:1", *options)
         assert done.exit_code != 0

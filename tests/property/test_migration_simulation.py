@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,12 @@ from support.world import cancel_if_possible, run
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from support.faults import FaultyStream
     from support.world import FaultySide, World
 
 BATCHES, CI_BATCHES = 8, 4
 RUNS_PER_BATCH = 40
+STREAMS = (1, 4, 1, 2)
 NIGHTLY_RUNS_PER_BATCH = 1500
 
 
@@ -41,6 +44,19 @@ def break_stream(world: World, rng: random.Random) -> str:
     stream.flip_at = rng.getrandbits(24)
     stream.stall_s = rng.choice([None, 0.5, 4.0, 20.0])
     return f"{kind} at send {number} to {stream.peer}"
+
+
+def break_further(rng: random.Random, plan: list[str], here: FaultyStream, there: FaultyStream) -> None:
+    """Have each connection that joins be late, some be slow, and some go wrong, in their handshake or later."""
+    stream = rng.choice([here, here, there])
+    if rng.random() < 0.3:
+        number, kind = rng.randint(1, 40), rng.choice(KINDS)
+        stream.faults[number], stream.flip_at, stream.stall_s = kind, rng.getrandbits(24), rng.choice([None, 0.5, 4.0])
+        plan.append(f"{kind} at send {number} of a further connection to {stream.peer}")
+    if rng.random() < 0.3:
+        here.slow_down(rng.choice([2e5, 2e6]))
+    longest_s = rng.choice([0.0, 0.001, 0.05])
+    there.lag = lambda: rng.random() * longest_s
 
 
 def break_disk(world: World, rng: random.Random) -> str:
@@ -118,6 +134,9 @@ def simulate(seed: int, directory: Path, mirrored: Counter[str]) -> P:
         if mode == 3:
             world.parameters.mirror_lag = MirrorLag(seconds=None, size=0)
         plan.append(("precopy", "precopy", "mirror", "mirror, lag 0")[mode])
+        world.parameters.streams = STREAMS[seed // 4 % len(STREAMS)]
+        plan.append(f"{world.parameters.streams} streams")
+        world.on_further = partial(break_further, random.Random(seed + 2), plan)
         world.fill(rng)
         world.parameters.order = Order.HEAT if seed % 2 else Order.SEQUENTIAL
         for _ in range(rng.choice([0, 1, 1, 1, 2])):

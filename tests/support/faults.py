@@ -40,9 +40,16 @@ class FaultyStream(MemoryStream):
         self.flip_at = 0
         """Which bit `flip` changes, modulo the length."""
         self.stall_s: float | None = None
+        self.lag: Callable[[], float] = lambda: 0.0
+        """How long what comes after each receive is still under way, in seconds."""
+        self._heard_from = 0.0
         self._bytes_per_s = bytes_per_s
         self._free_at = 0.0
         self._held = b""
+
+    def slow_down(self, bytes_per_s: float) -> None:
+        """Send no faster from now on."""
+        self._bytes_per_s = bytes_per_s
 
     def send_nowait(self, buffers: Sequence[Buffer]) -> int:
         """Send a piece, or have its fault."""
@@ -78,10 +85,18 @@ class FaultyStream(MemoryStream):
 
     def receive_nowait(self, buffer: memoryview) -> int:
         """Receive what came."""
+        if trio.current_time() < self._heard_from:
+            raise trio.WouldBlock
         n = super().receive_nowait(buffer)
+        self._heard_from = trio.current_time() + self.lag()
         self.n_receives += 1
         self.on_receive(self.n_receives)
         return n
+
+    async def wait_readable(self) -> None:
+        """Wait for the stream, and for what is under way."""
+        await trio.sleep_until(self._heard_from)
+        await super().wait_readable()
 
     async def wait_writable(self) -> None:
         """Wait for the stream, and for the end of a stall."""

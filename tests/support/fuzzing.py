@@ -36,6 +36,7 @@ from fusemig.qmp.codec import RequestParser, decode_server_line, encode_request
 from fusemig.qmp.objects import ObjectAdd, ObjectType
 from fusemig.records.epoch import EpochFile, EpochRecord, Ownership
 from fusemig.wire import native, qemu_block, savevm
+from fusemig.wire.native.stripes import STRIPE_BYTES, STRIPE_HEAD_SIZE, StripeOrder, encode_stripe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 CORPUS: Final = Path(__file__).parent.parent / "vectors/fuzz"
 _DEVICES: Final = [qemu_block.Device("d0", 3 * CHUNK_SIZE), qemu_block.Device("d1", 512)]
 _MAPPED_SIZE: Final = 1 << 20
+_STRIPE: Final = struct.Struct(">HI")
 _HEADER: Final = struct.Struct(">HBBHHQQQII")
 
 
@@ -99,6 +101,21 @@ def packed_frame(data: bytes) -> None:
     """The compressed bytes of a frame that says that they are 4 KiB."""
     with suppress(RemoteProtocolError):
         assert len(unpack(data, 4096)) == 4096
+
+
+def stripes(data: bytes) -> None:
+    """Headers of pieces on several streams, each of 24 bytes as they come or made from a stream, a place, a length."""
+    order = StripeOrder(data[0] % native.MAX_STREAMS + 1 if data else 1)
+    with suppress(RemoteProtocolError):
+        for at in range(1, len(data) - STRIPE_HEAD_SIZE, STRIPE_HEAD_SIZE + 1):
+            stream, head = data[at] >> 1, data[at + 1 : at + 1 + STRIPE_HEAD_SIZE]
+            if data[at] & 1:
+                head = encode_stripe(*_STRIPE.unpack_from(head))
+            unknown = order.unknown()
+            order.note_head(unknown[stream % len(unknown)], head)
+            while order.turn is not None:
+                assert 0 < order.left <= STRIPE_BYTES
+                order.advance(min(order.left, 1 + data[at]))
 
 
 def savevm_container(data: bytes) -> None:
@@ -197,6 +214,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "native-from-destination": native_from_destination,
     "native-behind-the-checks": native_behind_the_checks,
     "packed-frame": packed_frame,
+    "stripes": stripes,
     "savevm": savevm_container,
     "block": block_section,
     "qmp-requests": qmp_requests,
@@ -225,6 +243,7 @@ def seeds() -> dict[str, list[bytes]]:
     ]
     messages += [native.Commit(), native.Released(), native.Abort("why")]
     messages += [native.Keep(0, b"\0" * 8 + b"\1" + b"\0" * 7), native.Weigh(0, b"\0" * 8), native.Like(b"\1" * 32)]
+    messages += [native.Join("0" * 32, "1" * 32, 1), native.Streams(2)]
     packed = Packer(1).pack(bytes(4096)) or b""
     data = native.encode_data(0, 1, [(0, 512)], xxh3_64_intdigest(payload), 512) + payload
     zero = native.encode_zero(0, 2, [(512, 512), (4096, 512)])
@@ -236,6 +255,8 @@ def seeds() -> dict[str, list[bytes]]:
         native.PreparedProofs([native.DiskProof(1, 2)]),
         native.Taken(),
         native.Weighed(b"\1" * 4096),
+        native.Welcome(1, [], native.Resumption.NOTHING, [], [], [], 4, "1" * 32),
+        native.Joined(),
     ]
     block = qemu_block.Encoder(_DEVICES)
     records = b"".join(map(bytes, block.data(0, 0, bytes(CHUNK_SIZE))))[:300]
@@ -264,6 +285,17 @@ def seeds() -> dict[str, list[bytes]]:
         "native-from-destination": [b"".join(map(native.encode_message, answers)) + native.encode_ack(1)],
         "native-behind-the-checks": [bare + struct.pack(">QQ", 4096, 512) + payload * 2],
         "packed-frame": [packed],
+        "stripes": [
+            b"\1"
+            b"\0"
+            + encode_stripe(0, 7)
+            + b"\0"
+            + encode_stripe(7, 9)
+            + b"\3"
+            + _STRIPE.pack(26, 1).ljust(STRIPE_HEAD_SIZE, b"\0")
+            + b"\1"
+            + _STRIPE.pack(16, 10).ljust(STRIPE_HEAD_SIZE, b"\0")
+        ],
         "savevm": [stream],
         "block": [records_zero, records],
         "qmp-requests": [

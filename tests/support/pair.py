@@ -18,6 +18,7 @@ from fusemig.errors import PeerRefusedError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.incoming import AwaitedDisk
+from fusemig.migration.joining import Gatherings
 from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.witness import RecalledDisk
@@ -56,6 +57,7 @@ class Side:
         self.images = {name: MemoryDisk(name, size) for name, size in sizes.items()}
         self.disks = {name: TrackedDisk(image, gate=gate) for name, image in self.images.items()}
         self.epochs = {name: EpochFile(directory / f"{name}.fusemig") for name in sizes}
+        self.gatherings = Gatherings()
         self.busy = False
         self.journals: dict[str, Disk] = {name: MemoryDisk(name, journal_size(size)) for name, size in sizes.items()}
         self.dirty_stores: dict[str, Disk] = {

@@ -20,6 +20,7 @@ from fusemig.disk.fault import FaultDisk
 from fusemig.disk.journal import ReceiptJournal, journal_size
 from fusemig.errors import ConnectError, PeerRefusedError, StateError
 from fusemig.fuse.export import Exports
+from fusemig.migration.joining import Gatherings
 from fusemig.migration.witness import RecalledDisk
 from fusemig.migration.writer import IncomingDisk
 from fusemig.records.epoch import EpochFile
@@ -163,6 +164,7 @@ class SimHost:
         """Called just before the process dies."""
         self.on_settled: Callable[[], None] = lambda: None
         """Called when it is known again who owns a disk that was in doubt."""
+        self.gatherings = Gatherings()
         self.n_restarts = 0
         self.start()
 

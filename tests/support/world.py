@@ -100,12 +100,16 @@ class World(trio.abc.Instrument):
         self.longest_hold_s = 0.0
         """The longest time that a write waited for its turn, or its reply for the destination."""
         self.incoming: DestinationMigration | None = None
+        self.on_further: Callable[[FaultyStream, FaultyStream], None] = lambda _here, _there: None
+        """Called with both ends of each connection that is to join."""
         self.connect()
 
     def connect(self) -> None:
         """Make a new connection and a new migration for it."""
         self.phases.clear()
         self.streams: tuple[FaultyStream, FaultyStream] = faulty_connection(LINK_BYTES_PER_S)
+        self.is_connected = False
+        self.further: list[tuple[FaultyStream, FaultyStream]] = []
         self.outgoing = SourceMigration(
             [SourceDisk(disk, self.source.epochs[name], nothing) for name, disk in self.source.disks.items()],
             self._connect,
@@ -115,8 +119,20 @@ class World(trio.abc.Instrument):
         )
 
     async def _connect(self) -> FaultyStream:
+        """Return the connection of the handshake, and after that further ones, which join it."""
         await trio.lowlevel.checkpoint()
-        return self.streams[0]
+        if not self.is_connected:
+            self.is_connected = True
+            return self.streams[0]
+        here, there = faulty_connection(LINK_BYTES_PER_S)
+        self.further.append((here, there))
+        self.on_further(here, there)
+        self._nursery.start_soon(self._receive_further, there)
+        return here
+
+    async def _receive_further(self, stream: FaultyStream) -> None:
+        await DestinationMigration(stream, self.destination, inline).run()
+        await stream.aclose()
 
     def _note_phase(self, phase: MigrationPhase) -> None:
         self.phases.append(phase)
@@ -137,9 +153,9 @@ class World(trio.abc.Instrument):
 
     async def migrate(self) -> None:
         """Run both ends to their end."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._receive)
-            nursery.start_soon(self.outgoing.run)
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._receive)
+            self._nursery.start_soon(self.outgoing.run)
 
     async def _receive(self) -> None:
         self.incoming = DestinationMigration(self.streams[1], self.destination, inline)
@@ -255,6 +271,7 @@ class World(trio.abc.Instrument):
         self.source.mend()
         self.destination.mend()
         self.on_phase = lambda _phase: None
+        self.on_further = lambda _here, _there: None
         self.outgoing.forget()
         self.connect()
         await self.migrate()

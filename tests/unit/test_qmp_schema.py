@@ -82,6 +82,11 @@ QEMU_TEXTS: list[tuple[str, dict[str, Any], str]] = [
         {"multifd-channels": 0},
         "Parameter 'multifd-channels' expects a value between 1 and 255",
     ),
+    (
+        "migrate",
+        {"uri": "unix:/s", "x-fusemig-streams": 17},
+        "Parameter 'x-fusemig-streams' expects a value between 1 and 16",
+    ),
     # QEMU accepts these two.
     ("migrate-set-parameters", {"max-bandwidth": -1}, "Parameter 'max-bandwidth' expects uint64"),
     ("migrate-set-parameters", {"max-bandwidth": True}, "Parameter 'max-bandwidth' expects uint64"),
@@ -129,12 +134,14 @@ def test_migrate_takes_our_arguments() -> None:
             "x-fusemig-mode": "mirror",
             "x-fusemig-wire": "qemu",
             "x-fusemig-compress": "zstd:3",
+            "x-fusemig-streams": 16,
         },
     )
     assert migrate.x_fusemig_disks == ["a"]
     assert migrate.x_fusemig_mode == "mirror"
     assert migrate.x_fusemig_wire == "qemu"
     assert migrate.x_fusemig_compress == "zstd:3"
+    assert migrate.x_fusemig_streams == 16
 
 
 def test_parameters_not_given_are_unset() -> None:

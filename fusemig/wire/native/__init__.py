@@ -1,5 +1,6 @@
 """The native wire: framed, checked, acknowledged.
 
+    stripes    the bytes of all that, cut in pieces for several connections
     messages   what the two sides say to each other in JSON
     frames     the types of frames, and their bytes
     decoder    bytes in, events out
@@ -61,6 +62,8 @@ from fusemig.wire.native.messages import Fetch as Fetch
 from fusemig.wire.native.messages import FinalProofs as FinalProofs
 from fusemig.wire.native.messages import Have as Have
 from fusemig.wire.native.messages import Hello as Hello
+from fusemig.wire.native.messages import Join as Join
+from fusemig.wire.native.messages import Joined as Joined
 from fusemig.wire.native.messages import Journaled as Journaled
 from fusemig.wire.native.messages import Keep as Keep
 from fusemig.wire.native.messages import Kept as Kept
@@ -75,6 +78,7 @@ from fusemig.wire.native.messages import Refuse as Refuse
 from fusemig.wire.native.messages import Released as Released
 from fusemig.wire.native.messages import Resumption as Resumption
 from fusemig.wire.native.messages import SharedBase as SharedBase
+from fusemig.wire.native.messages import Streams as Streams
 from fusemig.wire.native.messages import Sync as Sync
 from fusemig.wire.native.messages import Synced as Synced
 from fusemig.wire.native.messages import Taken as Taken
@@ -82,3 +86,4 @@ from fusemig.wire.native.messages import Weigh as Weigh
 from fusemig.wire.native.messages import Weighed as Weighed
 from fusemig.wire.native.messages import Welcome as Welcome
 from fusemig.wire.native.messages import Whole as Whole
+from fusemig.wire.native.stripes import MAX_STREAMS as MAX_STREAMS

@@ -41,6 +41,8 @@ from fusemig.wire.native.messages import (
     FinalProofs,
     Have,
     Hello,
+    Join,
+    Joined,
     Journaled,
     Keep,
     Kept,
@@ -53,6 +55,7 @@ from fusemig.wire.native.messages import (
     Progress,
     Refuse,
     Released,
+    Streams,
     Sync,
     Synced,
     Taken,
@@ -118,6 +121,9 @@ class FrameType(IntEnum):
     WEIGH = 0x53  # source: what are the hashes of the blocks of these chunks?
     WEIGHED = 0x54  # destination: these
     LIKE = 0x55  # source: which of those blocks are equal here
+    JOIN = 0x70  # source, instead of HELLO: this is a further connection of a migration
+    JOINED = 0x71  # destination: it is
+    STREAMS = 0x72  # source: what follows is cut in pieces over so many connections
 
 
 SEQUENCED: Final = frozenset({FrameType.DATA, FrameType.ZERO, FrameType.BASE, FrameType.PACKED})
@@ -158,6 +164,9 @@ Message = (
     | Weigh
     | Weighed
     | Like
+    | Join
+    | Joined
+    | Streams
 )
 
 MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
@@ -188,6 +197,9 @@ MESSAGE_TYPES: Final[dict[FrameType, type[Message]]] = {
     FrameType.WEIGH: Weigh,
     FrameType.WEIGHED: Weighed,
     FrameType.LIKE: Like,
+    FrameType.JOIN: Join,
+    FrameType.JOINED: Joined,
+    FrameType.STREAMS: Streams,
 }
 _TYPE_OF: Final = {message: frame_type for frame_type, message in MESSAGE_TYPES.items()}
 MESSAGE_DECODERS: Final = {frame_type: msgspec.json.Decoder(message) for frame_type, message in MESSAGE_TYPES.items()}
@@ -209,6 +221,8 @@ FROM_SOURCE: Final = SEQUENCED | frozenset(
         FrameType.KEEP,
         FrameType.WEIGH,
         FrameType.LIKE,
+        FrameType.JOIN,
+        FrameType.STREAMS,
     }
 )
 FROM_DESTINATION: Final = frozenset(FrameType) - FROM_SOURCE | {FrameType.ABORT}

@@ -77,6 +77,8 @@ class Hello(msgspec.Struct, frozen=True):
     features: list[str] = []
     attempt: int = 0
     """Names this connection among all of the session; any number that none before had."""
+    streams: int = 1
+    """Over how many connections, this one included, the source would like to send."""
 
 
 class Resumption(Enum):
@@ -119,6 +121,10 @@ class Welcome(msgspec.Struct, frozen=True):
     """Of each disk, if any is not NOTHING; then WEIGH may come, and one of disk -1 ends it."""
     thin: list[bool] = []
     """Of each disk, whether it lies over the same base here, if any does."""
+    streams: int = 1
+    """How many connections the destination takes; of more than one, JOIN is awaited of the others, then STREAMS."""
+    token: str = ""
+    """What JOIN must say, if there are more."""
 
 
 class Have(msgspec.Struct, frozen=True):
@@ -313,3 +319,23 @@ class Probe(msgspec.Struct, frozen=True):
 
 class Probed(msgspec.Struct, frozen=True):
     """A `Probe` has arrived."""
+
+
+class Join(msgspec.Struct, frozen=True):
+    """The first message on a further connection of a migration; JOINED or REFUSE is the answer."""
+
+    session: str
+    token: str
+    """As WELCOME said it, over the connection of this migration that came first."""
+    place: int
+    """Which one this is; that of the handshake is 0."""
+
+
+class Joined(msgspec.Struct, frozen=True):
+    """The connection belongs to the migration."""
+
+
+class Streams(msgspec.Struct, frozen=True):
+    """From the next byte on, what the source sends is cut in pieces over this many connections (`.stripes`)."""
+
+    n: int
