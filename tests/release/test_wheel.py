@@ -69,7 +69,7 @@ def test_the_installed_program_moves_a_disk(kind: str, tmp_path: Path) -> None:
     bin_ = tmp_path / "venv" / "bin"
     if kind == "sdist":
         run(bin_ / "pip", "install", "--quiet", "hatchling", cwd=tmp_path, timeout_s=600)
-        run(bin_ / "hatchling", "build", "--target", "sdist", tmp_path / "sdist", cwd=tmp_path / "tree")
+        run(bin_ / "hatchling", "build", "--target", "sdist", "--directory", tmp_path / "sdist", cwd=tmp_path / "tree")
         (package,) = (tmp_path / "sdist").glob("*.tar.gz")
     run(bin_ / "pip", "install", "--quiet", package, "mypy", cwd=tmp_path, timeout_s=600)
     where = run(bin_ / "python", "-I", "-c", "import fusemig; print(fusemig.__file__)", cwd=tmp_path)
