@@ -13,6 +13,8 @@
 # To migrate: docker exec vda-source fusemig migrate /disks/control tcp:OTHER-HOST:4444 --tls-creds /pki
 
 FROM python:3.12-slim-bookworm AS build
+# The release of Debian pins the packages; a fixed version leaves its mirrors with the next fix.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev libfuse3-dev pkg-config \
     && rm -rf /var/lib/apt/lists/*
@@ -23,6 +25,7 @@ COPY fusemig fusemig
 RUN /opt/fusemig/bin/pip install --no-cache-dir .
 
 FROM python:3.12-slim-bookworm
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends fuse3 \
     && rm -rf /var/lib/apt/lists/*

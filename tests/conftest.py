@@ -7,8 +7,14 @@ import gc
 import os
 import signal
 
+import hypothesis
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A machine that stalls for a second is no failure of what is tested; pytest-timeout ends what hangs. All else is as in
+# hypothesis's own profile, which is another one where CI is set.
+hypothesis.settings.register_profile("fusemig", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("fusemig")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

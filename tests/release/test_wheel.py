@@ -61,12 +61,17 @@ def test_the_wheel_has_the_package_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.fuse
 @pytest.mark.timeout(900)
-def test_the_installed_program_moves_a_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_the_installed_program_moves_a_disk(kind: str, tmp_path: Path) -> None:
     """In an environment that knows nothing of this tree: version, demo, types."""
-    wheel = build(tmp_path)
+    package = build(tmp_path)
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     bin_ = tmp_path / "venv" / "bin"
-    run(bin_ / "pip", "install", "--quiet", wheel, "mypy", cwd=tmp_path, timeout_s=600)
+    if kind == "sdist":
+        run(bin_ / "pip", "install", "--quiet", "hatchling", cwd=tmp_path, timeout_s=600)
+        run(bin_ / "hatchling", "build", "--target", "sdist", "--directory", tmp_path / "sdist", cwd=tmp_path / "tree")
+        (package,) = (tmp_path / "sdist").glob("*.tar.gz")
+    run(bin_ / "pip", "install", "--quiet", package, "mypy", cwd=tmp_path, timeout_s=600)
     where = run(bin_ / "python", "-I", "-c", "import fusemig; print(fusemig.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(tmp_path / "venv")
     assert run(bin_ / "fusemig", "--version", cwd=tmp_path).split()[-1] == __version__
