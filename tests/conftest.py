@@ -7,14 +7,13 @@ import gc
 import os
 import signal
 
-import hypothesis
 import pytest
 from hypothesis import HealthCheck, settings
 
 # A machine that stalls for a second is no failure of what is tested; pytest-timeout ends what hangs. All else is as in
 # hypothesis's own profile, which is another one where CI is set.
-hypothesis.settings.register_profile("fusemig", hypothesis.settings(), deadline=None)
-hypothesis.settings.load_profile("fusemig")
+settings.register_profile("fusemig", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fusemig")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,9 +32,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Have SIGUSR1 print the stacks of all threads: `kill -USR1` tells where a test hangs."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    # How long an example takes says how busy the machine is, and nothing of the code.
-    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
