@@ -209,6 +209,11 @@ class FaultDisk(Disk):
             raise self._flush_error
         self.image.flush()
 
+    def drop_cache(self) -> None:
+        """Flush, and have the image drop its cache."""
+        self.flush()
+        self.image.drop_cache()
+
     @property
     def io_error(self) -> DiskError | None:
         """The flush that failed on purpose, or what the image says."""

@@ -277,6 +277,10 @@ class TrackedDisk(Disk):
             raise
         self._n_flushes += 1
 
+    def drop_cache(self) -> None:
+        """Have the image do it."""
+        self.image.drop_cache()
+
     @property
     def io_error(self) -> DiskError | None:
         """Ask the image."""
