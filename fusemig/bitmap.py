@@ -47,6 +47,11 @@ class ChunkBitmap:
     def __getitem__(self, index: int) -> bool:
         return bool(self._bits[index >> 3] >> (index & 7) & 1)
 
+    def bits(self, first: int, stop: int) -> int:
+        """Return the bits ``first`` to ``stop - 1`` as a number whose lowest is ``first``."""
+        word = int.from_bytes(self._bits[first >> 3 : stop + 7 >> 3], "little")
+        return word >> (first & 7) & (1 << stop - first) - 1
+
     def set(self, index: int) -> bool:
         """Set a bit; return whether it was clear."""
         at, bit = index >> 3, 1 << (index & 7)

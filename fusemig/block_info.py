@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from msgspec import UNSET
 
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import Ownership
+from fusemig.epoch import DOUBTFUL
 from fusemig.qmp import block, schema
 from fusemig.units import CHUNK_SIZE
 
@@ -90,6 +90,6 @@ def served_disk(served: ServedDisk) -> schema.ServedDisk:
         dirty_bytes=0 if disk is None else min(disk.written_chunks * CHUNK_SIZE, disk.size),
         epoch=UNSET if record is None else record.epoch,
         in_doubt=(served.doubt or "its destination was not asked yet")
-        if record is not None and record.state is Ownership.HANDED_OFF
+        if record is not None and record.state in DOUBTFUL
         else UNSET,
     )

@@ -6,9 +6,11 @@ reason and the next step, never silently accepted.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
+import trio
 from msgspec import UNSET, UnsetType
 
 from fusemig import __version__
@@ -16,7 +18,8 @@ from fusemig.block_info import block_info, block_node, block_stats
 from fusemig.compression import parse_compression
 from fusemig.control import Command, CommandError, DeviceNotFoundError
 from fusemig.credentials import Endpoint
-from fusemig.daemon_info import daemon_status, io_error, run_state
+from fusemig.daemon_info import daemon_status, io_error, migration_parameters, run_state
+from fusemig.decision import DecisionFile
 from fusemig.epoch import Ownership, Side
 from fusemig.errors import ConfigError, StateError
 from fusemig.estimate import estimate
@@ -29,13 +32,14 @@ from fusemig.qmp_objects import load, make_object
 from fusemig.runtimes.options import guest_options
 from fusemig.shaping import MirrorLag
 from fusemig.transport import parse_uri
+from fusemig.view import look
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fusemig.control import Session
     from fusemig.daemon import Daemon
-    from fusemig.qmp import block, objects
+    from fusemig.qmp import block, objects, seeing
     from fusemig.qmp.estimate import EstimateInfo
 
 log = structlog.get_logger(__name__)
@@ -77,6 +81,8 @@ def command_table(daemon: Daemon) -> Mapping[str, Command]:
         "x-fusemig-resolve": commands.resolve,
         "x-fusemig-upgrade": commands.upgrade,
         "x-fusemig-ask": commands.ask,
+        "x-fusemig-query-view": commands.query_view,
+        "x-fusemig-query-history": commands.query_history,
     }
     return {name: Command(schema.COMMANDS[name], function) for name, function in functions.items()}
 
@@ -116,19 +122,14 @@ class _Commands:
             await self._daemon.wait_ready()  # else it would seem that the migration is gone
         return migration_info(self._daemon)
 
+    async def query_view(self, _session: Session, arguments: seeing.QueryView) -> schema.View:
+        return await look(self._daemon, arguments.cells)
+
+    def query_history(self, _session: Session, _arguments: schema.NoArguments) -> list[schema.MigrationRecord]:
+        return self._daemon.history.records(trio.current_time())
+
     def query_migrate_parameters(self, _session: Session, _arguments: schema.NoArguments) -> schema.MigrationParameters:
-        parameters = self._daemon.outbound.parameters
-        return schema.MigrationParameters(
-            block_incremental=bool(parameters.block_incremental),
-            max_bandwidth=parameters.max_bandwidth,
-            downtime_limit=round(parameters.downtime_limit_s * 1000),
-            tls_creds=self._daemon.security.tls_creds,
-            tls_hostname=self._daemon.security.tls_hostname,
-            tls_authz=self._daemon.security.tls_authz,
-            x_fusemig_auto_mirror=parameters.auto_mirror,
-            x_fusemig_mirror_lag=str(parameters.mirror_lag),
-            x_fusemig_throttle_max=parameters.throttle_max,
-        )
+        return migration_parameters(self._daemon)
 
     def query_migrate_capabilities(
         self, _session: Session, _arguments: schema.NoArguments
@@ -165,10 +166,6 @@ class _Commands:
             raise CommandError(
                 "'x-fusemig-order' does not go with QEMU's wire, whose order is sequential: leave it out"
             )
-        if is_postcopy and order is not Order.SEQUENTIAL:
-            raise CommandError(
-                "'x-fusemig-order' is that of a bulk phase, and post-copy begins with none: leave it out"
-            )
         if is_qemu and (arguments.inc is not UNSET or arguments.x_fusemig_compress is not UNSET):
             raise CommandError("'inc' and 'x-fusemig-compress' do not go with QEMU's wire: leave them out")
         incremental = self._daemon.outbound.parameters.block_incremental
@@ -187,6 +184,7 @@ class _Commands:
         tls = None
         if not isinstance(arguments.x_fusemig_tls_creds, UnsetType):
             tls = await load(arguments.x_fusemig_tls_creds, Endpoint.CLIENT)
+        group = await self._group(arguments)
         await self._daemon.wait_ready()
         self._daemon.outbound.migrate(
             arguments.uri,
@@ -204,7 +202,25 @@ class _Commands:
             compression_level=compression_level,
             is_postcopy=is_postcopy,
             order=order,
+            group=group,
         )
+
+    async def _group(self, arguments: schema.Migrate) -> str:
+        """Return the group that a migration is a part of, whose directory was looked at; "" for none."""
+        group = arguments.x_fusemig_group
+        if isinstance(group, UnsetType):
+            return ""
+        for is_asked, what, why in (
+            (arguments.x_fusemig_wire is schema.WireName.QEMU, "QEMU's wire", "which has no two-phase commit"),
+            (arguments.x_fusemig_mode is schema.Mode.POSTCOPY, "post-copy", "which hands over when it begins"),
+            (arguments.x_fusemig_guest is not UNSET, "a guest", "whose hand-over is its own"),
+            (arguments.x_fusemig_pause_command is not UNSET, "a guest", "whose hand-over is its own"),
+        ):
+            if is_asked:
+                raise CommandError(f"'x-fusemig-group' does not go with {what}, {why}: leave one of them out")
+        beside = {served.epoch_file.path.parent for served in self._daemon.disks.values()}
+        await trio.to_thread.run_sync(DecisionFile(Path(group)).check, beside)
+        return group
 
     def _known(self, names: list[str] | UnsetType) -> list[str] | None:
         if isinstance(names, UnsetType):
@@ -422,6 +438,11 @@ def _why_guests_may_not_write(daemon: Daemon) -> str:
         record = served.epoch_file.record
         if served.is_waiting:
             return f"disk '{served.name}' is still to come: it may be written here once a migration has been taken over"
+        if record is not None and record.state is Ownership.PLEDGED:
+            return (
+                f"disk '{served.name}' is pledged to a group of migrations, and what is decided of that is not known: "
+                f"{served.doubt or 'it is being looked at'}; see `fusemig resolve --help`"
+            )
         if record is not None and record.state is Ownership.HANDED_OFF:
             return (
                 f"it is not known whether {record.peer or 'the destination'} took disk '{served.name}', and a guest "

@@ -29,10 +29,12 @@ import socket
 import stat
 import struct
 import time
+from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import structlog
 import trio
 
@@ -40,6 +42,7 @@ from fusemig import __version__
 from fusemig.errors import ConfigError, ConnectError, FusemigError, RemoteProtocolError
 from fusemig.qmp import codec, introspection, schema
 from fusemig.qmp.check import check_arguments
+from fusemig.qmp.seeing import RecentEvent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -61,6 +64,9 @@ MAX_UNSENT_REPLIES: Final = 16
 """Far below `OUTBOX_LINES`, so that a client which sends many commands at once still has room for events."""
 
 MAX_CLIENTS: Final = 64
+
+RECENT_EVENTS: Final = 32
+"""Kept for who looks later; a migration has a few for each pass."""
 
 _KEPT: Final = "control-"
 _RECEIVE_BYTES: Final = 65536
@@ -128,10 +134,23 @@ class EventHub:
         """``are_migration_events_on`` tells whether the migration capability ``events`` is on."""
         self._are_migration_events_on = are_migration_events_on
         self._listeners: dict[object, Callable[[bytes], None]] = {}
+        self._recent: deque[RecentEvent] = deque(maxlen=RECENT_EVENTS)
+        self._n_events = 0
+
+    @property
+    def recent(self) -> list[RecentEvent]:
+        """The last events, oldest first, for whoever was not there to hear them."""
+        return list(self._recent)
 
     def emit(self, name: str, data: schema.Result | Mapping[str, Any] | None = None) -> None:
         """Send an event to all; never blocks. Only from the trio thread."""
         assert name in schema.EVENTS, f"{name} is not in schema.EVENTS"
+        self._n_events += 1
+        members = {} if data is None else msgspec.to_builtins(data)
+        text = ", ".join(f"{key} {value}" for key, value in members.items() if value is not False)
+        if name == "MIGRATION_PASS" and self._recent and self._recent[-1].event == name:
+            self._recent.pop()  # while a migration waits at pre-switchover there are ten a second
+        self._recent.append(RecentEvent(number=self._n_events, at=time.time_ns() // 1_000_000, event=name, text=text))
         if name in schema.MIGRATION_EVENTS and not self._are_migration_events_on():
             return
         line = codec.encode_event(name, data, time.time_ns())

@@ -3,6 +3,7 @@
     Daemon.run
       ├ control socket (QMP)            fusemig.control with the table of fusemig.commands
       ├ metrics                         fusemig.http_server with the page of fusemig.metrics, if asked for
+      ├ the web page                    fusemig.http_server with fusemig.web, if asked for
       ├ mount                           fusemig.fuse
       ├ Inbound                         the listener of --incoming, one task per connection: IncomingMigration
       ├ Outbound                        the OutgoingMigration, if one runs
@@ -18,8 +19,7 @@ or read-only, so no write is parked when the file system is unmounted, and the i
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -32,40 +32,39 @@ from fusemig.commands import command_table
 from fusemig.control import EventHub, serve_control
 from fusemig.daemon_info import Totals, daemon_status
 from fusemig.disk.tracked import Gate
-from fusemig.disk.zeroes import DetectZeroes
 from fusemig.doubt import Doubts
-from fusemig.errors import ConfigError, FusemigError
-from fusemig.fuse.export import Exports
-from fusemig.fuse.lanes import Lane, open_lane
+from fusemig.errors import FusemigError
+from fusemig.estate import Estate
+from fusemig.fuse.lanes import open_lane
 from fusemig.fuse.preflight import MountOptions
 from fusemig.heat import EPOCH_S
-from fusemig.http_server import serve_http
+from fusemig.history import History
+from fusemig.http_server import Site, serve_http
 from fusemig.inbound import Inbound
 from fusemig.inheritance import Inheritance
 from fusemig.listener import listening
-from fusemig.metrics import PATH, Metrics, check_address
-from fusemig.migration.arrival import IncomingWire
+from fusemig.metrics import PATH, Metrics
+from fusemig.migration_info import incoming_migration_info, outgoing_info
 from fusemig.outbound import Outbound
 from fusemig.pause import Pause
+from fusemig.phase import MigrationPhase
 from fusemig.qmp import schema
-from fusemig.security import Security
-from fusemig.served import ServedDisk
+from fusemig.security import Security, check_address
 from fusemig.succession.fdstore import FdStore
-from fusemig.succession.mount import KeptMount
 from fusemig.supervision import ask_mount, supervise
 from fusemig.transport import parse_uri
 from fusemig.upgrade import Upgrade
+from fusemig.web import Web, token_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
-    from fusemig.credentials import Credentials
     from fusemig.fuse.lanes import AnyMount
     from fusemig.listener import Listener
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
-    from fusemig.served import DiskSpec
+    from fusemig.serve_options import ServeOptions
+    from fusemig.served import ServedDisk
     from fusemig.transport import Uri
 
 CONNECT_DEADLINE_S: Final = 10.0
@@ -75,54 +74,15 @@ DEFER: Final = "defer"
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """What ``fusemig serve`` was asked for."""
-
-    mountpoint: Path
-    disks: tuple[DiskSpec, ...]
-    control: Path
-    incoming: str | None = None
-    wire: IncomingWire = IncomingWire.AUTO
-    state_dir: Path | None = None
-    allow_other: bool = False
-    lane: Lane = Lane.AUTO
-    lane_threads: int | None = None
-    write_back: bool = False
-    """The kernel's write-back cache (``--cache writeback``)."""
-    allow_guest_commands: bool = False
-    """Run the pause and resume commands that clients of the control socket name."""
-    tls: Credentials | None = None
-    """What proves this destination to sources; with it they must prove who they are."""
-    tls_identities: tuple[str, ...] = ()
-    """The sources that are admitted then."""
-    tls_client: Credentials | None = None
-    """What proves this source where a migration brings no credentials of its own."""
-    is_insecure: bool = False
-    detect_zeroes: DetectZeroes = DetectZeroes.OFF
-    """Plain text may cross the network."""
-    metrics: str | None = None
-    """Where Prometheus is answered: a URI."""
-    are_metrics_public: bool = False
-    """That may be an address which other hosts reach."""
-    heeds_signals: bool = True
-    """SIGTERM and SIGINT ask for an orderly end; else they are left to the program that this is a part of."""
-    is_resilient: bool = False
-    """The mount must be one that can outlive this process."""
-
-
 class Daemon:
     """A serving daemon; `run` is its life."""
 
-    def __init__(self, options: ServeOptions, store: FdStore | None = None) -> None:
-        """Keep the options; nothing is opened yet. ``store`` has what a predecessor left, and keeps it for the next.
-
-        Raises:
-            StateError: what a predecessor left cannot be read here.
-        """
+    def __init__(self, options: ServeOptions, estate: Estate | None = None) -> None:
+        """Keep the options, and what `run` closes in the end: an ``estate`` that a successor has opened already."""
         self.options = options
-        self.store = FdStore() if store is None else store
-        self.disks: dict[str, ServedDisk] = {}
+        self.estate = Estate(options, FdStore()) if estate is None else estate
+        self.store = self.estate.store
+        self.disks = self.estate.disks
         self.security = Security(
             options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
         )
@@ -130,6 +90,7 @@ class Daemon:
         self.pause = Pause(self.disks.values(), self._push_out)
         announcer = Announcer(self.events, self.pause)
         self.totals = Totals()
+        self.history = History()
         self.outbound = Outbound(
             self.disks,
             self.pause,
@@ -138,7 +99,7 @@ class Daemon:
             self._count_requests,
             self._show_outgoing,
             self._note_outgoing_over,
-            lambda: self.inheritance.keep_anyhow(),
+            self._note_outgoing_change,
             is_destination=options.incoming is not None,
         )
         self.inbound = Inbound(
@@ -149,8 +110,8 @@ class Daemon:
             announcer,
             self._push_out,
             self._show_size,
-            self._show_incoming,
-            self.totals.incoming_over,
+            self._note_incoming_phase,
+            self._note_incoming_over,
             self.store,
         )
         self.doubts = Doubts(self.disks, self.outbound.dial, self.outbound.settled)
@@ -159,12 +120,13 @@ class Daemon:
         self.mount: AnyMount | None = None
         self.metrics: Listener | None = None
         """Where metrics are asked for."""
+        self.web: Web | None = None
+        """The web page, if one is served."""
         self.stop_reason = ""
-        self.inheritance = Inheritance(self, self.store)
+        self.inheritance = Inheritance(self)
         self.upgrade = Upgrade(self)
         self._control_scope = trio.CancelScope()
         self._control_ended = trio.Event()
-        self._exports = Exports()
         self._ready = trio.Event()
         self._stop = trio.Event()
 
@@ -174,34 +136,15 @@ class Daemon:
         Raises:
             FusemigError: it could not be started, and why.
         """
-        with closing(self.store), closing(self.inheritance), ExitStack() as images:
-            self._open_disks(images)
-            await self.inheritance.restore()
+        with closing(self.store), self.estate:
             try:
+                await self.inheritance.restore()
                 await self._serve()
-            except BaseExceptionGroup as group:
-                raise _most_telling(group) from group
-
-    def _open_disks(self, images: ExitStack) -> None:
-        if not self.options.disks:
-            raise ConfigError("no disk to serve: give at least one --disk NAME=PATH")
-        is_incoming = self.options.incoming is not None
-        for spec in self.options.disks:
-            served = ServedDisk(
-                spec,
-                self._exports,
-                self.options.state_dir,
-                is_incoming=is_incoming,
-                store=self.store,
-                detect_zeroes=self.options.detect_zeroes,
-            )
-            images.callback(served.close)
-            self.disks[served.name] = served
-        if self.store.has_mount and self.store.untaken("image-"):
-            raise ConfigError(
-                f"an image that guests of {self.options.mountpoint} have open is not at its place any more: put back "
-                "what was moved or replaced, or give the mount up"
-            )
+            except BaseException as exc:
+                self.estate.give_up(exc)
+                if isinstance(exc, BaseExceptionGroup):
+                    raise _most_telling(exc) from exc
+                raise
 
     async def _serve(self) -> None:
         # Heard from before the mount until after it, so that no signal ends us with the mount left behind.
@@ -219,17 +162,20 @@ class Daemon:
             await control.start(self._serve_control)
             if self.options.metrics is not None:
                 await control.start(self._serve_metrics, parse_uri(self.options.metrics))
+            if self.options.web is not None:
+                await control.start(self._serve_web, parse_uri(self.options.web))
             options = self.options
             mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
-            kept = (
-                KeptMount(self.store, is_demanded=options.is_resilient)
-                if self.store.is_on or self.store.has_mount
-                else None
-            )
             async with (
                 self.inbound.listening(),
                 open_lane(
-                    options.lane, options.mountpoint, self._exports, mount_options, options.lane_threads, kept
+                    options.lane,
+                    options.mountpoint,
+                    self.estate.exports,
+                    mount_options,
+                    options.lane_threads,
+                    self.estate.kept,
+                    self.estate.service,
                 ) as self.mount,
                 trio.open_nursery() as nursery,
             ):
@@ -259,12 +205,30 @@ class Daemon:
             control.cancel_scope.cancel()
 
     async def _serve_metrics(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        check_address(uri, is_insecure=self.options.are_metrics_public)
+        check_address("--metrics", uri, is_insecure=self.options.are_metrics_public)
         metrics = Metrics(partial(daemon_status, self), lambda: [block_stats(served) for served in self.disks.values()])
         async with listening(uri) as self.metrics:
             log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
             task_status.started()
-            await serve_http(self.metrics, {PATH: metrics.page})
+            await serve_http(self.metrics, Site({PATH: metrics.page}))
+
+    async def _serve_web(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        check_address("--web", uri, is_insecure=self.options.is_web_public)
+        async with AsyncExitStack() as stack:
+            try:
+                listener = await stack.enter_async_context(listening(uri))
+                self.web = stack.enter_context(Web(self, listener))
+            except FusemigError as exc:
+                if not self.store.has_mount:
+                    raise
+                log.error("the page is not shown", reason=str(exc))  # guests wait for their disks, not for a picture
+                with suppress(OSError):
+                    token_path(self.options.control).unlink(missing_ok=True)  # the predecessor's, of no use any more
+                task_status.started()
+                return
+            log.info("showing itself", page=self.web.address, token=str(self.web.token_path))
+            task_status.started()
+            await self.web.run()
 
     async def _serve_control(self, task_status: trio.TaskStatus[None]) -> None:
         with self._control_scope:
@@ -293,6 +257,7 @@ class Daemon:
                 if served.disk is not None:
                     counters = served.disk.statistics()
                     served.disk.heat.tick(now, counters.written_bytes, counters.n_writes)
+            self.history.tick(now)
             await trio.sleep_until(now + EPOCH_S)
 
     def stop(self, reason: str) -> None:
@@ -339,15 +304,29 @@ class Daemon:
 
     def _show_outgoing(self, migration: OutgoingMigration) -> None:
         self.shown = migration
+        uri = self.outbound.uri
+        self.history.begin(migration, uri, partial(outgoing_info, migration), partial(self.outbound.asked, uri))
+
+    def _note_outgoing_change(self) -> None:
+        self.inheritance.keep_anyhow()
+        if self.outbound.migration is not None:
+            self.history.note(self.outbound.migration, trio.current_time())
 
     def _note_outgoing_over(self) -> None:
         assert self.outbound.migration is not None
         self.totals.outgoing_over(self.outbound.migration)
         self.doubts.look()
 
-    def _show_incoming(self, migration: IncomingMigration) -> None:
-        if not self.outbound.is_migrating:
-            self.shown = migration
+    def _note_incoming_phase(self, migration: IncomingMigration) -> None:
+        if migration.phase is MigrationPhase.SETUP:
+            if not self.outbound.is_migrating:
+                self.shown = migration
+            self.history.begin(migration, migration.peer, partial(incoming_migration_info, migration))
+        self.history.note(migration, trio.current_time())
+
+    def _note_incoming_over(self, migration: IncomingMigration) -> None:
+        self.totals.incoming_over(migration)
+        self.history.end(migration)
 
     async def _show_size(self, served: ServedDisk) -> None:
         assert self.mount is not None

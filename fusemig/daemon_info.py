@@ -93,7 +93,25 @@ def daemon_status(daemon: Daemon) -> schema.DaemonStatus:
         migration=UNSET if info.status is UNSET else info,
         succession=_succession(daemon),
         totals=daemon.totals.info(daemon.outbound.migration if daemon.outbound.is_migrating else None),
+        web=UNSET if daemon.web is None else daemon.web.address,
+        web_token=UNSET if daemon.web is None else str(daemon.web.token_path),
         metrics=UNSET if daemon.metrics is None else str(daemon.metrics.uri),
+    )
+
+
+def migration_parameters(daemon: Daemon) -> schema.MigrationParameters:
+    """Return the parameters of the migration that runs, or of the next one."""
+    parameters, security = daemon.outbound.parameters, daemon.security
+    return schema.MigrationParameters(
+        block_incremental=bool(parameters.block_incremental),
+        max_bandwidth=parameters.max_bandwidth,
+        downtime_limit=round(parameters.downtime_limit_s * 1000),
+        tls_creds=security.tls_creds,
+        tls_hostname=security.tls_hostname,
+        tls_authz=security.tls_authz,
+        x_fusemig_auto_mirror=parameters.auto_mirror,
+        x_fusemig_mirror_lag=str(parameters.mirror_lag),
+        x_fusemig_throttle_max=parameters.throttle_max,
     )
 
 

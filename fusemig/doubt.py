@@ -1,6 +1,7 @@
 """Doubts: the disks of a daemon that were handed off without a word of what became of them.
 
-    watch ── for each migration in doubt: connect to its destination, `Settlement`     again and again, with back-off
+    watch ── for each migration pledged to a group: do what is decided, or decide (`fusemig.group`)
+          ── for each migration in doubt: connect to its destination, `Settlement`     again and again, with back-off
     ask_at ── the same once, and from then on, where the destination has moved to
     resolve ── a person's word, with the other side fenced                             logged
 
@@ -11,6 +12,7 @@ stopped.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
@@ -18,8 +20,9 @@ import structlog
 import trio
 
 from fusemig.backoff import Backoff
+from fusemig.decision import DecisionFile
 from fusemig.disk.tracked import Gate
-from fusemig.epoch import Ownership, Side, resolved
+from fusemig.epoch import DOUBTFUL, Ownership, Side, redeemed, resolved
 from fusemig.errors import ConfigError, FusemigError, InDoubtError, StateError
 from fusemig.migration.settlement import DoubtfulDisk, Settlement, is_askable
 
@@ -102,7 +105,7 @@ class Doubts:
             assert record is not None
             if served.busy:
                 continue
-            if is_askable(served.epoch_file):
+            if record.state is Ownership.PLEDGED or is_askable(served.epoch_file):
                 found[record.session] = None
             else:
                 served.doubt = "nobody can be asked: look at the destination, then see `fusemig resolve --help`"
@@ -117,13 +120,39 @@ class Doubts:
                 served.busy = "its destination is being asked whether it took it"
             try:
                 with trio.CancelScope() as self._question:
-                    await self._exchange(session, chosen)
+                    handed_off = await self._redeem(chosen)
+                    if handed_off:
+                        await self._exchange(session, handed_off)
             finally:
                 for served in chosen:
                     served.busy = ""
-                self._apply(
-                    [served for served in chosen if served.ownership is not Ownership.HANDED_OFF], is_by_hand=False
-                )
+                self._apply([served for served in chosen if served.ownership not in DOUBTFUL], is_by_hand=False)
+
+    async def _redeem(self, chosen: Sequence[ServedDisk]) -> list[ServedDisk]:
+        """Do with pledged disks as their group is decided, or decide it; return those that are handed off then.
+
+        None is asked about before it is known of all: together they are what the destination is to be told.
+        """
+        pledged = [served for served in chosen if served.ownership is Ownership.PLEDGED]
+        if pledged:
+            record = pledged[0].epoch_file.record
+            assert record is not None
+            file = DecisionFile(Path(record.decision))
+            try:
+                word = await self._offload(file.propose, record.session)
+                for served in pledged:
+                    record = served.epoch_file.record
+                    assert record is not None
+                    await self._offload(served.epoch_file.write, redeemed(record, word))
+            except StateError as exc:
+                for served in chosen:
+                    if served.doubt != str(exc):
+                        log.warning("in doubt", disk=served.name, reason=str(exc))
+                    served.doubt = str(exc)
+                return []
+            log.warning("a group's decision was found", decision=word.value, disks=[served.name for served in pledged])
+            await self._offload(file.forget, record.session)
+        return [served for served in chosen if served.ownership is Ownership.HANDED_OFF]
 
     async def _exchange(self, session: str, chosen: Sequence[ServedDisk]) -> None:
         record = chosen[0].epoch_file.record
@@ -157,6 +186,9 @@ class Doubts:
         self._question.cancel()
         async with self._changing:
             for served in chosen:
+                record = served.epoch_file.record
+                if record is not None and record.state is Ownership.PLEDGED:
+                    raise StateError(f"disk '{served.name}' is as its group decides, see {record.decision}.decision")
                 if served.ownership is not Ownership.HANDED_OFF:
                     raise StateError(f"disk '{served.name}' is not in doubt: there is nothing to ask")
                 if served.busy:
@@ -240,8 +272,8 @@ UNFENCED: Final = (
 
 
 def in_doubt(disks: Mapping[str, ServedDisk]) -> list[ServedDisk]:
-    """Return the disks that are handed off without a word."""
-    return [served for served in disks.values() if served.ownership is Ownership.HANDED_OFF]
+    """Return the disks that are handed off, or pledged to a group, without a word."""
+    return [served for served in disks.values() if served.ownership in DOUBTFUL]
 
 
 def _session(served: ServedDisk) -> str:

@@ -14,13 +14,14 @@ every daemon that uses the file, not only by the one that created it.
     owner        this side owns the disk in `epoch`                     yes
     incoming     a destination's image, incomplete                      no: `serve --incoming` only
     prepared     a destination's image, complete, not yet given         no: `serve --incoming` only
+    pledged      a source whose group decides (`fusemig.decision`)      no, until it has
     handed-off   a source that said COMMIT and knows no more            no, until settled (`evidence_of`, `resolved`)
     released     a source whose disk lives elsewhere now                no
     lending      released, and the destination still fetches from it    no
     borrowing    owner, and parts of the image are at the source yet    yes: `serve --incoming` only
 
 The last two are of a post-copy migration (`fusemig.migration.lend`). A record that has to do with one is of version 2,
-so that a daemon which does not know them refuses the disk; all others are of version 1.
+one that is pledged of version 3, so that a daemon which does not know them refuses the disk; all others of version 1.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ import msgspec
 from xxhash import xxh3_64_hexdigest
 
 from fusemig.errors import ConfigError, StateError
+from fusemig.group import Conduct, conduct
 from fusemig.handoff import Evidence
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fusemig.group import Word
+
 _SLOT_SIZE: Final = 4096
-_VERSION: Final = 2
+_VERSION: Final = 3
 """The latest that is understood."""
 
 
@@ -49,10 +53,15 @@ class Ownership(Enum):
     OWNER = "owner"
     INCOMING = "incoming"
     PREPARED = "prepared"
+    PLEDGED = "pledged"
     HANDED_OFF = "handed-off"
     RELEASED = "released"
     LENDING = "lending"
     BORROWING = "borrowing"
+
+
+DOUBTFUL: Final = frozenset({Ownership.PLEDGED, Ownership.HANDED_OFF})
+"""A source in these may not write until something else than itself has told whose the disk is."""
 
 
 class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +90,8 @@ class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the migration was allowed to cross the network in plain text; so may the questions about it."""
     is_loan: bool = False
     """Whether the destination takes the disk over before it has all of it: `owner` is `borrowing` then."""
+    decision: str = ""
+    """With PLEDGED, the path of the group (`fusemig.decision`) that decides of the disk."""
     version: int = 1
 
     def handed_over(self) -> EpochRecord:
@@ -286,6 +297,8 @@ def resolved(record: EpochRecord | None, owner: Side) -> EpochRecord:
     state = None if record is None else record.state
     change = (
         {
+            (Ownership.PLEDGED, Side.SOURCE): (Ownership.OWNER, 2),
+            (Ownership.PLEDGED, Side.DESTINATION): (Ownership.RELEASED, 0),
             (Ownership.HANDED_OFF, Side.SOURCE): (Ownership.OWNER, 2),
             (Ownership.HANDED_OFF, Side.DESTINATION): (Ownership.RELEASED, 0),
             (Ownership.RELEASED, Side.SOURCE): (Ownership.OWNER, 2),
@@ -299,9 +312,18 @@ def resolved(record: EpochRecord | None, owner: Side) -> EpochRecord:
     if record is None or change is None:
         raise StateError(f"there is nothing to resolve: {_UNDOUBTED[state]}")
     new_state, skipped = change
+    record = msgspec.structs.replace(record, decision="")
     if owner is Side.DESTINATION:
         return record.handed_over() if new_state is Ownership.RELEASED else record.taken()
     return msgspec.structs.replace(record, state=new_state, epoch=record.epoch + skipped, is_loan=False)
+
+
+def redeemed(record: EpochRecord, word: Word) -> EpochRecord:
+    """Return what a pledged record becomes when its group is decided, for a daemon that was started again."""
+    assert record.state is Ownership.PLEDGED
+    if conduct(word, is_overdue=True) is Conduct.HAND_OFF:
+        return msgspec.structs.replace(record, state=Ownership.HANDED_OFF, decision="")
+    return resolved(record, Side.SOURCE)
 
 
 _UNDOUBTED: Final = {
@@ -309,6 +331,7 @@ _UNDOUBTED: Final = {
     Ownership.OWNER: "the state is 'owner': this side owns the disk; to give it away, migrate it",
     Ownership.INCOMING: "the state is 'incoming': the image is incomplete and its source goes on; receive it again",
     Ownership.PREPARED: "the state is 'prepared'",
+    Ownership.PLEDGED: "the state is 'pledged'",
     Ownership.HANDED_OFF: "the state is 'handed-off'",
     Ownership.RELEASED: "the state is 'released': the destination owns the disk already",
     Ownership.LENDING: "the state is 'lending': the destination owns the disk already, and fetches it from here",
@@ -318,6 +341,8 @@ _UNDOUBTED: Final = {
 
 def _version_of(record: EpochRecord) -> int:
     """Return the earliest version that understands a record."""
+    if record.state is Ownership.PLEDGED:
+        return 3
     return 2 if record.is_loan else 1
 
 

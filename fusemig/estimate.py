@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 POINTS_S: Final = (1, 10, 60, 600)
 """Where the curve of a working set is shown."""
+_TIMES: Final = frozenset({RemedyKind.DOWNTIME_LIMIT, RemedyKind.POSTCOPY})
+"""Of which the value is a time."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _answer(
         else [
             answer.EstimateRemedy(
                 kind=answer.RemedyKind(remedy.kind.value),
-                value=round(remedy.value * (1000 if remedy.kind is RemedyKind.DOWNTIME_LIMIT else 1)),
+                value=round(remedy.value * (1000 if remedy.kind in _TIMES else 1)),
             )
             for remedy in remedies(plan)
         ],

@@ -24,6 +24,10 @@ NAMES: Final = frozenset(
     {
         # source
         "after-prepared-received",
+        "after-one-pledged",
+        "after-pledged",
+        "after-commit-decided",
+        "after-abort-decided",
         "after-one-handed-off",
         "after-handed-off",
         "after-commit-sent",
@@ -38,6 +42,14 @@ NAMES: Final = frozenset(
         "after-one-owner",
         "after-owner",
         "after-taken-sent",
+        # the coordinator of a group; `after-proposal` is also a source's
+        "after-one-started",
+        "after-started",
+        "after-one-continued",
+        "after-continued",
+        "before-proposal",
+        "after-proposal",
+        "after-over",
         # before anything is sent
         "after-welcome",
         "before-welcome",

@@ -21,6 +21,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from fusemig.convergence import Convergence, Decision
+from fusemig.shaping import DEFAULT_LAG, MIRROR_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,6 +91,10 @@ class RemedyKind(Enum):
     """A limit of so many seconds."""
     THROTTLE = "throttle"
     """Guests that write at most so many bytes per second."""
+    MIRROR = "mirror"
+    """Mirroring (docs/convergence.md), beside which guests write at least so many bytes per second, or all they do."""
+    POSTCOPY = "postcopy"
+    """Post-copy (docs/postcopy.md), after which both hosts are needed for so many seconds at least."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +157,18 @@ def remedies(plan: Plan) -> list[Remedy]:
     if factor is not None:
         found.append(Remedy(RemedyKind.DOWNTIME_LIMIT, plan.downtime_limit_s * factor))
     factor = _least(lambda factor: predict(replace(plan, speed=plan.speed / factor)).converges, _LARGEST_FACTOR)
+    rate = sum(one.write_rate for one in plan.working_sets) * plan.speed
     if factor is not None:
-        rate = sum(one.write_rate for one in plan.working_sets) * plan.speed
         found.append(Remedy(RemedyKind.THROTTLE, rate / factor))
+    # With mirroring no more than the window is ever missing, whatever guests do. What they write to mirrored chunks
+    # crosses the link once at most, so its share of the link is a lower bound: what is written again within the lag
+    # costs nothing, and no more do chunks that were not sent yet.
+    limit_s = min(plan.downtime_limit_s, plan.freeze_deadline_s)
+    window = DEFAULT_LAG.window_bytes(plan.bandwidth, plan.downtime_limit_s)
+    if window / plan.bandwidth <= limit_s:
+        found.append(Remedy(RemedyKind.MIRROR, min(rate, MIRROR_SHARE * plan.pass_bandwidth)))
+    # What is fetched is not held back by max-bandwidth.
+    found.append(Remedy(RemedyKind.POSTCOPY, plan.send_bytes / plan.bandwidth))
     return found
 
 

@@ -7,10 +7,16 @@
                     <────────────────────────────────────    TAKEN                        `owner`, next epoch
     RELEASED ────────────────────>  `released`
 
-Rules: the source may thaw in every state before HANDED_OFF; from there only the destination's durable word that it has
-not taken the disk, and will not, leads back. The destination may write in OWNER only. Neither state is left by a
-time-out. The tables below are the whole truth: what is not in them is an error. What has to be durable is written
-*before* the message that announces it.
+Rules: the source may thaw in every state before HANDED_OFF but those of a pledge (below); from HANDED_OFF only the
+destination's durable word that it has not taken the disk, and will not, leads back. The destination may write in OWNER
+only. Neither state is left by a time-out. The tables below are the whole truth: what is not in them is an error. What
+has to be durable is written *before* the message that announces it.
+
+A source that moves in a group with others (`fusemig.group`) makes a pledge durable between PREPARED and `handed-off`.
+From there it may thaw only when `abort` is decided, and hand off only when `commit` is:
+
+    PEER_PREPARED ── `pledged` ──> PLEDGED ── commit ──> BOUND ── `handed-off` ──> HANDED_OFF
+          └<───────── abort ──────────┘
 
 After a crash, or a link that was lost between COMMIT and TAKEN, a source that is HANDED_OFF asks ("who owns it?") and
 judges by what the destination's durable record says of this very migration (`judge`):
@@ -59,6 +65,8 @@ class SourceState(Enum):
     SENDING = "sending"
     FINAL_SENT = "final-sent"
     PEER_PREPARED = "peer-prepared"
+    PLEDGED = "pledged"
+    BOUND = "bound"
     HANDED_OFF = "handed-off"
     RELEASED = "released"
     ABORTED = "aborted"
@@ -70,6 +78,9 @@ class SourceEvent(Enum):
 
     FROZEN_AND_SENT = "frozen, drained, synced and all sent"
     PREPARED = "PREPARED received, proofs equal"
+    PLEDGE_DURABLE = "`pledged` is durable"
+    COMMIT_DECIDED = "`commit` is decided of the group"
+    ABORT_DECIDED = "`abort` is decided of the group"
     HANDOFF_DURABLE = "`handed-off` is durable"
     TAKEN = "TAKEN received, or ANSWER: owned"
     CALLED_OFF = "ANSWER received: incoming"
@@ -99,6 +110,10 @@ SOURCE_TABLE: Final = {
     (_S.SENDING, _SE.FROZEN_AND_SENT): _S.FINAL_SENT,
     (_S.FINAL_SENT, _SE.PREPARED): _S.PEER_PREPARED,
     (_S.PEER_PREPARED, _SE.HANDOFF_DURABLE): _S.HANDED_OFF,
+    (_S.PEER_PREPARED, _SE.PLEDGE_DURABLE): _S.PLEDGED,
+    (_S.PLEDGED, _SE.COMMIT_DECIDED): _S.BOUND,
+    (_S.PLEDGED, _SE.ABORT_DECIDED): _S.PEER_PREPARED,
+    (_S.BOUND, _SE.HANDOFF_DURABLE): _S.HANDED_OFF,
     (_S.HANDED_OFF, _SE.TAKEN): _S.RELEASED,
     (_S.HANDED_OFF, _SE.CALLED_OFF): _S.TAKEN_BACK,
     (_S.SENDING, _SE.FAILURE): _S.ABORTED,
@@ -113,6 +128,9 @@ DESTINATION_TABLE: Final = {
     # A prepared destination is no longer free to forget: only the source's ABORT brings it here.
     (_D.PREPARED, _DE.FAILURE): _D.ABORTED,
 }
+
+
+_NO_THAW: Final = frozenset({_S.PLEDGED, _S.BOUND, _S.HANDED_OFF, _S.RELEASED})
 
 
 class SourceHandoff:
@@ -136,7 +154,7 @@ class SourceHandoff:
     @property
     def may_thaw(self) -> bool:
         """Whether the source may let guests write again."""
-        return self.state not in (SourceState.HANDED_OFF, SourceState.RELEASED)
+        return self.state not in _NO_THAW
 
 
 class DestinationHandoff:

@@ -24,13 +24,18 @@ Zeroing is not noted: zeros cost nothing on the wire.
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from hashlib import shake_128
+from heapq import nlargest
 from mmap import mmap
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fusemig.units import BLOCK_SIZE, CHUNK_SIZE, n_chunks
 from fusemig.working_set import WorkingSet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 EPOCH_S: Final = 1.0
 """How often `tick` is to be called, in seconds."""
@@ -43,6 +48,9 @@ HALVING_EPOCHS: Final = 8
 N_LEVELS: Final = 9
 """Levels of heat: 0 is cold, and each further one is twice as hot."""
 
+HOT_LEVEL: Final = 6
+"""From here on a chunk is called hot: about 4 of its blocks are written a second, or it was written whole just now."""
+
 _BLOCK_SHIFT: Final = BLOCK_SIZE.bit_length() - 1
 _IN_BLOCK: Final = BLOCK_SIZE - 1
 _CHUNK_SHIFT: Final = CHUNK_SIZE.bit_length() - 1
@@ -54,8 +62,21 @@ _SPREAD: Final = array("H", shake_128(b"fusemig.heat").digest(2 * _N_SLOTS))
 """A random slot for the lower half of a group's number."""
 _MOST_SLOTS: Final = 0.98 * _N_SLOTS
 """Beyond this the number of blocks cannot be told any more."""
+_PART: Final = 1 << 12
+"""Chunks that are looked at together for whether any of them was ever written."""
 _EPOCHS: Final = 255
 """Slots hold epochs 1 to 255, in turn; 0 is never."""
+
+# For `count_hot`, which looks at thousands of chunks at once: tables for `bytes.translate`.
+_HIGH: Final = int(sys.byteorder == "little")
+"""Where in a chunk's two bytes the epoch is."""
+_TOO_OLD: Final = 9 - HOT_LEVEL
+"""At this age no heat, of 8 bits, is left that would be hot."""
+_BACK: Final = bytes(min(255 - at, _TOO_OLD) for at in range(256)) * 2
+"""Ages, backwards: 256 of them from 255 - now on are the ages of the epochs 0 to 255."""
+_IS: Final = [bytes(value == age for value in range(256)) for age in range(_TOO_OLD)]
+_IS_HOT: Final = [bytes((heat >> age).bit_length() >= HOT_LEVEL for heat in range(256)) for age in range(_TOO_OLD)]
+"""By age: whether a heat of then is hot now."""
 
 
 class Heat:
@@ -136,6 +157,39 @@ class Heat:
         """Return how hot a chunk is, from 0 to `N_LEVELS` - 1."""
         word = self._chunks[chunk]
         return ((word & 0xFF) >> (self._chunk_epoch - (word >> 8) & 0xFF)).bit_length()
+
+    def count_hot(self, first: int, stop: int) -> int:
+        """Return how many of the chunks ``first`` to ``stop - 1`` are at `HOT_LEVEL` or hotter.
+
+        Costs memory for chunks that were never written: ask only where some were.
+        """
+        heats, now = self._chunks[first:stop].tobytes(), self._chunk_epoch
+        ages = heats[_HIGH::2].translate(_BACK[255 - now : 511 - now])
+        n = 0
+        heats = heats[1 - _HIGH :: 2]
+        for age in range(_TOO_OLD):
+            if age in ages:
+                of_age = int.from_bytes(ages.translate(_IS[age]))
+                hot = int.from_bytes(heats.translate(_IS_HOT[age]))
+                n += (of_age & hot).bit_count()
+        return n
+
+    def hottest(self, most: int) -> list[int]:
+        """Return at most ``most`` chunks that are not cold, the hottest first, else in ascending order.
+
+        Takes a second for each three million chunks that were written lately, and next to nothing for others.
+        """
+        return [chunk for _, chunk in nlargest(most, self._warm_chunks(), key=lambda one: one[0])]
+
+    def _warm_chunks(self) -> Iterator[tuple[int, int]]:
+        n = n_chunks(self._size)
+        for first in range(0, n, _PART):
+            stop = min(n, first + _PART)
+            words = self._chunks[first:stop].tobytes()
+            if words.count(0) < len(words):
+                for chunk in range(first, stop):
+                    if level := self.level(chunk):
+                        yield level, chunk
 
     def tick(self, now: float, written_bytes: int, n_writes: int) -> None:
         """End an epoch.

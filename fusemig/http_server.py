@@ -1,20 +1,27 @@
-"""A small HTTP/1.1 server for pages that the daemon makes when they are asked for: GET and HEAD, nothing else.
+"""A small HTTP/1.1 server for what the daemon makes when it is asked for: pages, actions, and streams of events.
+
+    page      GET, HEAD     made at once, without waiting
+    action    POST          does something; without a body
+    stream    GET           server-sent events (WHATWG HTML, 9.2), until the client goes
 
 h11 reads and writes the protocol; this module moves the bytes. Rules:
 
 1. One request for each connection, answered with ``Connection: close``: nobody keeps a place.
 2. The whole exchange has `EXCHANGE_S` seconds, a request's head `MAX_HEAD_BYTES`; a request with a body is refused. Who
    comes when every place is taken drives out whoever waits longest (`fusemig.listener`).
-3. A page that raises is answered 500 and logged; the server goes on.
+3. At most `MAX_STREAMS` streams run at once. A client that does not take an event in `EXCHANGE_S` seconds is dropped;
+   one that is slow misses events, and nothing is queued for it.
+4. A page that raises is answered 500 and logged; the server goes on.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import h11
 import structlog
@@ -23,112 +30,207 @@ import trio
 from fusemig.errors import ConnectionLostError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from fusemig.listener import Connection, Listener
     from fusemig.transport import SocketStream
 
-    Pages = Mapping[str, Callable[[str], "Answer"]]
-    """By path, what makes the answer for a client whose ``Accept`` header is the argument, without waiting."""
+    Page = Callable[["Request"], "Answer"]
+    Action = Callable[["Request"], Awaitable["Answer"]]
+    Stream = Callable[[], AbstractContextManager[Callable[[], Awaitable[bytes]]]]
+    """Gives, while somebody listens, what waits for the next event and returns it."""
 
 EXCHANGE_S: Final = 10.0
 MAX_HEAD_BYTES: Final = 16 * 1024
+MAX_STREAMS: Final = 8
 _RECEIVE_BYTES: Final = 16 * 1024
+_EVENTS: Final = "text/event-stream"
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
+class Request:
+    """What a client asks for."""
+
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    """By their names in lower case; of several with one name, all, with commas."""
+
+
+@dataclass(frozen=True)
 class Answer:
-    """What a page is at this moment."""
+    """What a client gets."""
 
     body: bytes
     content_type: str
     status: HTTPStatus = HTTPStatus.OK
+    headers: tuple[tuple[str, str], ...] = ()
+    """Beside those that every answer has."""
 
 
-async def serve_http(listener: Listener, pages: Pages) -> None:
-    """Answer what comes to ``listener`` from ``pages``, by their paths; runs until cancelled."""
+@dataclass(frozen=True)
+class Site:
+    """What is served, by paths."""
+
+    pages: Mapping[str, Page]
+    actions: Mapping[str, Action] = field(default_factory=dict)
+    streams: Mapping[str, Stream] = field(default_factory=dict)
+    check: Callable[[Request], Answer | None] = lambda _request: None
+    """Returns the refusal of a request that is not to be answered, whatever it asks for."""
+
+
+async def serve_http(listener: Listener, site: Site) -> None:
+    """Answer what comes to ``listener``; runs until cancelled."""
+    places = trio.CapacityLimiter(MAX_STREAMS)
 
     async def handle(connection: Connection) -> None:
-        with trio.move_on_after(EXCHANGE_S):
+        with trio.move_on_after(EXCHANGE_S) as scope:
             with suppress(ConnectionLostError):  # whoever asked has gone
-                await _exchange(connection.stream, pages)
+                await _Exchange(site, connection, places, scope).run()
 
     await listener.serve(handle)
 
 
-async def _exchange(stream: SocketStream, pages: Pages) -> None:
-    http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-    method = b""
-    try:
-        request = await _receive_request(http, stream)
-        if request is None:
-            return
-        method = request.method
-        answer = _answer(request, pages)
-    except h11.RemoteProtocolError as exc:
-        answer = _refusal(HTTPStatus(exc.error_status_hint), str(exc))
-    headers = [
-        ("Content-Type", answer.content_type),
-        ("Content-Length", str(len(answer.body))),
-        ("Cache-Control", "no-store"),
-        ("X-Content-Type-Options", "nosniff"),
-        ("Connection", "close"),
-    ]
-    if answer.status is HTTPStatus.METHOD_NOT_ALLOWED:
-        headers.append(("Allow", "GET, HEAD"))
-    reason = answer.status.phrase.encode()
-    data = http.send(h11.Response(status_code=answer.status, headers=headers, reason=reason)) or b""
-    if method != b"HEAD":
-        data += http.send(h11.Data(data=answer.body)) or b""
-    await _send(stream, data)
-
-
-async def _receive_request(http: h11.Connection, stream: SocketStream) -> h11.Request | None:
-    """Return the request's head, with nothing after it; None if the client left."""
-    buffer = bytearray(_RECEIVE_BYTES)
-    while True:
-        event = http.next_event()
-        if isinstance(event, h11.Request):
-            if any(name in (b"content-length", b"transfer-encoding") for name, _ in event.headers):
-                raise h11.RemoteProtocolError(
-                    "a request with a body", error_status_hint=HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-                )
-            return event
-        if event is not h11.NEED_DATA:
-            return None
-        try:
-            n = stream.receive_nowait(memoryview(buffer))
-        except trio.WouldBlock:
-            await stream.wait_readable()
-            continue
-        http.receive_data(bytes(buffer[:n]))
-
-
-def _answer(request: h11.Request, pages: Pages) -> Answer:
-    if request.method not in (b"GET", b"HEAD"):
-        return _refusal(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered")
-    path = urlsplit(request.target.decode("ascii", "replace")).path
-    page = pages.get(path)
-    if page is None:
-        return _refusal(HTTPStatus.NOT_FOUND, f"there is no such page; pages are {', '.join(sorted(pages))}")
-    accept = b",".join(value for name, value in request.headers if name == b"accept").decode("ascii", "replace")
-    try:
-        return page(accept)
-    except Exception:
-        log.exception("a page could not be made", path=path)
-        return _refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "this page could not be made; see the daemon's log")
-
-
-def _refusal(status: HTTPStatus, text: str) -> Answer:
+def refusal(status: HTTPStatus, text: str) -> Answer:
+    """Return an answer that says in one line what is wrong."""
     return Answer(f"{status.value} {status.phrase}: {text}\n".encode(), "text/plain; charset=utf-8", status)
 
 
-async def _send(stream: SocketStream, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
+class _Exchange:
+    """One connection."""
+
+    def __init__(
+        self, site: Site, connection: Connection, places: trio.CapacityLimiter, scope: trio.CancelScope
+    ) -> None:
+        self._site = site
+        self._connection = connection
+        self._stream: SocketStream = connection.stream
+        self._places = places
+        self._scope = scope
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+
+    async def run(self) -> None:
+        method = ""
         try:
-            left = left[stream.send_nowait([left]) :]
+            head = await self._receive_head()
+            if head is None:
+                return
+            method = head.method.decode("ascii", "replace")
+            request = _read(head)
+            answer = self._site.check(request)
+            if answer is None and method == "GET" and request.path in self._site.streams:
+                answer = await self._run_stream(self._site.streams[request.path])
+                if answer is None:
+                    return
+            if answer is None:
+                answer = await self._answer(method, request)
+        except h11.RemoteProtocolError as exc:
+            answer = refusal(HTTPStatus(exc.error_status_hint), str(exc))
+        data = self._send_head(answer, [("Content-Length", str(len(answer.body)))])
+        if method != "HEAD":
+            data += self._http.send(h11.Data(data=answer.body)) or b""
+        await self._send(data)
+
+    async def _receive_head(self) -> h11.Request | None:
+        """Return the request's head, with nothing after it; None if the client left."""
+        buffer = bytearray(_RECEIVE_BYTES)
+        while True:
+            event = self._http.next_event()
+            if isinstance(event, h11.Request):
+                if any(
+                    name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+                    for name, value in event.headers
+                ):
+                    raise h11.RemoteProtocolError(
+                        "a request with a body", error_status_hint=HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+                    )
+                return event
+            if event is not h11.NEED_DATA:
+                return None
+            try:
+                n = self._stream.receive_nowait(memoryview(buffer))
+            except trio.WouldBlock:
+                await self._stream.wait_readable()
+                continue
+            self._http.receive_data(bytes(buffer[:n]))
+
+    async def _answer(self, method: str, request: Request) -> Answer:
+        site = self._site
+        allowed = _allowed(site, request.path)
+        if not allowed:
+            known = ", ".join(sorted({*site.pages, *site.streams, *site.actions}))
+            return refusal(HTTPStatus.NOT_FOUND, f"there is no such page; pages are {known}")
+        if method not in allowed:
+            answer = refusal(HTTPStatus.METHOD_NOT_ALLOWED, f"only {' and '.join(allowed)} are answered here")
+            return Answer(answer.body, answer.content_type, answer.status, (("Allow", ", ".join(allowed)),))
+        try:
+            if method == "POST":
+                return await site.actions[request.path](request)
+            if request.path in site.streams:
+                return Answer(b"", _EVENTS)
+            return site.pages[request.path](request)
+        except Exception:
+            log.exception("a page could not be made", path=request.path)
+            return refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "this page could not be made; see the daemon's log")
+
+    async def _run_stream(self, stream: Stream) -> Answer | None:
+        """Send events until the client goes; return a refusal where there is no place."""
+        try:
+            self._places.acquire_nowait()
         except trio.WouldBlock:
-            await stream.wait_writable()
+            return refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"{MAX_STREAMS} others are watching: close one of their pages"
+            )
+        try:
+            self._connection.settle()
+            await self._send(self._send_head(Answer(b"", _EVENTS), []))
+            with stream() as next_event:
+                while True:
+                    self._scope.deadline = math.inf
+                    event = await next_event()
+                    self._scope.deadline = trio.current_time() + EXCHANGE_S
+                    await self._send(self._http.send(h11.Data(data=event)) or b"")
+        finally:
+            self._places.release()
+
+    def _send_head(self, answer: Answer, length: list[tuple[str, str]]) -> bytes:
+        headers = [
+            ("Content-Type", answer.content_type),
+            *length,
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Connection", "close"),
+            *answer.headers,
+        ]
+        reason = answer.status.phrase.encode()
+        return self._http.send(h11.Response(status_code=answer.status, headers=headers, reason=reason)) or b""
+
+    async def _send(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self._stream.send_nowait([left]) :]
+            except trio.WouldBlock:
+                await self._stream.wait_writable()
+
+
+def _read(head: h11.Request) -> Request:
+    try:
+        parts = urlsplit(head.target.decode("ascii", "replace"))
+    except ValueError as exc:
+        raise h11.RemoteProtocolError("the path is malformed", error_status_hint=HTTPStatus.BAD_REQUEST) from exc
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in head.headers:
+        name, value = raw_name.decode("ascii", "replace"), raw_value.decode("ascii", "replace")
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    return Request(parts.path, dict(parse_qsl(parts.query)), headers)
+
+
+def _allowed(site: Site, path: str) -> tuple[str, ...]:
+    """Return the methods that a path is answered for; none if there is no such path."""
+    if path in site.pages or path in site.streams:
+        return ("GET", "HEAD")
+    return ("POST",) if path in site.actions else ()

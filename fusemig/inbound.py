@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
     from fusemig.announcer import Announcer
     from fusemig.listener import Connection, Listener
-    from fusemig.migration.arrival import IncomingWire
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.security import Security
     from fusemig.served import ServedDisk
     from fusemig.succession.fdstore import FdStore
     from fusemig.transport import ByteStream, Uri
+    from fusemig.wire.base import IncomingWire
     from fusemig.wire.native import DiskOffer
 
 _TAKEN: Final = frozenset({Ownership.OWNER, Ownership.BORROWING})
@@ -55,7 +55,7 @@ class Inbound:
         announcer: Announcer,
         push_out: Callable[[ServedDisk], Awaitable[None]],
         show_size: Callable[[ServedDisk], Awaitable[None]],
-        on_begin: Callable[[IncomingMigration], None],
+        on_phase: Callable[[IncomingMigration], None],
         on_over: Callable[[IncomingMigration], None],
         store: FdStore | None = None,
     ) -> None:
@@ -69,7 +69,7 @@ class Inbound:
             announcer: hears of phases.
             push_out: has the kernel write back and forget what it holds of a disk.
             show_size: has the kernel ask for the attributes of a disk anew.
-            on_begin: hears of each migration as it begins.
+            on_phase: hears of each migration as it begins, and at each change of its phase.
             on_over: hears of it again when it has ended.
             store: keeps the listening socket for a successor of the daemon.
         """
@@ -80,7 +80,7 @@ class Inbound:
         self._announcer = announcer
         self._push_out = push_out
         self._show_size = show_size
-        self._on_begin = on_begin
+        self._on_phase = on_phase
         self._on_over = on_over
         self._store = store
         self.listener: Listener | None = None
@@ -170,8 +170,7 @@ class Inbound:
         def on_phase(phase: MigrationPhase) -> None:
             connection.settle()
             self.migration = migration
-            if phase is MigrationPhase.SETUP:
-                self._on_begin(migration)
+            self._on_phase(migration)
             self._announcer.incoming_phase(phase)
 
         try:

@@ -1,35 +1,32 @@
 """Inheritance: what a daemon leaves to its successor, and what it found of its predecessor's.
 
     keep         the daemon's state as it is now ─> memory that outlives it     at every change, before it is reported
-    restore      parameters, capabilities, objects, `stop`, where to listen     before the first request is answered
+    restore      parameters, capabilities, objects, where to listen             before anybody can ask for them
     take_up      the outgoing migration                                         when migrations can run
 
 Without a memory, in a daemon that nobody would succeed, nothing is kept and nothing found.
 
-`stop` is restored before the mount is adopted, so no write that the kernel sends again is admitted while the disks are
-stopped. Who may write a disk is in its epoch file, and what was sent in the maps and journals: nothing of that is here.
+What decides about guests' requests, `stop` too, is in force before the first is answered (`fusemig.estate`). Who may
+write a disk is in its epoch file, and what was sent in the maps and journals: nothing of that is here.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
 from fusemig.credentials import Endpoint
-from fusemig.errors import ConfigError, FusemigError, StateError
+from fusemig.errors import FusemigError, StateError
 from fusemig.fuse.lane_mount import DataLaneMount
-from fusemig.handover.state import Mount, Parameters, ServedFile, State
-from fusemig.handover.state_memory import NAME, StateMemory
+from fusemig.handover.state import Parameters, State
 from fusemig.phase import MigrationPhase
 from fusemig.qmp_objects import load, make_object
 
 if TYPE_CHECKING:
     from fusemig.daemon import Daemon
     from fusemig.handover.state import Outgoing
-    from fusemig.succession.fdstore import FdStore
 
 log = structlog.get_logger(__name__)
 
@@ -37,23 +34,12 @@ log = structlog.get_logger(__name__)
 class Inheritance:
     """Of one daemon."""
 
-    def __init__(self, daemon: Daemon, store: FdStore) -> None:
-        """Look into what ``store`` has of a predecessor, or have it keep an empty memory for a successor.
-
-        Raises:
-            StateError: what is in it cannot be read here.
-        """
+    def __init__(self, daemon: Daemon) -> None:
+        """Have what the daemon before this one left from the daemon's `Estate`."""
         self._daemon = daemon
-        self._store = store
-        self._memory = _memory(store)
-        self.found: State | None = None if self._memory is None else self._memory.read()
+        self._estate = daemon.estate
+        self.found = self._estate.found
         """What the daemon before this one left."""
-
-    def close(self) -> None:
-        """Close the memory, which lives on in the store if anybody comes after this daemon."""
-        if self._memory is not None:
-            self._store.release(NAME)
-            self._memory.close()
 
     # What is left
 
@@ -63,8 +49,8 @@ class Inheritance:
         Raises:
             StateError: it has grown too large; a successor would find what was kept before.
         """
-        if self._memory is not None:
-            self._memory.write(msgspec.structs.replace(self.state(), left_s=left_s))
+        if self._estate.memory is not None:
+            self._estate.memory.write(msgspec.structs.replace(self.state(), left_s=left_s))
 
     def keep_anyhow(self, left_s: float = 0.0) -> None:
         """Do as `keep`, where a failure cannot be told to anybody."""
@@ -79,7 +65,7 @@ class Inheritance:
         security, parameters = daemon.security, daemon.outbound.parameters
         listener = daemon.inbound.listener
         return State(
-            mount=self._mount(),
+            mount=self._estate.mount(),
             is_stopped=daemon.pause.is_on,
             parameters=Parameters(
                 max_bandwidth=parameters.max_bandwidth,
@@ -103,42 +89,14 @@ class Inheritance:
             return None
         return max(0.0, mount.started_s - self.found.left_s)
 
-    def _mount(self) -> Mount:
-        options = self._daemon.options
-        return Mount(
-            mountpoint=str(options.mountpoint.absolute()),
-            files=tuple(
-                ServedFile(
-                    name=served.name,
-                    inode=served.export.inode,
-                    path=str(served.path),
-                    base="" if served.base is None else str(served.base),
-                    is_read_only=served.is_read_only,
-                )
-                for served in self._daemon.disks.values()
-            ),
-            is_write_back=options.write_back,
-            is_allow_other=options.allow_other,
-        )
-
     # What was found
 
     async def restore(self) -> None:
-        """Be as the daemon before this one was, but for its migration; the disks are open, and nothing is mounted yet.
-
-        Raises:
-            ConfigError: that one served other files than this one is to serve.
-        """
+        """Be as the daemon before this one was, but for its migration; the disks are as it left them already."""
         state = self.found
         if state is None:
             return
         daemon = self._daemon
-        mount = self._mount()
-        if mount != state.mount:
-            raise ConfigError(
-                f"the mount at {state.mount.mountpoint} lives on and was made with other options "
-                f"({difference(state.mount, mount)}): start `fusemig serve` with those, or unmount it first"
-            )
         if state.is_stopped:
             daemon.pause.hold()
         daemon.outbound.parameters.max_bandwidth = state.parameters.max_bandwidth
@@ -173,33 +131,3 @@ class Inheritance:
     def left_outgoing(self) -> Outgoing | None:
         """The migration that was found and is still to be taken up."""
         return self.found.outgoing if self.found is not None and self._daemon.outbound.migration is None else None
-
-
-def _memory(store: FdStore) -> StateMemory | None:
-    """Return the memory that goes from daemon to daemon; None where nobody comes after this one."""
-    inherited = store.take(NAME)
-    if inherited is not None:
-        return StateMemory(inherited)
-    if not store.is_on:
-        return None
-    memory = StateMemory.create()
-    store.keep(NAME, memory.fd)
-    return memory
-
-
-def difference(then: Mount, now: Mount) -> str:
-    """Name what differs first, as it was."""
-    if Path(then.mountpoint) != Path(now.mountpoint):
-        return f"MOUNTPOINT {then.mountpoint}"
-    for old, new in zip(then.files, now.files, strict=False):
-        if old != new:
-            return (
-                f"--disk {old.name}={old.path}"
-                + (f",base={old.base}" if old.base else "")
-                + (f" --readonly {old.name}" if old.is_read_only else "")
-            )
-    if len(then.files) != len(now.files):
-        return f"{len(then.files)} disks: {', '.join(file.name for file in then.files)}"
-    if then.is_write_back != now.is_write_back:
-        return f"--cache {'writeback' if then.is_write_back else 'through'}"
-    return "with --allow-other" if then.is_allow_other else "without --allow-other"

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from fusemig.daemon import Daemon, ServeOptions
+from fusemig.daemon import Daemon
 from fusemig.daemon_info import daemon_status
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import ConfigError, FusemigError
+from fusemig.serve_options import ServeOptions
 from fusemig.served import DiskSpec
 
 if TYPE_CHECKING:

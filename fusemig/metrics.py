@@ -23,10 +23,8 @@ from prometheus_client.registry import Collector
 
 from fusemig.disk.tracked import Gate
 from fusemig.epoch import Ownership
-from fusemig.errors import ConfigError
 from fusemig.http_server import Answer
 from fusemig.qmp import schema
-from fusemig.transport import is_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +33,8 @@ if TYPE_CHECKING:
         Metric,
     )
 
+    from fusemig.http_server import Request
     from fusemig.qmp import block
-    from fusemig.transport import Uri
 
     Samples = Sequence[tuple[dict[str, str], float]]
 
@@ -50,15 +48,6 @@ REJECTION_REASONS: Final = ("failed", "authentication", "refused", "displaced")
 _STATUSES: Final = tuple(status.value for status in schema.MigrationStatus)
 
 
-def check_address(uri: Uri, *, is_insecure: bool) -> None:
-    """Raise `ConfigError` if metrics at ``uri`` could be read from other hosts and nobody said that they may."""
-    if not is_insecure and not is_private(uri):
-        raise ConfigError(
-            f"--metrics {uri} would be answered to anybody on the network: listen at tcp:127.0.0.1:PORT or unix:PATH, "
-            "or say --metrics-insecure"
-        )
-
-
 class Metrics(Collector):
     """The page that Prometheus reads."""
 
@@ -70,9 +59,9 @@ class Metrics(Collector):
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def page(self, accept: str) -> Answer:
+    def page(self, request: Request) -> Answer:
         """Return the page in the format that the client prefers: Prometheus' text, or OpenMetrics."""
-        encoder, content_type = choose_encoder(accept)
+        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
         return Answer(encoder(self._registry), content_type)
 
     def collect(self) -> Iterator[Metric]:

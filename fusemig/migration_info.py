@@ -48,11 +48,11 @@ def migration_info(daemon: Daemon) -> schema.MigrationInfo:
     """Return the migration that is shown; without a status if there is none."""
     shown = daemon.shown
     if isinstance(shown, OutgoingMigration) and shown.phase is not MigrationPhase.NONE:
-        return _outgoing_info(shown)
+        return outgoing_info(shown)
     where = _socket_address(daemon)
     if shown is None or isinstance(shown, OutgoingMigration) or shown.phase is MigrationPhase.NONE:
         return schema.MigrationInfo(socket_address=where)
-    return _incoming_info(shown, where)
+    return incoming_migration_info(shown, where)
 
 
 def _socket_address(daemon: Daemon) -> list[schema.SocketAddress] | UnsetType:
@@ -67,7 +67,8 @@ def _socket_address(daemon: Daemon) -> list[schema.SocketAddress] | UnsetType:
 _RUNNING = frozenset({"setup", "active", "pre-switchover", "device", "cancelling"})
 
 
-def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
+def outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
+    """Return a migration of ours as a source."""
     stats = migration.statistics()
     status = QMP_STATUS[stats.phase]
     prediction = stats.prediction
@@ -118,6 +119,7 @@ def _outgoing_info(migration: OutgoingMigration) -> schema.MigrationInfo:
             else UNSET,
             waiting=stats.waiting or UNSET,
             error_kind=UNSET if stats.error_kind is None else stats.error_kind,
+            group=migration.group or UNSET,
             guest=guest_info(migration.guest.account(), migration.started_at),
         ),
     )
@@ -161,9 +163,10 @@ def _migrating_disk(disk: DiskStatistics) -> schema.MigratingDisk:
     )
 
 
-def _incoming_info(
-    migration: IncomingMigration, socket_address: list[schema.SocketAddress] | UnsetType
+def incoming_migration_info(
+    migration: IncomingMigration, socket_address: list[schema.SocketAddress] | UnsetType = UNSET
 ) -> schema.MigrationInfo:
+    """Return a migration of ours as a destination, which listens at ``socket_address``."""
     stats = migration.statistics()
     fields: dict[str, Any] = {}
     if stats.error is not None:

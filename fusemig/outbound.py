@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import structlog
 import trio
+from msgspec import UNSET
 
 from fusemig.credentials import Endpoint, load_credentials
 from fusemig.disk.tracked import Gate
 from fusemig.doubt import in_doubt
-from fusemig.epoch import Ownership
+from fusemig.epoch import DOUBTFUL, Ownership
 from fusemig.errors import FusemigError, InDoubtError, MigrationError, StateError
 from fusemig.handover.state import Outgoing, Request
 from fusemig.log_context import log_fields
@@ -28,6 +29,7 @@ from fusemig.migration.source import SourceMigration
 from fusemig.migration.stats import MigrationParameters
 from fusemig.phase import MigrationPhase
 from fusemig.qmp import schema
+from fusemig.qmp.seeing import RecordParameters
 from fusemig.runtimes.move import GuestMove
 from fusemig.runtimes.options import make_runtime
 from fusemig.transport import connect, parse_uri
@@ -53,6 +55,10 @@ _DONE_WITH: Final = frozenset(
 )
 """A successor has nothing to do with a migration in these; whoever cancelled it was answered."""
 _RESTARTED: Final = "the daemon was restarted"
+_RESTARTED_IN_GROUP: Final = (
+    "the daemon was restarted while its disks were to move in a group, which was called off: they stay here; migrate "
+    "the group again"
+)
 _KILLED_IN_HANDOFF: Final = (
     "the daemon was restarted in the moment of the hand-off: the destination is being asked whether it owns the disks, "
     "see `fusemig status`; if it is gone for good, see `fusemig resolve --help`"
@@ -133,6 +139,28 @@ class Outbound:
         if self.migration is not None:
             await self.migration.wind_down()
 
+    @property
+    def uri(self) -> str:
+        """Where the last migration goes or went to; empty if there was none."""
+        return "" if self._request is None else self._request.uri
+
+    def asked(self, uri: str) -> RecordParameters:
+        """Return what the last migration, to ``uri``, is asked for now."""
+        now = self.parameters
+        return RecordParameters(
+            uri=uri,
+            downtime_limit=round(now.downtime_limit_s * 1000),
+            max_bandwidth=now.max_bandwidth,
+            order=now.order.value,
+            auto_mirror=now.auto_mirror,
+            mirror_lag=str(now.mirror_lag),
+            throttle_max=now.throttle_max,
+            reconnect=round(now.reconnect_limit_s * 1000),
+            pause_before_switchover=now.pause_before_switchover,
+            incremental=UNSET if now.incremental is None else now.incremental,
+            compression_level=UNSET if now.compression_level is None else now.compression_level,
+        )
+
     def migrate(
         self,
         uri_text: str,
@@ -151,6 +179,7 @@ class Outbound:
         compression_level: int | None = None,
         is_postcopy: bool = False,
         order: Order = Order.SEQUENTIAL,
+        group: str = "",
     ) -> None:
         """Start a migration of the named disks, or of every writable one; returns at once.
 
@@ -170,6 +199,7 @@ class Outbound:
             compression_level: as `MigrationParameters` has it.
             is_postcopy: as `MigrationParameters` has it.
             order: of the bulk phase; QEMU's wire knows the sequential one only.
+            group: the path that names what decides of these disks and others together; it waits at pre-switchover.
 
         Raises:
             StateError: one is running, or a disk cannot be migrated now.
@@ -199,11 +229,12 @@ class Outbound:
             incremental=incremental,
             compression_level=compression_level,
             mirrors=mirrors,
+            group=group,
         )
         new = (
             partial(QemuSource, machine=machine)
             if is_qemu
-            else partial(SourceMigration, resume=resume, route=_route(request))
+            else partial(SourceMigration, resume=resume, route=_route(request), group=Path(group) if group else None)
         )
         self._secured[uri] = secure
         if self.migration is not None and (resume is None or not resume.disks):
@@ -232,7 +263,7 @@ class Outbound:
                 )
             )
         self.parameters.pause_before_switchover = (
-            schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities
+            schema.MigrationCapability.PAUSE_BEFORE_SWITCHOVER in self.capabilities or bool(request.group)
         )
         self.parameters.reconnect_limit_s = request.reconnect_limit_s
         self.parameters.incremental = request.incremental
@@ -296,7 +327,7 @@ class Outbound:
             self._secured[uri] = self._security.outgoing(
                 uri, tls, left.request.tls_hostname, is_insecure=left.request.is_insecure
             )
-            if Ownership.HANDED_OFF in states:
+            if not states.isdisjoint(DOUBTFUL):
                 self._interrupted = left
                 self.stand_for(left, MigrationPhase.IN_DOUBT, InDoubtError(_KILLED_IN_HANDOFF))
             elif Ownership.LENDING in states:
@@ -322,6 +353,8 @@ class Outbound:
             raise MigrationError(_RESTARTED_WITH_GUEST)
         if request.is_qemu:
             raise MigrationError(_RESTARTED_ON_QEMU_WIRE)
+        if request.group:
+            raise MigrationError(_RESTARTED_IN_GROUP)
         chosen = self.choose(request.disks)
         resume = self._resume_point(chosen) if may_be_there else None
         if not request.reconnect_limit_s:
@@ -411,7 +444,7 @@ class Outbound:
         else:
             chosen = [self._disks[name] for name in dict.fromkeys(names)]
         for served in chosen:
-            if served.ownership is Ownership.HANDED_OFF:
+            if served.ownership in DOUBTFUL:
                 raise InDoubtError(
                     f"disk '{served.name}' is in doubt: it is not known whether its destination took it "
                     f"({served.doubt or 'it was not asked yet'}); see `fusemig resolve --help`"

@@ -2,13 +2,15 @@
 
     NONE ─> SETUP ─> BULK ─> DIRTY ─┬─> PRE_SWITCHOVER ─┐
                                     └──────────────────>┴─> FROZEN ─> COMMITTED ─> COMPLETED
+    FROZEN ─> PLEDGED ─> COMMITTED     of a group: it is decided for all (`fusemig.group`); or FAILED, or IN_DOUBT
     any before COMMITTED ─> CANCELLING ─> CANCELLED           COMMITTED ─> IN_DOUBT
     any before COMMITTED ─> FAILED                            IN_DOUBT ─> COMPLETED, FAILED (once that is known)
     COMMITTED ─> POSTCOPY ─> COMPLETED
     FROZEN ─> DIRTY       the destination was lost in the switchover; the guests go on, and so do passes
     NONE ─> POSTCOPY, IN_DOUBT, COMPLETED, FAILED      what a successor finds of a migration that its predecessor ran
 
-Rule: from COMMITTED on the source never thaws by itself; before it, every way out thaws. `TRANSITIONS` is the whole
+Rule: from COMMITTED on the source never thaws by itself, and in PLEDGED only when that is decided; before them, every
+way out thaws. `TRANSITIONS` is the whole
 truth and `PhaseMachine` refuses anything else.
 """
 
@@ -35,6 +37,8 @@ class MigrationPhase(Enum):
     """Converged; passes go on until `migrate-continue` (capability `pause-before-switchover`)."""
     FROZEN = "frozen"
     """The write gate is closed: last dirty blocks, digests."""
+    PLEDGED = "pledged"
+    """As FROZEN, and the destination is prepared: what becomes of the disks is the group's to decide."""
     COMMITTED = "committed"
     """HANDOFF is durable and COMMIT is on its way: the source waits for TAKEN."""
     POSTCOPY = "postcopy"
@@ -60,7 +64,8 @@ TRANSITIONS: Final[dict[MigrationPhase, frozenset[MigrationPhase]]] = {
     _P.BULK: frozenset({_P.DIRTY, _P.FROZEN, _P.PRE_SWITCHOVER}),
     _P.DIRTY: frozenset({_P.PRE_SWITCHOVER, _P.FROZEN}),
     _P.PRE_SWITCHOVER: frozenset({_P.FROZEN}),
-    _P.FROZEN: frozenset({_P.COMMITTED, _P.DIRTY}),
+    _P.FROZEN: frozenset({_P.PLEDGED, _P.COMMITTED, _P.DIRTY}),
+    _P.PLEDGED: frozenset({_P.COMMITTED, _P.FAILED, _P.IN_DOUBT}),
     _P.COMMITTED: frozenset({_P.COMPLETED, _P.IN_DOUBT, _P.POSTCOPY}),
     _P.POSTCOPY: frozenset({_P.COMPLETED}),
     _P.CANCELLING: frozenset({_P.CANCELLED}),
@@ -80,6 +85,7 @@ QMP_STATUS: Final[dict[MigrationPhase, str]] = {
     _P.DIRTY: "active",
     _P.PRE_SWITCHOVER: "pre-switchover",
     _P.FROZEN: "device",
+    _P.PLEDGED: "device",
     _P.COMMITTED: "device",
     _P.POSTCOPY: "postcopy-active",
     _P.COMPLETED: "completed",

@@ -202,3 +202,12 @@ def _plain_text(uri: Uri) -> str:
         f"{uri} is reached over the network, in plain text that anybody there can read and change: add "
         "--tls-creds DIR, go through a tunnel to tcp:127.0.0.1:PORT or unix:PATH, or say --insecure"
     )
+
+
+def check_address(option: str, uri: Uri, *, is_insecure: bool) -> None:
+    """Raise `ConfigError` if other hosts could read what ``option`` serves at ``uri``, and nobody allowed that."""
+    if not is_insecure and not is_private(uri):
+        raise ConfigError(
+            f"{option} {uri} would be answered to anybody on the network: listen at tcp:127.0.0.1:PORT or unix:PATH, "
+            f"or say {option}-insecure"
+        )

@@ -8,7 +8,7 @@ What a disk may do when the daemon starts is decided by its epoch file alone (`f
     owner                  writable                           writable, and never overwritten
     incoming, prepared     refused: the image is incomplete   waits for a source
     released               read-only                          waits for a source (the disk may come back)
-    handed-off             read-only: in doubt                read-only: in doubt
+    handed-off, pledged    read-only: in doubt                read-only: in doubt
     lending                read-only, and fetched from        read-only, and fetched from
     borrowing              refused: its source cannot come    writable; what is missing is fetched from the source
 
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
+from fusemig.chunk_map_info import ChunkMaps
 from fusemig.disk import borrowed
 from fusemig.disk.allocation import boot_id
 from fusemig.disk.dirty_file import open_dirty_file
@@ -36,7 +37,7 @@ from fusemig.disk.room import room_of
 from fusemig.disk.stamp import settled_stamp, stamp_of
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.disk.zeroes import DetectZeroes
-from fusemig.epoch import EpochFile, EpochRecord, Ownership, is_as_released
+from fusemig.epoch import DOUBTFUL, EpochFile, EpochRecord, Ownership, is_as_released
 from fusemig.errors import ConfigError, DiskError, PeerBusyError, PeerRefusedError, StateError
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class ServedDisk:
         """Whether a source may fill this disk."""
         self._is_held = False
         self._past_loans: list[BorrowedDisk] = []
+        self.chunk_maps = ChunkMaps()
         self.image: RawDisk | OverlayFile | None = None
         self.disk: TrackedDisk | None = None
         self.loan: BorrowedDisk | None = None
@@ -184,7 +186,13 @@ class ServedDisk:
                     else ""
                 )
             )
-        if record.state is Ownership.HANDED_OFF:
+        if record.state is Ownership.PLEDGED:
+            log.warning(
+                "read-only: the disk is pledged to a group, whose decision is looked for; see `fusemig status`",
+                disk=self.name,
+                group=record.decision,
+            )
+        elif record.state is Ownership.HANDED_OFF:
             log.warning(
                 "read-only: it is not known whether the destination took the disk; it is asked, see `fusemig status`",
                 disk=self.name,
@@ -286,7 +294,7 @@ class ServedDisk:
         record = self.epoch_file.record
         if self.busy:
             raise PeerBusyError(f"disk '{self.name}' is busy: {self.busy}")
-        if self.ownership is Ownership.HANDED_OFF:
+        if self.ownership in DOUBTFUL:
             raise PeerRefusedError(f"disk '{self.name}' is in doubt there: resolve that first (`fusemig resolve`)")
         if self.ownership is Ownership.PREPARED and record is not None and record.image_id != offer.image_id:
             raise PeerRefusedError(

@@ -48,6 +48,8 @@ FIRST_WINDOW_BYTES: Final = 1 << 20
 """The window before anything is known of the link."""
 MAX_WINDOW_BYTES: Final = 64 << 20
 DEFAULT_LAG_S: Final = 0.02
+MIRROR_SHARE: Final = 0.8
+"""How much of the link mirrored writes may take while other chunks wait too: guests go first, and the pass ends."""
 DOWNTIME_SHARE: Final = 0.5
 """How much of the downtime limit what is missing may take to be sent; the rest is the hand-off's."""
 

@@ -141,6 +141,14 @@ class ChunkTracker:
         found = self._dirty.next_clear(start)
         return self._last_chunk + 1 if found is None else found
 
+    def dirty_bits(self, first: int, stop: int) -> int:
+        """Return which of the chunks ``first`` to ``stop - 1`` are dirty, as bits from ``first`` on."""
+        return self._dirty.bits(first, stop)
+
+    def chunks_in_flight(self) -> list[int]:
+        """Return the chunks whose bytes are on their way, in ascending order."""
+        return sorted(self._in_flight)
+
     def is_in_flight(self, chunk: int) -> bool:
         """Tell whether bytes of the chunk are on their way."""
         return chunk in self._in_flight

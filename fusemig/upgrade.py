@@ -35,7 +35,7 @@ ANSWER_DEADLINE_S: Final = 30.0
 """For the start of another interpreter on a busy host."""
 DRAIN_DEADLINE_S: Final = 1.0
 """For requests that were taken; guests wait meanwhile."""
-_SWITCHING: Final = frozenset({MigrationPhase.FROZEN, MigrationPhase.COMMITTED})
+_SWITCHING: Final = frozenset({MigrationPhase.FROZEN, MigrationPhase.PLEDGED, MigrationPhase.COMMITTED})
 _LOOK_S: Final = 0.01
 
 log = structlog.get_logger(__name__)

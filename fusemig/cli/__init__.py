@@ -4,6 +4,7 @@ The only place that prints. stdout is for data, stderr for people; every error i
 and no traceback, and becomes an exit code in `EXIT_CODES`.
 """
 
+from fusemig.cli import lean  # noqa: F401  (before anything that loads structlog)
 from fusemig.cli.main import main
 
 __all__ = ["main"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from fusemig.control_client import open_control
+from fusemig.shaping import MAX_THROTTLE_PERCENT
 from fusemig.units import format_size
 
 if TYPE_CHECKING:
@@ -68,10 +70,10 @@ def _describe(answer: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append(
-            f"will not converge: guests dirty more than the link carries, and a switchover would take "
+            f"passes will not converge: guests dirty more than the link carries, and a switchover would take "
             f"{_seconds(answer['expected-downtime'])} (limit {answer['downtime-limit']} ms)"
         )
-        lines += [f"  it would with {_remedy(remedy)}" for remedy in answer["remedies"]]
+        lines += [f"  it would end with {_remedy(remedy, answer['write-rate'])}" for remedy in answer["remedies"]]
     if answer["observed-ms"] < SHORT_MS:
         lines.append(f"guests have been watched for {_seconds(answer['observed-ms'])} only: ask again later")
     return lines
@@ -85,10 +87,19 @@ def _seconds(milliseconds: int) -> str:
     return f"{milliseconds / 1000:.1f} s"
 
 
-def _remedy(remedy: dict[str, Any]) -> str:
-    value = remedy["value"]
-    if remedy["kind"] == "bandwidth":
+def _remedy(remedy: dict[str, Any], write_rate: int) -> str:
+    kind, value = remedy["kind"], remedy["value"]
+    if kind == "bandwidth":
         return f"{format_size(value)}/s of bandwidth"
-    if remedy["kind"] == "downtime-limit":
+    if kind == "downtime-limit":
         return f"--downtime-limit {value}ms"
-    return f"guests that write no more than {format_size(value)}/s"
+    if kind == "mirror":
+        return (
+            f"mirroring, which `migrate` begins by itself: guests can write {format_size(value)}/s or more meanwhile "
+            "(--mode mirror: from the start)"
+        )
+    if kind == "postcopy":
+        return f"--mode postcopy: guests are moved at once, and need both hosts for {_seconds(value)} or more"
+    percent = math.ceil(100 * (1 - value / write_rate)) if write_rate > value else 1
+    option = f" (--throttle-max {percent})" if percent <= MAX_THROTTLE_PERCENT else ""
+    return f"guests that write no more than {format_size(value)}/s{option}"

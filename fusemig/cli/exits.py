@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-import trio
-
 from fusemig.errors import FusemigError
 
 if TYPE_CHECKING:
@@ -48,6 +46,8 @@ def fail(message: str, kind: str = "failed") -> int:
 
 def run(function: Callable[..., Awaitable[int | None]], *args: Any) -> int:
     """Run an async command; return its exit code."""
+    import trio  # not needed to answer guests (`fusemig.estate`), nor by what only prints
+
     try:
         return trio.run(function, *args) or 0
     except FusemigError as exc:

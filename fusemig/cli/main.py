@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import click.shell_completion
 
 from fusemig import __version__
 from fusemig.cli.config_file import VARIABLE, ConfiguredCommand, find
 from fusemig.cli.exits import EXIT_CODES, fail, run
 from fusemig.cli.logs import LEVELS, set_up_logs
-from fusemig.errors import ConfigError
+from fusemig.errors import ConfigError, FusemigError
 from fusemig.units import parse_duration, parse_size
 
 
@@ -128,6 +127,8 @@ def cli() -> None:
 @click.option("--insecure", is_flag=True, help="Let plain text cross the network, and anybody there send disks.")
 @click.option("--metrics", metavar="URI", help="Answer Prometheus at tcp:127.0.0.1:PORT or unix:PATH, path /metrics.")
 @click.option("--metrics-insecure", is_flag=True, help="Let other hosts read the metrics, in plain text.")
+@click.option("--web", metavar="URI", help="Show the disks and their migration in a browser, at tcp:127.0.0.1:PORT.")
+@click.option("--web-insecure", is_flag=True, help="Let other hosts look at that page, in plain text.")
 @click.option(
     "--resilient", is_flag=True, help="Keep the mount when the daemon dies, and start another: guests only wait."
 )
@@ -150,19 +151,33 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
         from fusemig.cli.resilient import hold
 
         hold(options["mountpoint"], options["lane"], is_resilient=options["resilient"], has_standby=options["standby"])
-    from fusemig.cli.serve import ServeRequest, serve_command  # pyfuse3 is only needed here
+    from fusemig.cli.serve import ServeRequest, begin, go_on, load_rest
     from fusemig.handover.agreement import answer
-    from fusemig.succession.fdstore import open_store
+    from fusemig.succession.fdstore import STANDBY, open_store
 
+    if STANDBY in os.environ:
+        load_rest()
     if not answer(os.environ):  # a candidate of an upgrade
         sys.exit(EXIT_CODES["failed"])
-    store = open_store(os.environ)  # where a standby waits, with everything loaded
-    sys.exit(run(serve_command, ServeRequest(**options), store))
+    store = open_store(os.environ)  # where a standby waits
+    try:
+        estate = begin(ServeRequest(**options), store)
+    except FusemigError as exc:
+        sys.exit(fail(str(exc), exc.kind))
+    sys.exit(go_on(estate))
 
 
 @cli.command(cls=ConfiguredCommand)
 @SOCKET
-@click.argument("uri")
+@click.argument("uri", required=False)
+@click.argument("more", nargs=-1, metavar="[SOCKET=URI]...")
+@click.option(
+    "--group",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Move disks of several daemons of this host in one switchover, all or none: SOCKET=URI for each; DIR, on a "
+    "disk and writable by all, keeps the decision (docs/groups.md).",
+)
 @click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
 @click.option("--max-bandwidth", type=_Rate(), metavar="RATE", help="Bytes per second, such as 100M; 0 is unlimited.")
 @click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
@@ -235,16 +250,28 @@ def serve(log_format: str, log_level: str, **options: Any) -> None:
 )
 @click.option("--tls-hostname", metavar="NAME", help="Name in the destination's certificate, if it is not URI's host.")
 @click.option("--insecure", is_flag=True, help="Let plain text cross the network.")
-def migrate(socket: Path, uri: str, **options: Any) -> None:
-    """Move disks of the daemon at SOCKET to the destination at URI.
+@click.pass_context
+def migrate(
+    ctx: click.Context, /, socket: Path, uri: str | None, more: tuple[str, ...], group: Path | None, **options: Any
+) -> None:
+    """Move disks of the daemon at SOCKET to the destination at URI; with --group, of several: SOCKET=URI for each.
 
     Exits 0 only when the destination has proved that it holds every byte and has taken over (with --wire qemu: when
     everything was sent). Ctrl-C cancels: the disks then stay here, and so does a guest that was to move with them.
     """
     from fusemig.cli.migrate import MigrateRequest, migrate_command
 
-    request = MigrateRequest(socket=socket, uri=uri, **options)
-    sys.exit(run(migrate_command, request))
+    if group is not None:
+        from fusemig.cli.group import migrate_group_command
+
+        texts = [str(socket), *([] if uri is None else [uri]), *more]
+        request = MigrateRequest(socket=socket, uri="", **options)
+        sys.exit(run(migrate_group_command, group.absolute(), texts, request))
+    if uri is None:
+        raise click.UsageError("Missing argument 'URI'.", ctx)
+    if more:
+        raise click.UsageError(f"'{more[0]}' is one argument too many: several daemons need --group DIR", ctx)
+    sys.exit(run(migrate_command, MigrateRequest(socket=socket, uri=uri, **options)))
 
 
 @cli.command()
@@ -279,6 +306,44 @@ def status(socket: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("sockets", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="SOCKET...")
+@click.option("--interval", type=_Time(), default="1s", show_default=True, metavar="TIME", help="Look so often.")
+@click.option("--once", is_flag=True, help="Show the present moment and end; so it does where stdout is no terminal.")
+@click.option("--json", "as_json", is_flag=True, help="Once, one JSON object a line for each socket.")
+def top(sockets: tuple[Path, ...], **options: Any) -> None:
+    """Show daemons live in the terminal: a map of each disk's chunks, rates, passes, what is to come; q quits.
+
+    A daemon that goes away is waited for. Signs and colours can be told apart by everybody; NO_COLOR is heeded.
+    """
+    from fusemig.cli.top import TopRequest, top_command
+
+    sys.exit(run(top_command, TopRequest(sockets=sockets, **options)))
+
+
+@cli.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    default="-",
+    metavar="FILE",
+    help="Write there (default: stdout).",
+)
+@click.option("--migration", default="", metavar="ID", help="The one whose session begins so (default: the last).")
+@click.option("--json", "as_json", is_flag=True, help="All of them as data, one JSON object a line.")
+def report(target: Path, **options: Any) -> None:
+    """Write a report of a migration as one HTML page: timeline, passes, rates, downtime, digests, outcome.
+
+    TARGET is the control socket of a daemon, which remembers its last 16 migrations until it ends, or a file that
+    `report SOCKET --json` wrote.
+    """
+    from fusemig.cli.report import ReportRequest, report_command
+
+    sys.exit(run(report_command, ReportRequest(target=target, **options)))
+
+
+@cli.command()
 @SOCKET
 def cancel(socket: Path) -> None:
     """Call the running migration off; the disks stay where they are."""
@@ -294,6 +359,18 @@ def continue_(socket: Path) -> None:
     from fusemig.cli.status import continue_command
 
     sys.exit(run(continue_command, socket))
+
+
+@cli.command()
+@SOCKET
+def postcopy(socket: Path) -> None:
+    """Have the running migration hand over at once, whatever was sent; the destination fetches the rest.
+
+    Until it has, both hosts hold the disks, and it cannot be cancelled (docs/postcopy.md).
+    """
+    from fusemig.cli.status import postcopy_command
+
+    sys.exit(run(postcopy_command, socket))
 
 
 @cli.command()
@@ -327,8 +404,8 @@ def resolve(target: Path, **options: Any) -> None:
     without an answer. Nothing checks what you say: first make sure that the other side cannot write the disk.
 
     \b
-    on the source       --owner source        handed-off, released: writable here again
-                        --owner destination   handed-off: released
+    on the source       --owner source        handed-off, pledged, released: writable here again
+                        --owner destination   handed-off, pledged: released
     on the destination  --owner destination   prepared: writable here
                         --owner source        prepared: waits for the source again
     """  # noqa: D301  (\b is click's mark for lines that stay as they are)
@@ -384,7 +461,9 @@ def doctor(as_json: bool, **options: Any) -> None:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print what completes fusemig's commands and options in SHELL; docs/cli.md says where to put it."""
-    complete = click.shell_completion.get_completion_class(shell)
+    from click.shell_completion import get_completion_class
+
+    complete = get_completion_class(shell)
     assert complete is not None
     print(complete(cli, {}, "fusemig", "_FUSEMIG_COMPLETE").source())
 

@@ -36,8 +36,8 @@ class Display(AbstractContextManager["Display"]):
     ) -> None:
         """End the display; what it shows stays on the screen."""
 
-    def show(self, info: dict[str, Any]) -> None:
-        """Show one answer."""
+    def show(self, info: dict[str, Any], of: str = "") -> None:
+        """Show one answer; of the daemon ``of``, where there are several."""
 
 
 def make_display(kind: str) -> Display:
@@ -56,14 +56,14 @@ class _Throttle:
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
-        self._next = 0.0
-        self._last = ""
+        self._next: dict[str, float] = {}
+        self._last: dict[str, str] = {}
 
-    def is_due(self, status: str) -> bool:
+    def is_due(self, status: str, of: str) -> bool:
         now = time.monotonic()
-        if now < self._next and status == self._last:
+        if now < self._next.get(of, 0.0) and status == self._last[of]:
             return False
-        self._next, self._last = now + self._interval_s, status
+        self._next[of], self._last[of] = now + self._interval_s, status
         return True
 
 
@@ -73,9 +73,9 @@ class _JsonDisplay(Display):
     def __init__(self) -> None:
         self._throttle = _Throttle(JSON_INTERVAL_S)
 
-    def show(self, info: dict[str, Any]) -> None:
-        if self._throttle.is_due(info.get("status", "")):
-            print(json.dumps(info), flush=True)
+    def show(self, info: dict[str, Any], of: str = "") -> None:
+        if self._throttle.is_due(info.get("status", ""), of):
+            print(json.dumps(({"socket": of} if of else {}) | info), flush=True)
 
 
 class _PlainDisplay(Display):
@@ -84,10 +84,10 @@ class _PlainDisplay(Display):
     def __init__(self) -> None:
         self._throttle = _Throttle(PLAIN_INTERVAL_S)
 
-    def show(self, info: dict[str, Any]) -> None:
+    def show(self, info: dict[str, Any], of: str = "") -> None:
         own = info.get("x-fusemig", {})
-        if self._throttle.is_due(own.get("phase", "")):
-            print(f"fusemig: {summary(info)}", file=sys.stderr, flush=True)
+        if self._throttle.is_due(own.get("phase", ""), of):
+            print(f"fusemig: {f'{of}: ' if of else ''}{summary(info)}", file=sys.stderr, flush=True)
 
 
 class _LiveDisplay(Display):
@@ -95,6 +95,7 @@ class _LiveDisplay(Display):
 
     def __init__(self) -> None:
         self._live = Live(console=Console(stderr=True), refresh_per_second=10, transient=False)
+        self._shown: dict[str, Group] = {}
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -105,7 +106,7 @@ class _LiveDisplay(Display):
     ) -> None:
         self._live.stop()
 
-    def show(self, info: dict[str, Any]) -> None:
+    def show(self, info: dict[str, Any], of: str = "") -> None:
         own = info.get("x-fusemig", {})
         disks = Table.grid(padding=(0, 1))
         for disk in own.get("disks", []):
@@ -117,7 +118,8 @@ class _LiveDisplay(Display):
                 f"{format_size(disk['dirty-bytes'])} dirty",
                 f"{disk['in-flight-chunks']} in flight",
             )
-        self._live.update(Group(Text(summary(info)), disks))
+        self._shown[of] = Group(Text(f"{of}: {summary(info)}" if of else summary(info)), disks)
+        self._live.update(Group(*self._shown.values()))
 
 
 def summary(info: dict[str, Any]) -> str:

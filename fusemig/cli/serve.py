@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
-import trio
 
 from fusemig import failpoint
-from fusemig.credentials import Endpoint, load_credentials
-from fusemig.daemon import Daemon, ServeOptions
+from fusemig.cli.exits import run
 from fusemig.disk.zeroes import DetectZeroes
 from fusemig.epoch import sync_directory
 from fusemig.errors import ConfigError
-from fusemig.fuse.lanes import Lane
-from fusemig.migration.arrival import IncomingWire
+from fusemig.estate import Estate
+from fusemig.fuse.preflight import Lane
+from fusemig.serve_options import ServeOptions
 from fusemig.served import parse_disk
+from fusemig.wire.base import IncomingWire
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,26 +54,63 @@ class ServeRequest:
     insecure: bool
     metrics: str | None
     metrics_insecure: bool
+    web: str | None
+    web_insecure: bool
     resilient: bool
     standby: bool
 
 
-async def serve_command(request: ServeRequest, store: FdStore) -> None:
-    """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside; ``store`` is the way to a successor.
+def begin(request: ServeRequest, store: FdStore) -> Estate:
+    """Answer the guests of a predecessor, if ``store`` has its mount; then `go_on`.
+
+    This is what the guests of a daemon that was killed wait for, so nothing is loaded for it that it does not need.
 
     Raises:
-        FusemigError: it could not be started.
+        FusemigError: it cannot be served so; nothing is left open.
     """
+    with ExitStack() as stack:
+        stack.callback(store.close)
+        options = _options(request)
+        if point := failpoint.arm(os.environ):
+            log.warning("a test has this daemon kill itself", failpoint=point)
+        estate = Estate(options, store)
+        if store.has_mount:
+            stack.enter_context(estate)
+            estate.adopt()
+        stack.pop_all()
+    return estate
+
+
+def load_rest() -> None:
+    """Load what answering guests does not need: who waits for its turn has the time."""
+    import fusemig.daemon  # noqa: F401
+
+
+def go_on(estate: Estate) -> int:
+    """Serve until SIGTERM, SIGINT, ``quit`` or an unmount from outside; return the exit code."""
+    try:
+        load_rest()
+    except BaseException as exc:
+        estate.give_up(exc)
+        raise
+    gc.freeze()  # what is loaded by now stays: the collector need not look at it again while guests wait
+    return run(_serve, estate)
+
+
+async def _serve(estate: Estate) -> None:
+    from fusemig.daemon import Daemon
+
+    await Daemon(estate.options, estate).run()
+
+
+def _options(request: ServeRequest) -> ServeOptions:
     if request.wire != "auto" and request.incoming is None:
         raise ConfigError(f"--wire {request.wire} says what --incoming takes: add --incoming URI, or leave it out")
     tls, tls_client = _load_tls(request)
     specs = _parse_disks(request.disks, request.read_only)
     if request.state_dir is not None:
-        await trio.to_thread.run_sync(_make_durably, request.state_dir.absolute())
-    if point := failpoint.arm(os.environ):
-        log.warning("a test has this daemon kill itself", failpoint=point)
-    gc.freeze()  # what is loaded by now stays: the collector need not look at it again while guests wait
-    options = ServeOptions(
+        _make_durably(request.state_dir.absolute())
+    return ServeOptions(
         request.mountpoint,
         specs,
         request.control,
@@ -90,10 +128,11 @@ async def serve_command(request: ServeRequest, store: FdStore) -> None:
         is_insecure=request.insecure,
         metrics=request.metrics,
         are_metrics_public=request.metrics_insecure,
+        web=request.web,
+        is_web_public=request.web_insecure,
         is_resilient=request.resilient,
         detect_zeroes=DetectZeroes(request.detect_zeroes),
     )
-    await Daemon(options, store).run()
 
 
 def _load_tls(request: ServeRequest) -> tuple[Credentials | None, Credentials | None]:
@@ -105,6 +144,8 @@ def _load_tls(request: ServeRequest) -> tuple[Credentials | None, Credentials | 
         return None, None
     if request.insecure:
         raise ConfigError("--insecure takes back what --tls-creds demands: leave one of them out")
+    from fusemig.credentials import Endpoint, load_credentials
+
     server = client = None
     if request.incoming is not None:
         server = load_credentials(directory, Endpoint.SERVER)

@@ -1,4 +1,4 @@
-"""``fusemig status``, ``cancel`` and ``continue``."""
+"""``fusemig status``, ``cancel``, ``continue`` and ``postcopy``."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def _describe(status: dict[str, Any]) -> list[str]:
         lines.append(f"  incoming at {incoming['uri']}: {incoming['status']}")
         if "error-desc" in incoming:
             lines.append(f"    last error: {incoming['error-desc']}")
+    if "web" in status:
+        lines.append(f"  page at {status['web']}, token for its buttons in {status['web-token']}")
     if "migration" in status:
         migration = status["migration"]
         own = migration["x-fusemig"]
@@ -73,3 +75,10 @@ async def continue_command(socket: Path) -> None:
     """Let a migration that waits at pre-switchover go on."""
     async with open_control(socket) as control:
         await control.execute("migrate-continue", {"state": "pre-switchover"})
+
+
+async def postcopy_command(socket: Path) -> None:
+    """Have the running migration hand over at once; what is missing then is fetched."""
+    async with open_control(socket) as control:
+        await control.execute("migrate-start-postcopy")
+    print("fusemig: handing over; both hosts are needed until the destination has fetched the rest", file=sys.stderr)

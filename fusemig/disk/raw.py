@@ -85,7 +85,7 @@ class RawDisk(Disk):
             self.size = _image_size(name, path, self._fd)
             _lock_image(name, path, self._fd, read_only=read_only)
             self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-            self._is_memory = _file_system_of(self._fd) in _MEMORY_FILE_SYSTEMS
+            self._is_memory = file_system_of(self._fd) in _MEMORY_FILE_SYSTEMS
             self._has_nowait = self._probe_nowait()
             if store is not None and inherited is None:
                 store.keep(self._kept_as, self._fd)
@@ -377,7 +377,7 @@ def _lock_image(name: str, path: Path, fd: int, *, read_only: bool) -> None:
         raise ConfigError(f"cannot lock image {path} of disk '{name}': {exc.strerror}") from exc
 
 
-def _file_system_of(fd: int) -> str:
+def file_system_of(fd: int) -> str:
     """Return the type of the file system that holds an open file, or ``""`` where /proc does not tell."""
     device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"

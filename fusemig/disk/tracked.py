@@ -586,6 +586,10 @@ class TrackedDisk(Disk):
         with self._lock:
             self._change_trackers(tuple(other for other in self._trackers if other is not tracker))
 
+    def is_marked_in(self, tracker: ChunkTracker) -> bool:
+        """Tell whether a tracker is attached."""
+        return any(one is tracker for one in self._trackers)
+
     def _change_trackers(self, trackers: tuple[ChunkTracker, ...]) -> None:
         self.absorb_all()
         self._trackers = trackers
@@ -629,6 +633,11 @@ class TrackedDisk(Disk):
     def written_chunks(self) -> int:
         """How many chunks guests have written since the disk was opened."""
         return self._written.count
+
+    def written_bits(self, first: int, stop: int) -> int:
+        """Return which of the chunks ``first`` to ``stop - 1`` guests have written since, as bits from ``first`` on."""
+        with self._lock:
+            return self._written.bits(first, stop)
 
     @property
     def bytes_written(self) -> int:

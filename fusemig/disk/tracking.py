@@ -121,10 +121,28 @@ class Tracking:
         with self._lock:
             return self._complete().next_clean(start)
 
+    def chunks_in_flight(self) -> list[int]:
+        """Return the chunks taken and not acknowledged, in ascending order; the tracker has every mark then."""
+        with self._lock:
+            return self._complete().chunks_in_flight()
+
+    def dirty_bits(self, first: int, stop: int) -> int:
+        """Return which of the chunks ``first`` to ``stop - 1`` are dirty, as bits from ``first`` on.
+
+        The newest marks may be missing: to look at a whole disk piece by piece, `chunks_in_flight` comes first.
+        """
+        with self._lock:
+            return self._tracker.dirty_bits(first, stop)
+
     def dirty_runs(self) -> list[tuple[int, int]]:
         """Return ``(first, stop)`` of each run of dirty 4 KiB blocks; for a closed gate, as it may take long."""
         with self._lock:
             return list(self._complete().dirty_runs())
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the disk's writes are still marked here."""
+        return self.disk.is_marked_in(self._tracker)
 
     def stop(self) -> None:
         """Detach from the disk; idempotent."""

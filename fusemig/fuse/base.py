@@ -18,6 +18,7 @@ import trio
 
 from fusemig.disk.tracked import Gate
 from fusemig.errors import DiskError, FuseUnavailableError, StateError
+from fusemig.fuse.device import GONE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,8 +33,6 @@ INVALIDATE_TIMEOUT_S: Final = 5.0
 """For the kernel to push out what it holds of one file."""
 STOP_TIMEOUT_S: Final = 10.0
 """For requests in progress, and then for the unmount."""
-GONE: Final = frozenset({errno.ENOENT, errno.ENOTCONN, errno.ENODEV, errno.ECONNABORTED})
-"""The kernel knows nothing (any more) of what it was told about: an inode, a request, the mount."""
 
 _session = threading.Lock()
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 NAME: Final = "fusemig"
 """File system name and subtype: what mount(8) shows as source, and as type after ``fuse.``."""
 HELPER_TIMEOUT_S: Final = 10.0
+GONE: Final = frozenset({errno.ENOENT, errno.ENOTCONN, errno.ENODEV, errno.ECONNABORTED})
+"""The kernel knows nothing (any more) of what it was told about: an inode, a request, the mount."""
 
 _MS_NOSUID: Final = 2
 _MS_NODEV: Final = 4

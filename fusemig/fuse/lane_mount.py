@@ -32,11 +32,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -47,172 +45,24 @@ import trio
 from fusemig import failpoint
 from fusemig.errors import FuseUnavailableError
 from fusemig.fuse import abi, device
-from fusemig.fuse.abi import AbiError, Opcode
-from fusemig.fuse.base import GONE, START_TIMEOUT_S, STOP_TIMEOUT_S, BaseMount, only_session
-from fusemig.fuse.lane import MAX_WRITE, DataLane
+from fusemig.fuse.base import START_TIMEOUT_S, STOP_TIMEOUT_S, BaseMount, only_session
+from fusemig.fuse.lane_service import LaneService
+from fusemig.fuse.link import MAX_BACKGROUND
 from fusemig.fuse.operations import DiskOperations, MountStatistics
-from fusemig.fuse.pool import SleepPool
 from fusemig.fuse.preflight import MountOptions, check_mountable
 from fusemig.fuse.tuning import raise_limits
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
     from fusemig.fuse.export import Exports
     from fusemig.fuse.lane import LaneStatistics
     from fusemig.succession.mount import KeptMount
 
-MAX_BACKGROUND: Final = 128
-"""Asynchronous requests that the kernel has in flight; its default of 12 leaves deep queues waiting."""
-CONGESTION_THRESHOLD: Final = 96
 NUDGE_TIMEOUT_S: Final = 0.1
 """After which a request that woke no lane thread, because a guest's own request did, is followed by another."""
-LANE_THREADS: Final = 2
-"""More gain nothing: they wait for the interpreter's lock."""
-
-_SOCKET_BUFFER: Final = 4 << 20
-_SO_SNDBUFFORCE: Final = 32
-_MAX_MESSAGE: Final = (1 << 20) + 4096
 
 log = structlog.get_logger()
-
-
-class MetadataLink:
-    """The way of other requests to pyfuse3, and of its replies to the kernel."""
-
-    def __init__(self, device_fd: int, keep_init: Callable[[bytes, int], None] | None = None) -> None:
-        """Make the socket pair; ``keep_init`` is given the kernel's INIT request, and its flags, before its answer."""
-        self._device = device_fd
-        self._keep_init = keep_init
-        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (self._ours, self._theirs):
-            try:
-                end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
-            except PermissionError:
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-        self._sender = SleepPool("lane-link-send", 1)
-        self._thread = threading.Thread(target=self._run, name="lane-link", daemon=True)
-        # Requests whose reply will be edited, by unique; each is written by one thread and taken by another.
-        self._asked: dict[int, int] = {}
-        self._direct: set[int] = set()
-        # Of an adopted mount: the reply to the INIT request that pyfuse3 was given again.
-        self._is_adopted = False
-        self._init_reply: bytes | None = None
-        self._init_unique: int | None = None
-        self._init_lock = threading.Lock()
-        self.has_init = threading.Event()
-        """Set when pyfuse3 has answered an INIT."""
-
-    def start(self) -> str:
-        """Start the thread; return the mount point to give to pyfuse3, whose session owns the descriptor from now."""
-        self._thread.start()
-        return f"/dev/fd/{self._theirs.detach()}"
-
-    def adopt(self, init_request: bytes) -> None:
-        """Give pyfuse3 the INIT request of a mount that exists, before any other; after `start`."""
-        self._is_adopted = True
-        self._asked[abi.parse_in_header(init_request).unique] = abi.parse_init(init_request).flags
-        self._ours.send(abi.without_splice(init_request), socket.MSG_NOSIGNAL)
-
-    def forward(self, opcode: int, unique: int, message: bytes) -> None:
-        """Send a request to pyfuse3; from any thread, does not wait."""
-        if opcode == Opcode.INIT:
-            if self._is_adopted:  # the predecessor died before it had answered
-                self._settle_init(unique=unique)
-                return
-            flags = abi.parse_init(message).flags
-            if self._keep_init is not None:
-                self._keep_init(message, flags)
-            self._asked[unique] = flags
-            message = abi.without_splice(message)
-        elif opcode == Opcode.OPEN and abi.parse_open(message).flags & os.O_DIRECT:
-            self._direct.add(unique)
-        try:
-            self._ours.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            self._sender.submit(partial(self._send_slowly, message))
-
-    def _send_slowly(self, message: bytes) -> None:
-        try:
-            self._ours.send(message, socket.MSG_NOSIGNAL)
-        except OSError as exc:
-            log.error("a request could not be passed to pyfuse3", error=str(exc))
-
-    def _run(self) -> None:
-        buffer = bytearray(_MAX_MESSAGE)
-        view = memoryview(buffer)
-        while True:
-            try:
-                n = self._ours.recv_into(buffer)
-                if n == 0:
-                    return
-                if reply := self._edited(view[:n]):
-                    os.write(self._device, reply)
-            except AbiError:
-                log.exception("pyfuse3 sent a malformed reply")
-            except OSError as exc:
-                if exc.errno not in GONE:
-                    log.exception("a reply of pyfuse3 was lost")
-
-    def _settle_init(self, *, unique: int | None = None, reply: bytes | None = None) -> None:
-        """Answer the kernel's own INIT request of an adopted mount, when it has come and what to answer is known."""
-        with self._init_lock:
-            self._init_unique = self._init_unique if unique is None else unique
-            self._init_reply = self._init_reply if reply is None else reply
-            if self._init_unique is None or self._init_reply is None:
-                return
-            answer = abi.with_unique(self._init_reply, self._init_unique)
-        os.write(self._device, answer)
-
-    def _edited(self, message: memoryview) -> memoryview | bytes:
-        """Return the reply that the kernel gets for this one of pyfuse3; nothing if it gets none."""
-        header = abi.parse_out_header(message)
-        if header.unique in self._direct:
-            self._direct.discard(header.unique)
-            if not header.error:
-                out = abi.parse_open_reply(message)
-                flags = out.open_flags | abi.FOPEN_DIRECT_IO | abi.FOPEN_PARALLEL_DIRECT_WRITES
-                return abi.open_reply(header.unique, out._replace(open_flags=flags))
-        elif header.unique in self._asked:
-            asked = self._asked.pop(header.unique)
-            if not header.error:
-                reply = abi.init_reply(header.unique, edited_init(asked, abi.parse_init_reply(message)))
-                self.has_init.set()
-                if self._is_adopted:
-                    self._settle_init(reply=reply)
-                    return b""
-                return reply
-        return message
-
-    def close(self) -> None:
-        """End the thread; pyfuse3 must have closed its end, or never got it."""
-        self._sender.close()
-        with contextlib.suppress(OSError):
-            self._ours.shutdown(socket.SHUT_RDWR)
-        self._thread.join(STOP_TIMEOUT_S)
-        self._ours.close()
-        self._theirs.close()
-
-
-def edited_init(asked: int, out: abi.InitOut) -> abi.InitOut:
-    """Return the INIT reply for a kernel that offers the flags ``asked``; never more flags than those.
-
-    Shared mappings of files opened with O_DIRECT are asked for where the kernel has them: without, an inode that is
-    open both ways would not be coherent. Nor would the write-back cache be, which therefore stays off without them: a
-    read through O_DIRECT would not see what was written through the cache.
-    """
-    flags = out.flags
-    if asked & abi.INIT_EXT and asked & abi.INIT_DIRECT_IO_ALLOW_MMAP:
-        flags |= abi.INIT_EXT | abi.INIT_DIRECT_IO_ALLOW_MMAP
-    elif flags & abi.INIT_WRITEBACK_CACHE:
-        log.warning("no write-back cache: this kernel (before 6.6) could not keep it coherent with O_DIRECT")
-        flags &= ~abi.INIT_WRITEBACK_CACHE
-    return out._replace(
-        flags=flags & asked,
-        max_background=MAX_BACKGROUND,
-        congestion_threshold=CONGESTION_THRESHOLD,
-        max_write=min(out.max_write, MAX_WRITE),
-    )
 
 
 class DataLaneMount(BaseMount):
@@ -222,28 +72,19 @@ class DataLaneMount(BaseMount):
         self,
         mountpoint: Path,
         exports: Exports,
-        device_fd: int,
-        n_threads: int,
+        service: LaneService,
         *,
         write_back: bool,
         kept: KeptMount | None = None,
     ) -> None:
         """Made by `open_data_lane_mount`, which also serves and ends it."""
         super().__init__(mountpoint, exports, DiskOperations(exports, write_back=write_back))
-        self._device = device_fd
+        self._service = service
+        self._device, self._link, self._lane = service.device, service.link, service.lane
         self._kept = kept
-        self._is_adopted = kept is not None and kept.device is not None
+        self._is_adopted = service.is_adopted
         self._token = trio.lowlevel.current_trio_token()
-        self._link = MetadataLink(device_fd, None if kept is None else self._keep_init)
-        self._lane = DataLane(device_fd, exports, self._link.forward, n_threads=n_threads, ended=self._lane_ended)
         self._metadata_ended = trio.Event()
-        self.started_s = 0.0
-        """When requests about data were first taken (`time.monotonic`)."""
-
-    def _keep_init(self, request: bytes, flags: int) -> None:
-        assert self._kept is not None
-        self._kept.keep_init(request, can_resend=bool(flags & abi.INIT_HAS_RESEND))
-        failpoint.reach("after-init-kept")
 
     def _lane_ended(self) -> None:
         with contextlib.suppress(trio.RunFinishedError):
@@ -259,6 +100,11 @@ class DataLaneMount(BaseMount):
             os.write(self._device, abi.invalidate_inode(inode, offset))
         finally:
             self._n_invalidating -= 1
+
+    @property
+    def started_s(self) -> float:
+        """When requests about data were first taken (`time.monotonic`)."""
+        return self._service.started_s
 
     def count_requests(self) -> int:
         """Return how many reads and writes guests have made; cheap, and callable from any thread."""
@@ -300,29 +146,15 @@ class DataLaneMount(BaseMount):
             self._metadata_ended.set()
 
     def _start(self) -> None:
-        """Give pyfuse3 its end of the link, then let the requests come."""
+        """Give pyfuse3 its end of the link, and let the requests come if they do not already."""
         try:
             pyfuse3.init(self._operations, self._link.start(), set())
-            if self._is_adopted:
-                self._ask_again()
+            if not self._service.started_s:
+                self._service.start()
         except BaseException:
-            self._link.close()
+            self._link.close(STOP_TIMEOUT_S)
             raise
-        self._lane.start()
-        self.started_s = time.monotonic()
-
-    def _ask_again(self) -> None:
-        """Adopt the mount: INIT to pyfuse3, and to us again what the kernel has no answer to."""
-        assert self._kept is not None
-        if self._kept.init_request:
-            self._link.adopt(self._kept.init_request)
-        failpoint.reach("before-resend")
-        try:
-            os.write(self._device, abi.resend())
-        except OSError as exc:
-            if exc.errno not in GONE:
-                raise FuseUnavailableError(f"the kernel does not send requests again: {exc.strerror}") from exc
-        failpoint.reach("after-resend")
+        self._service.when_ended(self._lane_ended)
 
     async def _wait_served(self) -> int | None:
         """Wait until requests are answered; return the device number of the mount, None if it is mounted nowhere."""
@@ -347,7 +179,7 @@ class DataLaneMount(BaseMount):
         self._serving.cancel()
         await self._metadata_ended.wait()
         pyfuse3.close(unmount=False)
-        await trio.to_thread.run_sync(self._link.close)
+        await trio.to_thread.run_sync(self._link.close, STOP_TIMEOUT_S)
         if self._kept is not None:
             self._kept.forget()  # until now who keeps it would have unmounted in our place
         if is_clean and not self._n_invalidating:
@@ -395,17 +227,17 @@ class DataLaneMount(BaseMount):
 
 
 def _started(
-    mountpoint: Path, exports: Exports, device_fd: int, n_threads: int, kept: KeptMount | None, *, write_back: bool
+    mountpoint: Path, exports: Exports, service: LaneService, kept: KeptMount | None, *, write_back: bool
 ) -> DataLaneMount:
     try:
-        mount = DataLaneMount(mountpoint, exports, device_fd, n_threads, write_back=write_back, kept=kept)
+        mount = DataLaneMount(mountpoint, exports, service, write_back=write_back, kept=kept)
         mount._start()  # noqa: SLF001
     except BaseException as exc:
         if kept is not None:
             if kept.device is not None:
                 kept.leave(exc)
             kept.forget()
-        os.close(device_fd)  # first: nobody is there to answer what an unmount might ask
+        os.close(service.device)  # first: nobody is there to answer what an unmount might ask
         device.unmount(mountpoint, lazily=True)
         if isinstance(exc, RuntimeError):
             raise FuseUnavailableError(
@@ -429,11 +261,13 @@ async def open_data_lane_mount(
     *,
     n_threads: int | None = None,
     kept: KeptMount | None = None,
+    service: LaneService | None = None,
 ) -> AsyncIterator[DataLaneMount]:
     """Mount ``exports`` at ``mountpoint`` and serve them while the body runs, their data by lane threads.
 
     The body starts when the file system has answered its first request. With ``kept`` the mount outlives this process
-    where that can be; one that a predecessor left there is adopted, and is not mounted.
+    where that can be; one that a predecessor left there is adopted, and is not mounted. A ``service``
+    that serves that one already is taken over.
 
     Raises:
         FuseUnavailableError: it cannot be mounted here, with the cause and what to do about it.
@@ -444,8 +278,6 @@ async def open_data_lane_mount(
     the process at once (`KeptMount.leave`).
     """
     options = MountOptions() if options is None else options
-    if n_threads is None:
-        n_threads = min(LANE_THREADS, len(os.sched_getaffinity(0)))
     with only_session():
         mountpoint = Path(os.path.abspath(mountpoint))  # noqa: ASYNC240  (no link is followed, no file touched)
         if kept is not None and kept.device is not None:
@@ -456,7 +288,9 @@ async def open_data_lane_mount(
             if kept is not None:
                 kept.keep_device(device_fd)
             failpoint.reach("after-mount")
-        mount = _started(mountpoint, exports, device_fd, n_threads, kept, write_back=options.write_back)
+        if service is None:
+            service = LaneService(device_fd, exports, n_threads, kept)
+        mount = _started(mountpoint, exports, service, kept, write_back=options.write_back)
         error: BaseException | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mount._serve_metadata)  # noqa: SLF001

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack, asynccontextmanager
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import structlog
@@ -11,29 +10,20 @@ import structlog
 from fusemig.errors import FuseUnavailableError
 from fusemig.fuse.lane_mount import DataLaneMount, open_data_lane_mount
 from fusemig.fuse.mount import Mount, open_mount
+from fusemig.fuse.preflight import Lane
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
     from fusemig.fuse.export import Exports
+    from fusemig.fuse.lane_service import LaneService
     from fusemig.fuse.preflight import MountOptions
     from fusemig.succession.mount import KeptMount
 
 AnyMount = Mount | DataLaneMount
 
 log = structlog.get_logger(__name__)
-
-
-class Lane(Enum):
-    """How guest I/O reaches the disks; the words of ``--lane``."""
-
-    AUTO = "auto"
-    """The data lane; if it cannot be had, the pyfuse3 lane, and a line in the log that says why."""
-    DATA = "data"
-    """Threads that answer reads and writes straight from /dev/fuse."""
-    PYFUSE3 = "pyfuse3"
-    """A handler of pyfuse3's for every request."""
 
 
 @asynccontextmanager
@@ -44,6 +34,7 @@ async def open_lane(
     options: MountOptions,
     n_threads: int | None = None,
     kept: KeptMount | None = None,
+    service: LaneService | None = None,
 ) -> AsyncIterator[AnyMount]:
     """Mount and serve while the body runs.
 
@@ -54,6 +45,7 @@ async def open_lane(
         options: how to mount.
         n_threads: the data lane's; None for as many as there are cores, at most 2.
         kept: has the mount outlive this process where it can, and is one to be adopted perhaps.
+        service: serves that one already (`fusemig.estate`).
 
     Raises:
         FuseUnavailableError: it cannot be mounted here, with the cause and what to do about it.
@@ -64,7 +56,9 @@ async def open_lane(
             mount: AnyMount = await stack.enter_async_context(open_mount(mountpoint, exports, options))
         else:
             try:
-                data_lane = open_data_lane_mount(mountpoint, exports, options, n_threads=n_threads, kept=kept)
+                data_lane = open_data_lane_mount(
+                    mountpoint, exports, options, n_threads=n_threads, kept=kept, service=service
+                )
                 mount = await stack.enter_async_context(data_lane)
             except FuseUnavailableError as exc:
                 if lane is Lane.DATA or (kept is not None and (kept.is_demanded or kept.device is not None)):

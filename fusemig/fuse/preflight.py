@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,17 @@ from fusemig.errors import FuseUnavailableError
 
 FUSE_DEVICE: Final = Path("/dev/fuse")
 FUSE_CONFIG: Final = Path("/etc/fuse.conf")
+
+
+class Lane(Enum):
+    """How guest I/O reaches the disks; the words of ``--lane``."""
+
+    AUTO = "auto"
+    """The data lane; if it cannot be had, the pyfuse3 lane, and a line in the log that says why."""
+    DATA = "data"
+    """Threads that answer reads and writes straight from /dev/fuse."""
+    PYFUSE3 = "pyfuse3"
+    """A handler of pyfuse3's for every request."""
 
 
 @dataclass(frozen=True)

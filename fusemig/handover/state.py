@@ -104,6 +104,8 @@ class Request(_Record, frozen=True, kw_only=True):
     compression_level: int | None = None
     mirrors: bool = False
     """Mode `mirror`, also if that was said later."""
+    group: str = ""
+    """What decides of the disks together with those of other daemons."""
 
 
 class Outgoing(_Record, frozen=True, kw_only=True):

@@ -6,7 +6,6 @@ anything else   the native wire, whose decoder refuses what is no preface of its
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -17,6 +16,7 @@ from fusemig.migration.incoming import LINGER_S
 from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
 from fusemig.migration.qemu_destination import QemuDestination
 from fusemig.wire import native, savevm
+from fusemig.wire.base import IncomingWire
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,15 +27,6 @@ if TYPE_CHECKING:
     from fusemig.transport import ByteStream
 
 _MAGIC: Final = savevm.MAGIC.to_bytes(4, "big")
-
-
-class IncomingWire(Enum):
-    """Which wires a destination takes."""
-
-    AUTO = "auto"
-    """Either; the source decides."""
-    NATIVE = "native"
-    QEMU = "qemu"
 
 
 async def greet(

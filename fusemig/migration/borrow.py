@@ -1,6 +1,6 @@
 """Borrowing: a destination that owns its disks fetches what is not here yet; the other end is `fusemig.migration.lend`.
 
-    FetchPlan     what to ask for next: what a guest waits for, else the rest of the disks in order
+    FetchPlan     what to ask for next: what a guest waits for, then what is hot, then the rest of the disks in order
     Borrowing     keeps as much asked for as the link needs, fills what comes, and says WHOLE at the end
 
 What is asked for in advance is bounded by time, not by size: a guest's own request has that much before it.
@@ -8,8 +8,10 @@ What is asked for in advance is bounded by time, not by size: a guest's own requ
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
@@ -17,7 +19,7 @@ import trio
 
 from fusemig.convergence import Throughput
 from fusemig.errors import FusemigError, PeerRefusedError, RemoteProtocolError
-from fusemig.units import BLOCK_SIZE, n_blocks
+from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, n_blocks
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -64,10 +66,11 @@ class Request(NamedTuple):
 class FetchPlan:
     """Decides what to ask for; no I/O."""
 
-    def __init__(self, disks: Sequence[BorrowedDisk]) -> None:
-        """Plan for what is missing of ``disks``, known by their index."""
+    def __init__(self, disks: Sequence[BorrowedDisk], hot: Sequence[Request] = ()) -> None:
+        """Plan for what is missing of ``disks``, known by their index; ``hot`` goes before the rest of them."""
         self._disks = disks
         self._urgent: deque[Request] = deque()
+        self._hot = deque(hot)
         self._cursor = (0, 0)
         self.asked: deque[Request] = deque()
         """What was asked for and has not come, in order."""
@@ -77,17 +80,17 @@ class FetchPlan:
         for index, disk in enumerate(self._disks):
             while (wanted := disk.wants.take()) is not None:
                 self._urgent.extend(self._pieces(Request(index, *wanted)))
-        request = self._next_urgent() or self._next_in_order()
+        request = self._next_of(self._urgent) or self._next_of(self._hot) or self._next_in_order()
         if request is not None:
             self.asked.append(request)
         return request
 
-    def _next_urgent(self) -> Request | None:
-        while self._urgent:
+    def _next_of(self, queue: deque[Request]) -> Request | None:
+        while queue:
             # Some of it may have come, or be on its way.
-            pieces = list(self._pieces(self._urgent.popleft()))
+            pieces = list(self._pieces(queue.popleft()))
             if pieces:
-                self._urgent.extendleft(reversed(pieces[1:]))
+                queue.extendleft(reversed(pieces[1:]))
                 return pieces[0]
         return None
 
@@ -149,10 +152,40 @@ class FetchPlan:
         return not self.asked and not any(disk.missing_bytes for disk in self._disks)
 
 
+def hot_requests(hot: Sequence[bytes], loans: Sequence[Loan]) -> list[Request]:
+    """Return what a LEND names first, disk by disk in turn; disks that are all here are left out and do not count.
+
+    Raises:
+        RemoteProtocolError: it names what is no chunk of its disk, or more than `native.MAX_HOT`.
+    """
+    if (hot and len(hot) != len(loans)) or sum(map(len, hot)) > 8 * native.MAX_HOT:
+        raise RemoteProtocolError(f"the source named hot chunks of {len(hot)} disks, and lends {len(loans)}")
+    wanted: list[list[Request]] = []
+    for chunks, loan in zip(hot, loans, strict=False):
+        if loan.disk is None:
+            continue
+        n = n_blocks(loan.disk.size)
+        if len(chunks) % 8:
+            raise RemoteProtocolError(f"the source named hot chunks of disk '{loan.disk.name}' in part only")
+        numbers = struct.unpack(f"<{len(chunks) // 8}Q", chunks)
+        if any(chunk * BLOCKS_PER_CHUNK >= n for chunk in numbers):
+            raise RemoteProtocolError(f"the source named chunk {max(numbers)} of disk '{loan.disk.name}'")
+        firsts = [chunk * BLOCKS_PER_CHUNK for chunk in numbers]
+        wanted.append([Request(len(wanted), first, min(n, first + BLOCKS_PER_CHUNK)) for first in firsts])
+    return [one for turn in zip_longest(*wanted) for one in turn if one is not None]
+
+
 class Borrowing:
     """Fetches over one connection."""
 
-    def __init__(self, link: NativeLink, loans: Sequence[Loan], pool: BufferPool, offload: Offload) -> None:
+    def __init__(
+        self,
+        link: NativeLink,
+        loans: Sequence[Loan],
+        pool: BufferPool,
+        offload: Offload,
+        hot: Sequence[bytes] = (),
+    ) -> None:
         """Prepare to fetch what is missing of ``loans``, in the order in which the source named them.
 
         Args:
@@ -160,13 +193,17 @@ class Borrowing:
             loans: the disks; those that are here already are not fetched.
             pool: gave the link its buffers.
             offload: runs calls that may sleep.
+            hot: as LEND has it.
+
+        Raises:
+            RemoteProtocolError: ``hot`` does not fit the disks.
         """
         self._link = link
         self._loans = loans
         self._pool = pool
         self._offload = offload
         self._disks = [loan.disk for loan in loans if loan.disk is not None]
-        self._plan = FetchPlan(self._disks)
+        self._plan = FetchPlan(self._disks, hot_requests(hot, loans))
         # The source counts all the disks that it named.
         self._wire_index = [index for index, loan in enumerate(loans) if loan.disk is not None]
         self._ahead_bytes = MIN_AHEAD_BYTES

@@ -1,6 +1,7 @@
 """OutgoingHandoff: the source's half of the two-phase commit, with its messages and its epoch files.
 
     prove     FINAL ──> PREPARED, proofs equal          may be called off: `call_off`, `say_abort`
+    pledge    `pledged` durable; then as the group decides (`fusemig.group`), for migrations that are one of several
     commit    `handed-off` durable, COMMIT ──> TAKEN    may not; what fails here is in doubt
     release   `released` durable, RELEASED ──>          whatever fails, the destination owns the disks
 
@@ -25,7 +26,9 @@ import trio
 from fusemig.epoch import EpochRecord, Ownership
 from fusemig.errors import FusemigError, InDoubtError, StateError, VerificationError
 from fusemig.failpoint import reach
+from fusemig.group import Word
 from fusemig.handoff import SourceEvent, SourceHandoff, SourceState
+from fusemig.migration.pledge import aborted_error
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -35,11 +38,16 @@ if TYPE_CHECKING:
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochFile
     from fusemig.migration.link import NativeLink, Offload
+    from fusemig.migration.pledge import Pledge
     from fusemig.migration.stats import MigrationParameters
 
 log = structlog.get_logger(__name__)
 
 _FORGET_DEADLINE_S = 1.0
+PLEDGED_HINT: Final = (
+    "the disks are read-only here until it is known: see that the group's directory can be read and written; if it is "
+    "gone for good, see `fusemig resolve --help`"
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,8 @@ class HandoffRecords:
         self._records: list[EpochRecord] = []
         self.is_loan = False
         """Whether the destination takes over before it has everything."""
+        self.decision = ""
+        """The group that decides, of records that are pledged."""
 
     async def own(self) -> list[EpochRecord]:
         """Return the disks' records, giving one to each disk that never moved before.
@@ -146,6 +156,7 @@ class HandoffRecords:
             tls_hostname=self._route.tls_hostname,
             is_insecure=self._route.is_insecure,
             is_loan=self.is_loan and state is not Ownership.OWNER,
+            decision=self.decision if state is Ownership.PLEDGED else "",
         )
         return record.handed_over() if state is Ownership.RELEASED else record
 
@@ -160,8 +171,13 @@ class OutgoingHandoff:
         parameters: MigrationParameters,
         offload: Offload,
         route: Route = NO_ROUTE,
+        pledge: Pledge | None = None,
     ) -> None:
-        """Prepare to hand ``disks`` off in migration ``session``, to a destination that ``route`` leads to."""
+        """Prepare to hand ``disks`` off in migration ``session``, to a destination that ``route`` leads to.
+
+        ``pledge`` is made before; None: the disks are not to move together with those of other daemons.
+        """
+        self._pledge = pledge
         self._lent = disks
         self._parameters = parameters
         self._machine = SourceHandoff()
@@ -186,8 +202,8 @@ class OutgoingHandoff:
 
     @property
     def is_committing(self) -> bool:
-        """Whether the destination is prepared and nothing stands between here and the commit."""
-        return self._machine.state is SourceState.PEER_PREPARED
+        """Whether the destination is prepared and nothing stands between here and the commit but a group's decision."""
+        return self._machine.state in (SourceState.PEER_PREPARED, SourceState.PLEDGED, SourceState.BOUND)
 
     async def own_records(self) -> list[EpochRecord]:
         """Return the disks' epoch records, giving one to each disk that never moved before.
@@ -222,6 +238,41 @@ class OutgoingHandoff:
         self._machine.on(SourceEvent.PREPARED)
         reach("after-prepared-received")
 
+    async def pledge(self, link: NativeLink, deadline: float, on_pledged: Callable[[], None]) -> None:
+        """Bind the disks to what their group decides, and wait for that; the caller shields this.
+
+        Until the coordinator hears of it (``on_pledged``), nobody has decided `commit`: so what fails before leaves the
+        disks here, also where a record may say all the same that they are pledged.
+
+        Args:
+            link: which shows when the destination is lost.
+            deadline: when the guests have waited long enough, on trio's clock.
+            on_pledged: called when the pledge is durable.
+
+        Raises:
+            MigrationError: they are to stay.
+            StateError: the pledge could not be made durable: they stay.
+            InDoubtError: it cannot be known what is decided.
+        """
+        if self._pledge is None:
+            return
+        await self._pledge.check()
+        self._records.decision = str(self._pledge.path)
+        await self._records.write(Ownership.PLEDGED, self._peer)
+        self._machine.on(SourceEvent.PLEDGE_DURABLE)
+        reach("after-pledged")
+        on_pledged()
+        try:
+            word = await self._pledge.decision(link, deadline)
+        except StateError as exc:
+            raise InDoubtError(f"{exc}; {PLEDGED_HINT}") from exc
+        if word is Word.ABORT:
+            self._machine.on(SourceEvent.ABORT_DECIDED)
+            reach("after-abort-decided")
+            raise aborted_error(self._pledge.path)
+        self._machine.on(SourceEvent.COMMIT_DECIDED)
+        reach("after-commit-decided")
+
     async def commit(self, link: NativeLink, on_committed: Callable[[], None]) -> None:
         """Give the disks away; the caller shields this.
 
@@ -232,6 +283,8 @@ class OutgoingHandoff:
         try:
             await self._records.write(Ownership.HANDED_OFF, self._peer)
         except StateError as exc:
+            if self._machine.state is SourceState.BOUND:  # by the others: nothing leads back
+                raise InDoubtError(f"{exc}; the group moves, and these disks follow when that can be written") from exc
             await self._undo(link, exc, on_committed)
             raise
         self._machine.on(SourceEvent.HANDOFF_DURABLE)

@@ -136,7 +136,7 @@ class DestinationMigration(IncomingMigration):
                 self.session, self.is_loan = lend.session, True
                 self._log = self._log.bind(migration=self.session[:8])
                 self._enter(MigrationPhase.POSTCOPY)
-                self._borrowing = Borrowing(self._link, loans, self._pool, self._offload)
+                self._borrowing = Borrowing(self._link, loans, self._pool, self._offload, lend.hot)
                 await self._borrowing.run()
                 self._enter(MigrationPhase.COMPLETED)
         except PeerRefusedError as exc:
@@ -191,10 +191,16 @@ class DestinationMigration(IncomingMigration):
 
     async def _receive(self) -> None:
         assert self._receipt is not None
-        try:
-            await self._receive_all(self._receipt)
-        finally:
-            await self._receipt.stop()
+        failure: FusemigError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._receipt.keep)
+            try:
+                await self._receive_all(self._receipt)
+            except FusemigError as exc:  # outside the nursery it is this error, and not a group of them
+                failure = exc
+            self._receipt.stop()
+        if failure is not None:
+            raise failure
 
     async def _receive_all(self, receipt: Receipt) -> None:
         await receipt.open()

@@ -15,6 +15,7 @@ next. Nothing but WHOLE ends it: until then both hosts are needed.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -53,6 +54,8 @@ class LentDisk:
     name: str
     image: Disk
     epoch_file: EpochFile
+    hot: Sequence[int] = ()
+    """Chunks that are to be fetched before others, in this order; at most `native.MAX_HOT` of all disks together."""
 
 
 class Lending:
@@ -108,7 +111,8 @@ class Lending:
         try:
             link = NativeLink(stream, native.Decoder(native.FROM_DESTINATION, preface=False), self._pool)
             asked = [native.AskedDisk(record.image_id, record.epoch) for record in self._records]
-            lend = native.Lend(native.VERSION, self._records[0].session, asked)
+            hot = [struct.pack(f"<{len(disk.hot)}Q", *disk.hot) for disk in self._disks]
+            lend = native.Lend(native.VERSION, self._records[0].session, asked, hot)
             await link.send([native.PREFACE, native.encode_message(lend)])
             answer = await link.receive(HANDSHAKE_DEADLINE_S)
             if isinstance(answer, native.Refuse):

@@ -7,8 +7,8 @@
          ├ gate closed, drained, synced; last pass                           FROZEN
          └ hand-off, as far as the wire knows one                            COMMITTED, COMPLETED
 
-Every way out before COMMITTED opens the gates again, however it is taken: an error, `cancel`, the daemon's end. From
-COMMITTED on nothing opens a gate.
+Every way out before COMMITTED opens the gates again, however it is taken: an error, `cancel`, the daemon's end; but a
+migration that is PLEDGED to its group only ends when that is decided. From COMMITTED on nothing opens a gate.
 
 Tasks share this object's fields; each is written by one task only, between two awaits (see docs/architecture.md).
 """
@@ -36,6 +36,8 @@ from fusemig.phase import MigrationPhase, PhaseMachine
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
 
+    from fusemig.disk.tracked import TrackedDisk
+    from fusemig.disk.tracking import Tracking
     from fusemig.migration.commit import SourceDisk
     from fusemig.migration.guest import MovingGuest
     from fusemig.migration.link import Offload
@@ -94,6 +96,8 @@ class OutgoingMigration(ABC):
         self.error: FusemigError | None = None
         self.guest: MovingGuest = NoGuest()
         """The guest that moves with the disks; set before `run`."""
+        self.group = ""
+        """What decides of these disks together with those of other daemons (`fusemig.decision`); "": nothing does."""
         self.elapsed_before_s = 0.0
         """How long the daemons before this one ran it; set before `run`."""
         self._handoff: Handoff
@@ -176,6 +180,10 @@ class OutgoingMigration(ABC):
     def is_over(self) -> bool:
         """Whether it has ended; it may be in doubt then."""
         return self._machine.is_over
+
+    def tracking_of(self, disk: TrackedDisk) -> Tracking | None:
+        """Return the tracking of a disk that moves, as it is or was last; None where there is none."""
+        return next((one.tracking for one in self._disks if one.disk is disk), None)
 
     def cancel(self) -> None:
         """Call the migration off; `run` then ends as CANCELLED.

@@ -1,7 +1,8 @@
 """Receipt: keeps the journals of what a destination received, and tells a source that comes back what is there.
 
     open     claimed disks: journals begun anew, or read      tell     HAVE ..., after WELCOME
-    go_on    now and then: sync the images, write the journals, beside the receiving of more; JOURNALED
+    keep     a task beside the receiving: syncs the images and writes the journals, whenever `go_on` finds it time
+    go_on    between slices: JOURNALED for the last time that was
     finish   at the end of a migration that failed: once more, with everything that was applied
 
 A journal that cannot be written costs the resumption and nothing else. An image that cannot be synced is an error, and
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 import trio
@@ -35,6 +36,15 @@ JOURNAL_INTERVAL_S: Final = 5.0
 """From one writing of the journals to the next: what a crash of the destination costs, and one sync of its images."""
 
 
+class _Entries(NamedTuple):
+    """What is to be written down."""
+
+    sectors: list[Mapping[int, bytes]]
+    """Of each journal."""
+    sequence: int
+    """The last frame that is in them."""
+
+
 class Receipt:
     """What is kept of one connection's disks."""
 
@@ -54,8 +64,7 @@ class Receipt:
         self._due_at = 0.0
         self._error: FusemigError | None = None
         self._is_writing = False
-        self._idle = trio.Event()
-        self._idle.set()
+        self._to_write, self._ordered = trio.open_memory_channel[_Entries](1)
 
     async def open(self) -> None:
         """Open the journals and see what is in them.
@@ -181,51 +190,52 @@ class Receipt:
             await link.send_message(native.Journaled(self._written))
         if self._is_writing or self.applied == self._written or trio.current_time() < self._due_at:
             return
-        self._is_writing, self._idle = True, trio.Event()
-        snapshots = await self._snapshot()
-        # A task of the system's, because this object has no nursery; `stop` waits for it.
-        trio.lowlevel.spawn_system_task(self._write_beside, snapshots, self.applied)
+        entries = await self._snapshot()
+        self._is_writing = True
+        self._to_write.send_nowait(entries)
 
-    async def _snapshot(self) -> list[Mapping[int, bytes]]:
-        return [
-            await self._offload(disk.journal.snapshot, disk.digest, disk.changed)
-            for disk in self._disks
-            if disk.journal is not None
-        ]
+    async def _snapshot(self) -> _Entries:
+        """Take what changed, of all disks or of none: what is taken and not written would never be."""
+        entries = _Entries([], self.applied)
+        with trio.CancelScope(shield=True):  # a copy of memory
+            for disk in self._disks:
+                if disk.journal is not None:
+                    entries.sectors.append(await self._offload(disk.journal.snapshot, disk.digest, disk.changed))
+        return entries
 
-    async def _write_beside(self, snapshots: Sequence[Mapping[int, bytes]], sequence: int) -> None:
-        try:
-            await self._write(snapshots, sequence)
-        except FusemigError as exc:
-            self._error = exc
-        finally:
+    async def keep(self) -> None:
+        """Write what `go_on` hands over, until `stop`; what it has begun it ends, also if it is cancelled."""
+        async for entries in self._ordered:
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._write(entries)
+            except FusemigError as exc:
+                self._error = exc
             self._due_at = trio.current_time() + JOURNAL_INTERVAL_S
             self._is_writing = False
-            self._idle.set()
 
-    async def _write(self, snapshots: Sequence[Mapping[int, bytes]], sequence: int) -> None:
+    async def _write(self, entries: _Entries) -> None:
         for disk in self._disks:
             await self._offload(disk.disk.image.flush)
         journals = [disk.journal for disk in self._disks if disk.journal is not None]
         try:
-            for journal, sectors in zip(journals, snapshots, strict=True):
-                await self._offload(journal.write, sectors, Mark(self.hello.attempt, sequence))
+            for journal, sectors in zip(journals, entries.sectors, strict=True):
+                await self._offload(journal.write, sectors, Mark(self.hello.attempt, entries.sequence))
         except DiskError as exc:
             self._give_up(self._disks[0].disk.name, exc)
             return
-        self._written = sequence
+        self._written = entries.sequence
 
-    async def stop(self) -> None:
-        """Wait for what is being written."""
-        with trio.CancelScope(shield=True):
-            await self._idle.wait()
+    def stop(self) -> None:
+        """Have `keep` end after what it is writing."""
+        self._to_write.close()
 
     async def finish(self) -> None:
         """Write the journals a last time; does not raise."""
         if not self.is_kept or self._error is not None or not any(disk.changed.count for disk in self._disks):
             return
         try:
-            await self._write(await self._snapshot(), self.applied)
+            await self._write(await self._snapshot())
         except FusemigError as exc:
             log.warning("what was received last is not known to be durable", reason=str(exc))
 

@@ -16,6 +16,7 @@ import trio
 
 from fusemig.convergence import Courtesy
 from fusemig.migration.link import Need, drop_sent, first_bytes
+from fusemig.shaping import MIRROR_SHARE
 from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ PIECE_BYTES: Final = 256 << 10
 """What is sent at a time while guests are busy: a whole chunk would hold up some of them for as long as it takes."""
 WINDOW_BYTES: Final = 64 << 20
 """Disk bytes sent and not acknowledged, at most."""
-MIRROR_SHARE: Final = 0.8
-"""How much of the link mirrored writes may take while other chunks wait too: guests go first, and the pass ends."""
 
 MAX_UNDURABLE: Final = 1 << 17
 """Frames that may be acknowledged and not durable before the source stops to keep account of them."""

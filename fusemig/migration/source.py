@@ -3,7 +3,7 @@
     handshake             HELLO, WELCOME; and what the destination has, if it goes on (`fusemig.migration.resume`)
     passes                PassSender in slices on a worker thread ─> wire
                           receiver <─ acknowledgements     ticker: proof of life
-    hand-off              OutgoingHandoff: FINAL, PREPARED, COMMIT, TAKEN
+    hand-off              OutgoingHandoff: FINAL, PREPARED, (a pledge to the group,) COMMIT, TAKEN
 
 The order of things is `fusemig.migration.outgoing`'s. When a migration fails, the tracker still knows what the
 destination does not hold: `resume_point`. A connection that is lost, or over which damaged bytes came, whichever side
@@ -24,6 +24,7 @@ import trio
 from fusemig.backoff import Backoff
 from fusemig.compression import Packer
 from fusemig.disk.dirty_map import MapBase, Since
+from fusemig.epoch import Ownership
 from fusemig.errors import (
     AuthenticationError,
     ConnectionLostError,
@@ -42,6 +43,7 @@ from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_BYTES, BufferPool
 from fusemig.migration.order import HeatOrder, Order
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.packing import PackingWatch
+from fusemig.migration.pledge import Pledge
 from fusemig.migration.reader import PassReader
 from fusemig.migration.resume import (
     ContentReconciliation,
@@ -57,7 +59,9 @@ from fusemig.wire import native
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from pathlib import Path
 
+    from fusemig.disk.tracked import TrackedDisk
     from fusemig.epoch import EpochRecord
     from fusemig.migration.commit import Route, SourceDisk
     from fusemig.migration.link import Offload
@@ -100,6 +104,7 @@ class SourceMigration(OutgoingMigration):
         resume: ResumePoint | None = None,
         route: Route = NO_ROUTE,
         *,
+        group: Path | None = None,
         n_reconnects: int = 0,
         waiting: str = "",
     ) -> None:
@@ -116,6 +121,7 @@ class SourceMigration(OutgoingMigration):
             on_pace: as `OutgoingMigration` has it.
             resume: where an earlier migration of the same disks was interrupted, to go on from there.
             route: how the destination is talked to, for whoever has to ask it later.
+            group: names what decides of these disks and others together (`fusemig.decision`).
             n_reconnects: how often it got its connection back before, in another daemon.
             waiting: why it has none now; "" for one that begins.
         """
@@ -127,6 +133,9 @@ class SourceMigration(OutgoingMigration):
             self.session = resume.session
             self._log = self._log.bind(migration=self.session[:8])
             self._disks = resume.disks
+        if group is not None:
+            self.group = str(group)
+        self._route = route
         self._attempt = 0
         self._attempt_scope = trio.CancelScope()
         self._is_reconciled = False
@@ -147,7 +156,8 @@ class SourceMigration(OutgoingMigration):
         self._earlier_wire_bytes = 0
         self._earlier_acknowledged_bytes = 0
         self._delta = DeltaOffers(disks, parameters.incremental, offload)
-        self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload, route)
+        self._pledge = None if group is None else Pledge(group, self.session, offload)
+        self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload, route, self._pledge)
         self._pool = BufferPool()
         self._sender = PassSender(self._pool, count_requests)
         self._reader = PassReader((), self._pool)
@@ -158,6 +168,17 @@ class SourceMigration(OutgoingMigration):
         self._synced = trio.Event()
 
     async def _migrate(self) -> None:
+        if self._pledge is None:
+            await self._move()
+            return
+        await self._pledge.prepare()
+        try:
+            await self._move()
+        finally:
+            if all(_is_past_pledge(lent) for lent in self._lent):
+                await self._pledge.forget()
+
+    async def _move(self) -> None:
         records = await self._handoff.own_records()
         while True:
             with trio.CancelScope() as self._attempt_scope:
@@ -418,7 +439,9 @@ class SourceMigration(OutgoingMigration):
         self._frozen_at = None
         self._missing_bytes = 0
         self._enter(MigrationPhase.DIRTY)
-        self._handoff = OutgoingHandoff(self._lent, self.session, self._parameters, self._offload)
+        self._handoff = OutgoingHandoff(
+            self._lent, self.session, self._parameters, self._offload, self._route, self._pledge
+        )
         await self._handoff.own_records()
 
     async def _put_off(self, failure: FusemigError) -> None:
@@ -502,6 +525,12 @@ class SourceMigration(OutgoingMigration):
 
     def _heat_order(self) -> HeatOrder:
         return HeatOrder([(disk.disk.heat, disk.disk.size) for disk in self._disks])
+
+    def _hot_chunks(self, disk: TrackedDisk) -> list[int]:
+        """Return what is to be fetched first; writes have ended, so this is asked once, before the heat fades."""
+        if self._parameters.order is not Order.HEAT:
+            return []
+        return disk.heat.hottest(native.MAX_HOT // len(self._lent))
 
     def _check_can_lend(self) -> None:
         if self._is_postcopy() and not self._can_lend:
@@ -590,6 +619,7 @@ class SourceMigration(OutgoingMigration):
             raise self._cancelled_error()
         self._check_stores()
         with trio.CancelScope(shield=True):
+            await self._handoff.pledge(link, self._freeze_ends_at, lambda: self._enter(MigrationPhase.PLEDGED))
             await self._handoff.commit(link, self._on_committed)
             self._taken_at = trio.current_time()
             self._thaw()  # answers the parked writes: EROFS
@@ -599,7 +629,8 @@ class SourceMigration(OutgoingMigration):
     @property
     def may_start_postcopy(self) -> bool:
         """Whether the hand-off may still be made to come at once."""
-        return self._machine.phase in (MigrationPhase.SETUP, *_SENDING) and not self.guest.is_moving
+        may = self._machine.phase in (MigrationPhase.SETUP, *_SENDING)
+        return may and not self.guest.is_moving and self._pledge is None
 
     async def _tell_missing(self, link: NativeLink) -> None:
         """Tell the destination what it has to fetch, if there is anything."""
@@ -616,7 +647,10 @@ class SourceMigration(OutgoingMigration):
         """Have the destination fetch the rest; both hosts hold a part of the disks until that has ended."""
         self._thaw()
         self._enter(MigrationPhase.POSTCOPY)
-        disks = [LentDisk(lent.disk.name, lent.disk.image, lent.epoch_file) for lent in self._lent]
+        disks = [
+            LentDisk(lent.disk.name, lent.disk.image, lent.epoch_file, await self._offload(self._hot_chunks, lent.disk))
+            for lent in self._lent
+        ]
         self._lending = Lending(disks, self._connect, self._offload)
         self.forget()
         with self._lending_scope:
@@ -692,6 +726,11 @@ class SourceMigration(OutgoingMigration):
             in_flight=len(sender.unacknowledged) - sender.n_read_done,
             transferred=sender.n_transferred,
         )
+
+
+def _is_past_pledge(lent: SourceDisk) -> bool:
+    record = lent.epoch_file.record
+    return lent.epoch_file.is_certain and (record is None or record.state is not Ownership.PLEDGED)
 
 
 def _in_chunks(runs: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:

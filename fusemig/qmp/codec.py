@@ -358,13 +358,18 @@ def encode_request(execute: str, arguments: dict[str, Any] | None, id_: Any = UN
     return _line(message)
 
 
+def encode_value(value: Any) -> bytes:
+    """Return a result alone, in ASCII and without a line break, for whoever takes it otherwise than from the socket."""
+    return _ascii(msgspec.to_builtins(value, str_keys=True)).encode("ascii")
+
+
 def _ascii(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True, allow_nan=False)
 
 
 def _line(message: Any) -> bytes:
     # Not msgspec.json: it writes UTF-8.
-    return _ascii(msgspec.to_builtins(message, str_keys=True)).encode("ascii") + b"\r\n"
+    return encode_value(message) + b"\r\n"
 
 
 @dataclass(frozen=True)

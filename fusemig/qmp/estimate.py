@@ -43,6 +43,10 @@ class RemedyKind(StrEnum):
     """In ms."""
     THROTTLE = "throttle"
     """Guests that write at most so many bytes per second."""
+    MIRROR = "mirror"
+    """Mirroring, beside which guests write at least so many bytes per second."""
+    POSTCOPY = "postcopy"
+    """Post-copy, after which both hosts are needed for so many ms at least."""
 
 
 class EstimateRemedy(Result, frozen=True, kw_only=True):

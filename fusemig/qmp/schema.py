@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
 
-from fusemig.qmp import block, codec, estimate, objects
+from fusemig.qmp import block, codec, estimate, objects, seeing
 from fusemig.qmp.base import Arguments as Arguments
 from fusemig.qmp.base import NoArguments as NoArguments
 from fusemig.qmp.base import Result as Result
@@ -224,6 +224,9 @@ class Migrate(Arguments, frozen=True, kw_only=True):
     x_fusemig_reconnect: UInt63 | UnsetType = UNSET
     """How long to try to get a lost connection back, in milliseconds without progress; absent or 0: not at all."""
     x_fusemig_order: Order = Order.SEQUENTIAL
+    x_fusemig_group: str | UnsetType = UNSET
+    """DIR/NAME, absolute: the disks move together with those of other daemons of this host, all or none; what decides
+    is DIR/NAME.decision (docs/groups.md). Waits at pre-switchover, as with ``pause-before-switchover``."""
     x_fusemig_compress: str | UnsetType = UNSET
     """``zstd`` or ``zstd:LEVEL``; absent: nothing is compressed."""
     x_fusemig_guest: str | UnsetType = UNSET
@@ -517,6 +520,8 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     """Why there is no connection at the moment; another one is being tried."""
     error_kind: str | UnsetType = UNSET
     """`FusemigError.kind` of what ended a failed migration."""
+    group: str | UnsetType = UNSET
+    """As ``x-fusemig-group`` said; in the phase ``pledged`` its decision is waited for."""
     guest: GuestInfo | UnsetType = UNSET
     """The guest that moves with the disks, if one does."""
 
@@ -642,8 +647,44 @@ class DaemonStatus(Result, frozen=True, kw_only=True):
     totals: MigrationTotals
     metrics: str | UnsetType = UNSET
     """Where Prometheus is answered, with the port as bound."""
+    web: str | UnsetType = UNSET
+    """Where the web page is, with the port as bound."""
+    web_token: str | UnsetType = UNSET
+    """The file that holds what the page needs to act."""
     succession: Succession | UnsetType = UNSET
     """Absent: this is the first daemon of its mount."""
+
+
+class View(Result, frozen=True, kw_only=True):
+    """``x-fusemig-query-view``: everything that `fusemig top` and the web page show of a moment."""
+
+    at: int
+    """Milliseconds since the epoch."""
+    clock: float
+    """Milliseconds of a clock that is never set: rates are differences of counters over differences of this."""
+    status: DaemonStatus
+    parameters: MigrationParameters
+    disks: list[seeing.DiskView]
+    """In the order of ``status``."""
+    events: list[seeing.RecentEvent]
+    """The last ones, oldest first, those included that the capability ``events`` would have to be on for."""
+
+
+class MigrationRecord(Result, frozen=True, kw_only=True):
+    """A migration in ``x-fusemig-query-history``: how it went, as far as it is."""
+
+    began: int
+    """Milliseconds since the epoch; everything else is told in milliseconds since then."""
+    peer: str
+    """The other side."""
+    parameters: seeing.RecordParameters | UnsetType = UNSET
+    """As they were last; of a source."""
+    phases: list[seeing.PhaseStep]
+    passes: list[seeing.PassStep]
+    samples: list[seeing.Sample]
+    """At least a second apart; of a long migration farther, so that they never become many."""
+    info: MigrationInfo
+    """What ``query-migrate`` said of it last."""
 
 
 class Uuid(Result, frozen=True, kw_only=True):
@@ -743,6 +784,8 @@ COMMANDS: Final[dict[str, type[Arguments]]] = {
     "x-fusemig-resolve": Resolve,
     "x-fusemig-upgrade": NoArguments,
     "x-fusemig-ask": Ask,
+    "x-fusemig-query-view": seeing.QueryView,
+    "x-fusemig-query-history": NoArguments,
 }
 """Every command and its arguments. The server itself answers the first five."""
 
@@ -765,5 +808,7 @@ RESULTS: Final[dict[str, Any]] = {
     "x-fusemig-status": DaemonStatus,
     "x-fusemig-upgrade": UpgradeInfo,
     "x-fusemig-estimate": estimate.EstimateInfo,
+    "x-fusemig-query-view": View,
+    "x-fusemig-query-history": list[MigrationRecord],
 }
 """What the commands return; those that are not here return the empty object."""

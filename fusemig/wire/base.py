@@ -6,6 +6,7 @@ A step names the bytes it wants and the method that looks at them. The caller re
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from fusemig.errors import LocalProtocolError
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 
 EventT = TypeVar("EventT")
 EventT_co = TypeVar("EventT_co", covariant=True)
+
+
+class IncomingWire(Enum):
+    """Which wires a destination takes."""
+
+    AUTO = "auto"
+    """Either; the source decides."""
+    NATIVE = "native"
+    QEMU = "qemu"
 
 
 class SectionDecoder(Protocol[EventT_co]):

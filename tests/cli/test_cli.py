@@ -17,7 +17,7 @@ from fusemig import __version__
 if TYPE_CHECKING:
     from pathlib import Path
 
-COMMANDS = ("serve", "migrate", "status", "cancel", "continue", "demo")
+COMMANDS = ("serve", "migrate", "status", "cancel", "continue", "postcopy", "demo")
 
 
 def fusemig(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -88,7 +88,9 @@ def test_wrong_usage_exits_2_with_one_clear_line(arguments: tuple[str, ...], tex
     assert text in error_of(fusemig(*arguments), 2)
 
 
-@pytest.mark.parametrize("command", [("status",), ("cancel",), ("continue",), ("migrate", "tcp:127.0.0.1:1")])
+@pytest.mark.parametrize(
+    "command", [("status",), ("cancel",), ("continue",), ("postcopy",), ("migrate", "tcp:127.0.0.1:1")]
+)
 def test_a_socket_that_nobody_listens_at_is_named(command: tuple[str, ...], tmp_path: Path) -> None:
     """A client without a daemon exits 1 and says which socket, and what to start."""
     socket = tmp_path / "nobody"

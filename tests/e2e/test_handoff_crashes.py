@@ -7,14 +7,13 @@ one side can be written, of both disks, and every acknowledged record is there.
 from __future__ import annotations
 
 import os
-import struct
-import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from fusemig.failpoint import NAMES
+from support.groups import COORDINATOR_POINTS, PLEDGE_POINTS
 from support.hosts import (
     MIB,
     QmpRefusedError,
@@ -25,6 +24,7 @@ from support.hosts import (
     wait_until,
     write_random,
 )
+from support.writers import RecordWriter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,43 +51,6 @@ DESTINATION_POINTS = {
     "after-owner": "destination",
     "after-taken-sent": "destination",
 }
-RECORD = struct.Struct(">Q504x")
-
-
-class Guest:
-    """Writes numbered records to a disk, each durable before the next, until a write fails or it is ended."""
-
-    def __init__(self, path: Path) -> None:
-        self.n_acknowledged = 0
-        self._path = path
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
-        wait_until(lambda: self.n_acknowledged > 10, "the first records")
-
-    def _write(self) -> None:
-        with suppress(OSError):
-            fd = os.open(self._path, os.O_WRONLY | os.O_DSYNC)
-            try:
-                for number in range(8000):
-                    os.pwrite(fd, RECORD.pack(number + 1), number * RECORD.size)
-                    self.n_acknowledged = number + 1
-                    if self._is_over.is_set():
-                        return
-            finally:
-                os.close(fd)
-
-    def end(self) -> None:
-        """End it, if it has not."""
-        self._is_over.set()
-        self._thread.join(40)
-        assert not self._thread.is_alive()
-
-    def check(self, path: Path) -> None:
-        """See that every acknowledged record is in a file."""
-        data = pread(path, self.n_acknowledged * RECORD.size)
-        for number in range(self.n_acknowledged):
-            assert RECORD.unpack_from(data, number * RECORD.size) == (number + 1,), number
 
 
 def is_settled(*hosts: Host) -> bool:
@@ -106,9 +69,9 @@ def writable(host: Host) -> set[str]:
 
 
 def test_every_point_is_tried() -> None:
-    """The table of the module has those of this test, and those of mounts that outlive their daemon (tests there)."""
+    """The table has those of this test, those of groups and of mounts that outlive their daemon (tests there)."""
     others = {"after-welcome", "before-welcome", "after-mount", "after-init-kept", "before-resend", "after-resend"}
-    assert {*SOURCE_POINTS, *DESTINATION_POINTS, *others} == NAMES
+    assert {*SOURCE_POINTS, *DESTINATION_POINTS, *COORDINATOR_POINTS, *PLEDGE_POINTS, *others} == NAMES
 
 
 POSTCOPY_POINTS = (
@@ -140,7 +103,7 @@ def test_killed_and_started_again(hosts: Hosts, place: Path, killed: str, point:
     destination = hosts.start(
         "destination", copies, incoming=uri, failpoint=failpoint if killed == "destination" else ""
     )
-    guest = Guest(source.file("vda"))
+    guest = RecordWriter(source.file("vda"))
     migrate = source.start_migrate(uri, "--downtime-limit", "2s", "--mode", mode)
     if killed == "source":
         source.wait_killed()

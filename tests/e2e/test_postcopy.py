@@ -33,6 +33,7 @@ def loan_map(host: Host) -> Path:
     return image.with_name(f"{image.name}.fusemig-loan")
 
 
+HOT = b"hot".ljust(MIB, b"!")
 SECTOR = b"cut".ljust(512, b"!")
 
 
@@ -109,12 +110,18 @@ def test_everything_comes(hosts: Hosts, place: Path, lane: str) -> None:
     assert filecmp.cmp(image, destination.images["vda"], shallow=False)
 
 
-def interrupted(hosts: Hosts, place: Path, proxy: FaultProxy, destination: Host, n_frames: int = 6) -> Host:
+def interrupted(
+    hosts: Hosts, place: Path, proxy: FaultProxy, destination: Host, n_frames: int = 6, hot_at: int | None = None
+) -> Host:
     """Hand over, and lose the connection for good when a few pieces have been fetched; return the source."""
     image = write_random(place / "a.img", SIZE)
     source = hosts.start("source", {"vda": image})
+    options = ["--mode", "postcopy"]
+    if hot_at is not None:
+        pwrite(source.file(), HOT, hot_at)
+        options += ["--order", "heat"]
     proxy.arm(FrameType.DATA, Fault.CUT, n_frames)
-    source.start_migrate(proxy.uri, "--mode", "postcopy")
+    source.start_migrate(proxy.uri, *options)
     assert proxy.struck.wait(20)
     proxy.is_barred = True
     wait_until(lambda: destination.disk()["state"] == "borrowing", "the hand-off")
@@ -218,12 +225,30 @@ def test_from_a_running_migration(hosts: Hosts, place: Path) -> None:
     source.qmp.execute("migrate", {"uri": destination.uri, "blk": True})
     wait_until(lambda: source.migration().get("disk", {}).get("transferred", 0) > 4 * MIB, "the first chunks")
     pwrite(source.file(), b"newer than what was sent", 0, os.O_DSYNC)
-    source.qmp.execute("migrate-start-postcopy")
+    done = source.command("postcopy")
+    assert done == (0, "", "fusemig: handing over; both hosts are needed until the destination has fetched the rest\n")
     source.wait_phase("completed")
     assert source.migration()["disk"]["transferred"] < 70 * MIB
     assert source.images["vda"].read_bytes() == destination.images["vda"].read_bytes()
-    with pytest.raises(QmpRefusedError, match="can only be started during"):
-        source.qmp.execute("migrate-start-postcopy")
+    refused = source.command("postcopy")
+    assert refused.exit_code == 1
+    assert "can only be started during" in refused.stderr
+
+
+def test_what_is_hot_comes_first(hosts: Hosts, place: Path) -> None:
+    """With ``--order heat`` what guests wrote at the source is here before the link is lost, and the start is not."""
+    destination = hosts.destination()
+    with FaultProxy(destination.uri) as proxy:
+        source = interrupted(hosts, place, proxy, destination, 5, hot_at=20 * MIB)
+        assert pread(destination.file(), MIB, 20 * MIB) == HOT
+        reader = Reader(destination.file(), 512, 0)
+        wait_until(lambda: destination.disk()["waiting-requests"] == 1, "a request that waits")
+        assert reader.result is None
+        proxy.is_barred = False
+        assert source.wait_phase("completed")
+        assert reader.join() == source.images["vda"].read_bytes()[:512]
+        assert destination.stop() == 0
+        assert destination.images["vda"].read_bytes() == source.images["vda"].read_bytes()
 
 
 def test_refusals(hosts: Hosts, place: Path) -> None:

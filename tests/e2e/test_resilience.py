@@ -21,7 +21,18 @@ from fusemig.errors import ConfigError
 from fusemig.succession.dying import _WRITE as WRITE_NUMBERS
 from support.hosts import DEADLINE_S, MIB, Qmp, pread, pwrite, wait_until, write_random
 from support.loops import check_ext4, loop_device, mounted, run
-from support.resilient import daemon_of, has_fuse_open, kill_and_wait, kill_daemon, killing, n_served
+from support.resilient import (
+    WRITE,
+    WRITE_DIRECT,
+    Background,
+    daemon_of,
+    has_fuse_open,
+    kill_and_wait,
+    kill_daemon,
+    killing,
+    n_served,
+    start,
+)
 
 if TYPE_CHECKING:
     from support.hosts import Host, Hosts
@@ -29,42 +40,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.fuse
 
 SIZE = 64 * MIB
-
-
-def start(hosts: Hosts, *options: str, size: int = 8 * MIB, **how: object) -> Host:
-    """Serve an image of random bytes resiliently."""
-    image = write_random(hosts.directory / "vda.img", size)
-    host = hosts.start("host", {"vda": image}, options=["--resilient", *options], **how)
-    wait_until(lambda: n_served(host), "the word that it serves")
-    return host
-
-
-class Background:
-    """A guest process with one call on a file of the mount, which may wait."""
-
-    def __init__(self, code: str, *arguments: object) -> None:
-        """Start it."""
-        code = f"import os, sys\ntry:\n    {code}\nexcept OSError as exc:\n    print('errno', exc.errno)"
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-    def finish(self) -> str:
-        """Wait for its end; return what it printed, which is an errno if the call failed."""
-        out, _ = self.process.communicate(timeout=DEADLINE_S)
-        return out.strip()
-
-    @property
-    def is_waiting(self) -> bool:
-        """Tell whether it has not ended."""
-        return self.process.poll() is None
-
-
 _DEAD_SERVER = (f"errno {errno.ENOTCONN}", f"errno {errno.ECONNABORTED}")
-_WRITE_DIRECT = (
-    "import mmap; page = mmap.mmap(-1, 4096); page[:6] = b'direct'; "
-    "print(os.pwrite(os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT), page, int(sys.argv[2])))"
-)
-_WRITE = "fd = os.open(sys.argv[1], os.O_RDWR); print(os.pwrite(fd, sys.argv[2].encode(), int(sys.argv[3])))"
 
 
 def fio(host: Host, seed: int) -> subprocess.Popen[str]:
@@ -158,7 +134,7 @@ def test_a_successor_that_dies_while_it_takes_over_has_one_too(hosts: Hosts, poi
     host = start(hosts, failpoint=f"{point}:kill:{trigger}")
     trigger.touch()
     os.kill(daemon_of(host), signal.SIGSTOP)  # so that it has read nothing, and then something
-    writers = [Background(_WRITE, host.file(), f"writer{n}", 4096 * n) for n in range(4)]
+    writers = [Background(WRITE, host.file(), f"writer{n}", 4096 * n) for n in range(4)]
     kill_daemon(host)
     assert [writer.finish() for writer in writers] == ["7"] * 4
     assert not trigger.exists()
@@ -170,7 +146,7 @@ def test_a_write_that_was_parked_is_made_by_the_successor(hosts: Hosts) -> None:
     """Held at a closed gate, it was not answered: it is sent again, and held again, for `stop` goes on."""
     host = start(hosts)
     host.qmp.execute("stop")
-    writer = Background(_WRITE, host.file(), "parked", 8192)
+    writer = Background(WRITE, host.file(), "parked", 8192)
     wait_until(lambda: host.status()["parked-writes"], "the parked write")
     kill_and_wait(host)
     wait_until(lambda: host.status()["parked-writes"], "the parked write at the successor")
@@ -199,11 +175,11 @@ def test_without_the_resend_a_request_waits_for_ever(hosts: Hosts, place: Path) 
     script.write_text(_FORGETFUL)
     host = start(hosts, prefix=[sys.executable, script])
     host.qmp.execute("stop")
-    writer = Background(_WRITE_DIRECT, host.file(), 8192)
+    writer = Background(WRITE_DIRECT, host.file(), 8192)
     wait_until(lambda: host.status()["parked-writes"], "the parked write")
     kill_and_wait(host)
     host.qmp.execute("cont")
-    assert Background(_WRITE_DIRECT, host.file(), 0).finish() == "4096"  # what comes now is served
+    assert Background(WRITE_DIRECT, host.file(), 0).finish() == "4096"  # what comes now is served
     with pytest.raises(subprocess.TimeoutExpired):
         writer.process.wait(0.5)
     assert host.stop() == 0
@@ -219,7 +195,7 @@ def test_after_too_many_failures_the_mount_is_parked_for_an_operator(hosts: Host
     kill_daemon(host)
     wait_until(lambda: "is parked" in host.log(), "the holder's word")
     assert host.log().count("not at its place any more") == 5
-    writer = Background(_WRITE, host.file(), "waited", 0)
+    writer = Background(WRITE, host.file(), "waited", 0)
     with pytest.raises(ConfigError, match="in use"):
         RawDisk("vda", away)
     assert writer.is_waiting
@@ -236,7 +212,7 @@ def test_a_parked_mount_can_be_given_up(hosts: Hosts) -> None:
     host.images["vda"].rename(host.images["vda"].with_name("away.img"))
     kill_daemon(host)
     wait_until(lambda: "is parked" in host.log(), "the holder's word")
-    writer = Background(_WRITE, host.file(), "never", 0)
+    writer = Background(WRITE, host.file(), "never", 0)
     with pytest.raises(subprocess.TimeoutExpired):
         writer.process.wait(0.2)
     assert host.stop() != 0

@@ -41,6 +41,12 @@ def fast_directory() -> Iterator[Path]:
         yield Path(path)
 
 
+@pytest.fixture(autouse=True)
+def journals_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the destination write its journals in these short migrations, too: a step of that can be the nth."""
+    monkeypatch.setattr("fusemig.migration.receipt.JOURNAL_INTERVAL_S", 0.002)
+
+
 def run_once(directory: Path, number: int, prepare: Callable[[SimWorld], None], fault: Fault) -> set[Outcome]:
     """Make one run with one fault, which `prepare` arms; return how the disks came out."""
     ends: list[set[Outcome]] = []

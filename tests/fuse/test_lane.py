@@ -30,7 +30,8 @@ from fusemig.errors import DiskError, FuseUnavailableError, StateError
 from fusemig.fuse import abi, base
 from fusemig.fuse.export import Exports
 from fusemig.fuse.lane import FLUSH_THREADS
-from fusemig.fuse.lane_mount import edited_init, open_data_lane_mount
+from fusemig.fuse.lane_mount import open_data_lane_mount
+from fusemig.fuse.link import edited_init
 from fusemig.units import CHUNK_SIZE
 
 if TYPE_CHECKING:

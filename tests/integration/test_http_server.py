@@ -1,8 +1,8 @@
-"""The HTTP server over real sockets: pages, refusals, and clients who mean ill or nothing."""
+"""The HTTP server over real sockets: pages, actions, streams, refusals, and clients who mean ill or nothing."""
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -10,30 +10,67 @@ import pytest
 import trio
 
 from fusemig import http_server
-from fusemig.http_server import Answer, serve_http
+from fusemig.http_server import Answer, Site, refusal, serve_http
 from fusemig.listener import listening
 from fusemig.transport import parse_uri
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from fusemig.http_server import Request
 
 DEADLINE_S = 20.0
 
 
-def _echo(accept: str) -> Answer:
-    return Answer(f"you take {accept}\n".encode(), "text/plain")
+def _echo(request: Request) -> Answer:
+    return Answer(f"you take {request.headers.get('accept', '')}\n".encode(), "text/plain")
 
 
-def _break(_accept: str) -> Answer:
+def _break(_request: Request) -> Answer:
     raise ValueError("a bug")
 
 
+async def _act(_request: Request) -> Answer:
+    await trio.lowlevel.checkpoint()
+    return Answer(b"done", "text/plain")
+
+
+def _check(request: Request) -> Answer | None:
+    return refusal(HTTPStatus.FORBIDDEN, "not you") if "x-bad" in request.headers else None
+
+
+class Ticker:
+    """A stream that says what it is told, and who listens."""
+
+    def __init__(self) -> None:
+        self.n_listening = 0
+        self.event = b"data: 1\n\n"
+
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[], Awaitable[bytes]]]:
+        async def next_event() -> bytes:
+            await trio.sleep(0.001)
+            return self.event
+
+        self.n_listening += 1
+        try:
+            yield next_event
+        finally:
+            self.n_listening -= 1
+
+
 @asynccontextmanager
-async def serving() -> AsyncIterator[int]:
-    """Serve two pages; give the port."""
+async def serving(ticker: Ticker | None = None) -> AsyncIterator[int]:
+    """Serve two pages, an action and a stream; give the port."""
+    site = Site(
+        pages={"/page": _echo, "/bug": _break},
+        actions={"/act": _act},
+        streams={"/events": (ticker or Ticker()).watching},
+        check=_check,
+    )
     with trio.fail_after(DEADLINE_S):
         async with listening(parse_uri("tcp:127.0.0.1:0")) as listener, trio.open_nursery() as nursery:
-            nursery.start_soon(serve_http, listener, {"/page": _echo, "/bug": _break})
+            nursery.start_soon(serve_http, listener, site)
             yield listener.uri.port
             nursery.cancel_scope.cancel()
 
@@ -74,6 +111,16 @@ async def test_head_has_no_body() -> None:
         (b"POST /page HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
         (b"GET /page HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
         (b"GET /bug HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.INTERNAL_SERVER_ERROR),
+        (b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi", HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+        (b"POST /act HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+        (b"GET /act HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
+        (b"POST /events HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
+        (b"OPTIONS /act HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
+        (b"GET /page HTTP/1.1\r\nHost: x\r\nX-Bad: 1\r\n\r\n", HTTPStatus.FORBIDDEN),
+        (b"GET /events HTTP/1.1\r\nHost: x\r\nX-Bad: 1\r\n\r\n", HTTPStatus.FORBIDDEN),
+        (b"POST /act HTTP/1.1\r\nHost: x\r\nX-Bad: 1\r\n\r\n", HTTPStatus.FORBIDDEN),
+        (b"GET //[ HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.BAD_REQUEST),
+        (b"GET /page HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", HTTPStatus.BAD_REQUEST),
         (b"GET /page HTTP/1.1\r\n\r\n", HTTPStatus.BAD_REQUEST),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", HTTPStatus.BAD_REQUEST),
     ],
@@ -116,3 +163,72 @@ async def test_silent_clients_keep_nobody_out() -> None:
         assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == HTTPStatus.OK
         for stream in silent:
             await stream.aclose()
+
+
+async def test_an_action_is_done_when_it_is_posted() -> None:
+    """With or without a length of 0."""
+    async with serving() as port:
+        for length in (b"", b"Content-Length: 0\r\n"):
+            status, _, body = await ask(port, b"POST /act HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n")
+            assert (status, body) == (HTTPStatus.OK, b"done")
+
+
+async def _open_stream(port: int) -> tuple[trio.SocketStream, bytes]:
+    stream = await trio.open_tcp_stream("127.0.0.1", port)
+    await stream.send_all(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+    data = b""
+    while b"\r\n\r\n" not in data:
+        got = await stream.receive_some()
+        assert got
+        data += got
+    return stream, data
+
+
+async def test_a_stream_sends_events_until_its_client_goes() -> None:
+    """It outlasts the deadline of an exchange, keeps no place of those who come, and its end is noticed."""
+    ticker = Ticker()
+    async with serving(ticker) as port:
+        stream, data = await _open_stream(port)
+        assert b"text/event-stream" in data
+        while data.count(b"data: 1") < 5:
+            data += await stream.receive_some()
+        assert ticker.n_listening == 1
+        await stream.aclose()
+        while ticker.n_listening:
+            await trio.sleep(0.001)
+        status, head, _ = await ask(port, b"HEAD /events HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (status, b"text/event-stream" in head) == (HTTPStatus.OK, True)
+
+
+async def test_there_are_so_many_streams_and_no_more() -> None:
+    """The next one is told so, pages are still answered, and a place that is given back can be had."""
+    async with serving() as port:
+        streams = [(await _open_stream(port))[0] for _ in range(http_server.MAX_STREAMS)]
+        status, _, body = await ask(port, b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (status, b"watching" in body) == (HTTPStatus.SERVICE_UNAVAILABLE, True)
+        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == HTTPStatus.OK
+        await streams.pop().aclose()
+        while True:
+            stream, head = await _open_stream(port)
+            streams.append(stream)
+            if b" 200 " in head:
+                break
+        for stream in streams:
+            await stream.aclose()
+
+
+async def test_a_client_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser that stops reading costs one event, for a bounded time, and then its place is free."""
+    ticker = Ticker()
+    async with serving(ticker) as port:
+        stream, _ = await _open_stream(port)
+        while not ticker.n_listening:
+            await trio.sleep(0.001)
+        monkeypatch.setattr(http_server, "EXCHANGE_S", 0.05)
+        ticker.event = b"data: " + b"x" * (1 << 24) + b"\n\n"
+        while ticker.n_listening:
+            await trio.sleep(0.01)
+        monkeypatch.undo()
+        await stream.aclose()
+        ticker.event = b"data: 1\n\n"
+        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == HTTPStatus.OK

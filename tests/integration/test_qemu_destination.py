@@ -27,12 +27,13 @@ from fusemig.errors import (
     PeerRefusedError,
     RemoteProtocolError,
 )
-from fusemig.migration.arrival import IncomingWire, greet
+from fusemig.migration.arrival import greet
 from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.qemu_receiver import QemuReceiver, Turn
 from fusemig.phase import MigrationPhase as Phase
 from fusemig.units import CHUNK_SIZE
 from fusemig.wire import native, qemu_block, savevm
+from fusemig.wire.base import IncomingWire
 from support.pair import Pair, Side, inline
 from support.qemu import disk_bytes
 from support.streams import memory_connection

@@ -19,12 +19,13 @@ from fusemig.errors import (
     RemoteProtocolError,
     StateError,
 )
-from fusemig.migration.arrival import IncomingWire, greet
+from fusemig.migration.arrival import greet
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.qemu_source import QemuSource
 from fusemig.phase import MigrationPhase as Phase
 from fusemig.units import CHUNK_SIZE
 from fusemig.wire import qemu_block, savevm
+from fusemig.wire.base import IncomingWire
 from support.pair import Pair, inline, nothing
 from support.world import FaultyEpochFile
 

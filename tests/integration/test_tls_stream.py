@@ -21,9 +21,10 @@ from fusemig.credentials import Endpoint, load_credentials
 from fusemig.errors import AuthenticationError, ConnectionLostError
 from fusemig.listener import MAX_PENDING_PER_ADDRESS, listening
 from fusemig.migration import arrival, destination, link
-from fusemig.migration.arrival import IncomingWire, greet
+from fusemig.migration.arrival import greet
 from fusemig.transport import SocketStream, connect, is_private, parse_uri
 from fusemig.wire import native
+from fusemig.wire.base import IncomingWire
 from support.certificates import HOST, Authority
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from fusemig.decision import DecisionFile
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.epoch import EpochFile, Ownership
+from fusemig.epoch import DOUBTFUL, EpochFile, Ownership
 from fusemig.errors import FusemigError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
@@ -29,6 +30,7 @@ from support.streams import MemoryStream, Pipe
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+    from typing import Any
 
     from fusemig.disk.base import Buffer
     from fusemig.epoch import EpochRecord
@@ -136,6 +138,8 @@ class Hosts:
             self.source.images[name].flush()
         self.parameters = MigrationParameters(freeze_deadline_s=3.0, taken_deadline_s=3.0)
         self._rng = random.Random(3)
+        self.outgoing: SourceMigration | None = None
+        """The migration that runs, or ran last."""
 
     def write(self) -> bool:
         """Write and sync something on whichever side takes it; return whether one did."""
@@ -167,8 +171,8 @@ class Hosts:
             side.life.on_end = on_end
         return ends
 
-    async def migrate(self) -> SourceMigration:
-        """Run a migration, with a guest, until both ends are over or dead."""
+    async def migrate(self, group: Path | None = None) -> SourceMigration:
+        """Run a migration, with a guest, until both ends are over or dead; as a part of a group, if one is named."""
         here, there = self._connection()
 
         async def connect() -> MortalStream:
@@ -182,7 +186,18 @@ class Hosts:
                 for _ in range(4):
                     self.write()
 
-        outgoing = SourceMigration(lent, connect, self.parameters, inline, on_phase)
+        life = self.source.life
+
+        async def offload(function: Any, *args: Any) -> Any:
+            is_step = isinstance(getattr(function, "__self__", None), DecisionFile) and function.__name__ != "read"
+            if is_step:  # reads are as many as there is time for, and change nothing
+                life.step(f"before {function.__name__}")
+            result = await inline(function, *args)
+            if is_step:
+                life.step(f"after {function.__name__}")
+            return result
+
+        self.outgoing = outgoing = SourceMigration(lent, connect, self.parameters, offload, on_phase, group=group)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._until_dead, self._receive, there)
             nursery.start_soon(self._until_dead, outgoing.run)
@@ -231,7 +246,7 @@ class Hosts:
         return {
             name: file  # type: ignore[misc]
             for name, file in self.source.epochs.items()
-            if file.record is not None and file.record.state is Ownership.HANDED_OFF
+            if file.record is not None and file.record.state in DOUBTFUL
         }
 
     async def settle_once(self) -> None:

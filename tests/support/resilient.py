@@ -5,17 +5,54 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support.hosts import wait_until
+from support.hosts import DEADLINE_S, MIB, wait_until, write_random
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from support.hosts import Host
+    from support.hosts import Host, Hosts
+
+WRITE_DIRECT = (
+    "import mmap; page = mmap.mmap(-1, 4096); page[:6] = b'direct'; "
+    "print(os.pwrite(os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT), page, int(sys.argv[2])))"
+)
+WRITE = "fd = os.open(sys.argv[1], os.O_RDWR); print(os.pwrite(fd, sys.argv[2].encode(), int(sys.argv[3])))"
+"""For `Background`: FILE TEXT OFFSET, and of the direct one FILE OFFSET."""
+
+
+def start(hosts: Hosts, *options: str, size: int = 8 * MIB, **how: object) -> Host:
+    """Serve an image of random bytes resiliently."""
+    image = write_random(hosts.directory / "vda.img", size)
+    host = hosts.start("host", {"vda": image}, options=["--resilient", *options], **how)
+    wait_until(lambda: n_served(host), "the word that it serves")
+    return host
+
+
+class Background:
+    """A guest process with one call on a file of the mount, which may wait."""
+
+    def __init__(self, code: str, *arguments: object) -> None:
+        """Start it."""
+        code = f"import os, sys\ntry:\n    {code}\nexcept OSError as exc:\n    print('errno', exc.errno)"
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def finish(self) -> str:
+        """Wait for its end; return what it printed, which is an errno if the call failed."""
+        out, _ = self.process.communicate(timeout=DEADLINE_S)
+        return out.strip()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Tell whether it has not ended."""
+        return self.process.poll() is None
 
 
 def children(pid: int) -> list[int]:

@@ -9,9 +9,9 @@ import pytest
 
 from fusemig import __version__
 from fusemig.errors import StateError
+from fusemig.estate import difference
 from fusemig.handover.agreement import VARIABLE, Answer, answer, decode_answer
 from fusemig.handover.state import Mount, ServedFile, State, encode_state
-from fusemig.inheritance import difference
 
 MOUNT = Mount(
     mountpoint="/mnt",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 import threading
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,8 @@ from fusemig.disk.allocation import map_size
 from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
 from fusemig.disk.memory import MemoryDisk
 from fusemig.errors import DiskError, RemoteProtocolError
-from fusemig.migration.borrow import PIECE_BLOCKS, FetchPlan, Request
-from fusemig.units import BLOCK_SIZE, n_blocks
+from fusemig.migration.borrow import PIECE_BLOCKS, FetchPlan, Loan, Request, hot_requests
+from fusemig.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
 from fusemig.wire import native
 from support.hosts import wait_until
 
@@ -159,7 +160,9 @@ def zero(request: Request, disk: BorrowedDisk) -> native.ZeroFrame:
 def test_every_missing_block_is_asked_for_once_and_nothing_else(blocks: set[int], data: st.DataObject) -> None:
     """Whatever guests want, write or have fetched meanwhile, and in whatever order answers come in between."""
     disks = disks_with([(block, block + 1) for block in sorted(blocks)])
-    plan, asked = FetchPlan(disks), set[tuple[int, int]]()
+    hot = data.draw(st.lists(st.integers(0, BLOCKS - 1), max_size=4))
+    plan = FetchPlan(disks, [Request(0, first, min(BLOCKS, first + 9)) for first in hot])
+    asked = set[tuple[int, int]]()
     while not plan.is_done:
         what = data.draw(st.sampled_from(["ask", "ask", "answer", "want", "write"]))
         if what == "want":
@@ -197,6 +200,50 @@ def test_what_a_guest_waits_for_goes_first() -> None:
     assert plan.next() == Request(2, 0, 1)
     assert plan.next() == Request(0, 50, 60)
     assert plan.next() is None
+
+
+def test_what_is_hot_goes_before_the_rest_and_after_what_guests_wait_for() -> None:
+    """In the order in which it was named, and only what of it is missing."""
+    plan = FetchPlan(disks := disks_with([(0, 60)]), [Request(0, 40, 50), Request(2, 0, 1), Request(0, 10, 12)])
+    disks[0].pwrite(bytes(BLOCK_SIZE), 44 * BLOCK_SIZE)
+    assert plan.next() == Request(0, 40, 44)
+    disks[0].wants._wanted.append((47, 52))
+    assert plan.next() == Request(0, 47, 52)
+    assert plan.next() == Request(0, 45, 47)
+    assert plan.next() == Request(2, 0, 1)
+    assert plan.next() == Request(0, 10, 12)
+    assert plan.next() == Request(0, 0, 10)
+    assert plan.next() == Request(0, 12, 40)
+    assert plan.next() == Request(0, 52, 60)
+    assert plan.next() is None
+
+
+def numbers(*chunks: int) -> bytes:
+    return struct.pack(f"<{len(chunks)}Q", *chunks)
+
+
+def test_hot_chunks_of_several_disks_take_turns() -> None:
+    """A disk that is all here does not count; the last chunk of a disk may be short."""
+    first = borrowed([], size=2 * CHUNK_SIZE)
+    second = borrowed([], size=CHUNK_SIZE + 512)
+    loans = [Loan(disk, lambda: None) for disk in (first, None, second)]
+    assert hot_requests([numbers(1, 0), numbers(7), numbers(1)], loans) == [
+        Request(0, BLOCKS_PER_CHUNK, 2 * BLOCKS_PER_CHUNK),
+        Request(1, BLOCKS_PER_CHUNK, BLOCKS_PER_CHUNK + 1),
+        Request(0, 0, BLOCKS_PER_CHUNK),
+    ]
+    assert hot_requests([], loans) == []
+
+
+@pytest.mark.parametrize(
+    "hot",
+    [[numbers(2)], [numbers((1 << 64) - 1)], [b"1234567"], [b"", b""], [numbers(*[0] * (native.MAX_HOT + 1))]],
+    ids=["beyond the disk", "far beyond it", "a part of a number", "of more disks", "too many"],
+)
+def test_hot_chunks_that_cannot_be_are_refused(hot: list[bytes]) -> None:
+    """What the other side says is not trusted."""
+    with pytest.raises(RemoteProtocolError, match="the source named"):
+        hot_requests(hot, [Loan(borrowed([], size=2 * CHUNK_SIZE), lambda: None)])
 
 
 def test_what_is_not_due_is_refused() -> None:

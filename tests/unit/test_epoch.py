@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_hexdigest
 
-from fusemig.epoch import EpochFile, EpochRecord, Ownership
+from fusemig.epoch import EpochFile, EpochRecord, Ownership, Side, redeemed, resolved
 from fusemig.errors import ConfigError, StateError
+from fusemig.group import Word
 from support.crash import KilledError
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ DEEP = b'{"counter":1,"check":"","record":' + b"[" * 4000
 
 def record(state: Ownership, epoch: int = 1) -> EpochRecord:
     """Return a record."""
-    return EpochRecord(state=state, image_id="d15c", epoch=epoch, session="5e55", peer="tcp:host:4711")
+    version = 3 if state is Ownership.PLEDGED else 1
+    return EpochRecord(state=state, image_id="d15c", epoch=epoch, session="5e55", peer="tcp:host:4711", version=version)
 
 
 @pytest.fixture
@@ -169,9 +171,9 @@ def slot_of(raw: bytes, counter: int) -> bytes:
 @pytest.mark.parametrize(
     "later",
     [
-        {"version": 3, "state": "owner", "image_id": "d15c", "epoch": 5},
-        {"version": 3, "state": "shared", "image_id": "d15c", "epoch": 5},
-        {"version": 3, "who": ["knows"]},
+        {"version": 4, "state": "owner", "image_id": "d15c", "epoch": 5},
+        {"version": 4, "state": "shared", "image_id": "d15c", "epoch": 5},
+        {"version": 4, "who": ["knows"]},
     ],
 )
 def test_a_later_version_is_refused(path: Path, later: dict[str, object]) -> None:
@@ -380,3 +382,23 @@ def test_what_is_lent_is_not_read_by_an_earlier_version(path: Path) -> None:
     assert file.record.version == 1
     assert file.record.taken().state is Ownership.OWNER
     assert file.record.handed_over().state is Ownership.RELEASED
+
+
+def test_a_pledge_is_not_read_by_an_earlier_version_and_leaves_nothing_behind(path: Path) -> None:
+    """Of version 3, with the group; what it becomes is of version 1 again, whoever decides."""
+    file = EpochFile(path)
+    pledged = msgspec.structs.replace(record(Ownership.PLEDGED), decision="/var/lib/groups/g1")
+    file.write(pledged)
+    assert EpochFile(path).record == pledged
+    assert b'"version":3' in path.read_bytes()
+    for became, state, epoch in (
+        (redeemed(pledged, Word.COMMIT), Ownership.HANDED_OFF, 1),
+        (redeemed(pledged, Word.ABORT), Ownership.OWNER, 3),
+        (resolved(pledged, Side.SOURCE), Ownership.OWNER, 3),
+        (resolved(pledged, Side.DESTINATION), Ownership.RELEASED, 1),
+    ):
+        file.write(became)
+        assert EpochFile(path).record == file.record
+        assert file.record is not None
+        assert (file.record.state, file.record.epoch, file.record.decision) == (state, epoch, "")
+        assert file.record.version == 1

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fusemig.convergence import Convergence, Decision
 from fusemig.forecast import HANDOFF_S, PASS_S, Plan, RemedyKind, predict, remedies
+from fusemig.shaping import MIRROR_SHARE
 from fusemig.units import BLOCK_SIZE
 from fusemig.working_set import WorkingSet
 
@@ -144,6 +145,8 @@ def test_any_plan_has_an_answer_and_its_remedies_are_true(
     written = sum(curve.write_rate for curve in curves)
     for remedy in remedies(plan):
         value = remedy.value
+        if remedy.kind in (RemedyKind.MIRROR, RemedyKind.POSTCOPY):
+            continue  # these are other ways than passes
         cured, less = {
             RemedyKind.BANDWIDTH: (replace(plan, bandwidth=value), replace(plan, bandwidth=value / 1.2)),
             RemedyKind.DOWNTIME_LIMIT: (
@@ -169,4 +172,35 @@ def test_a_longer_limit_than_the_freeze_deadline_does_not_help() -> None:
     assert {remedy.kind for remedy in remedies(replace(plan, downtime_limit_s=0.3))} == {
         RemedyKind.BANDWIDTH,
         RemedyKind.THROTTLE,
+        RemedyKind.MIRROR,
+        RemedyKind.POSTCOPY,
     }
+
+
+def other_ways(plan: Plan) -> dict[RemedyKind, float]:
+    return {one.kind: one.value for one in remedies(plan) if one.kind in (RemedyKind.MIRROR, RemedyKind.POSTCOPY)}
+
+
+def test_what_mirroring_and_post_copy_cost() -> None:
+    """Mirroring leaves guests their share of what passes may use; post-copy takes what the whole link needs."""
+    curve = random_writes(1000.0 * MIB, 1000.0 * MIB, 10_000.0 * MIB)
+    plan = Plan([curve], 10_000.0 * MIB, 100.0 * MIB)
+    assert other_ways(plan) == {RemedyKind.MIRROR: MIRROR_SHARE * 100 * MIB, RemedyKind.POSTCOPY: 100.0}
+    held = replace(plan, max_bandwidth=10.0 * MIB)
+    assert other_ways(held) == {RemedyKind.MIRROR: MIRROR_SHARE * 10 * MIB, RemedyKind.POSTCOPY: 100.0}
+
+
+def test_mirroring_slows_nobody_who_writes_less_than_its_share() -> None:
+    """Guests that miss the limit by a little only are said to write on as they do."""
+    curve = random_writes(78.0 * MIB, 1000.0 * MIB, 10_000.0 * MIB)
+    plan = Plan([curve], 1000.0 * MIB, 100.0 * MIB, downtime_limit_s=0.003)
+    assert not predict(plan).converges
+    assert other_ways(plan)[RemedyKind.MIRROR] == curve.write_rate
+
+
+def test_a_limit_below_the_least_window_is_not_met_by_mirroring() -> None:
+    """256 KiB may be missing in any case: on a link that needs longer for them than the limit it is not offered."""
+    curve = random_writes(100.0 * MIB, 1000.0 * MIB, 10_000.0 * MIB)
+    plan = Plan([curve], 1000.0 * MIB, 1.0 * MIB, downtime_limit_s=0.2)
+    assert other_ways(plan).keys() == {RemedyKind.POSTCOPY}
+    assert RemedyKind.MIRROR in other_ways(replace(plan, downtime_limit_s=0.3))

@@ -29,6 +29,8 @@ SOURCE_PATHS = {
     S.SENDING: [],
     S.FINAL_SENT: [SE.FROZEN_AND_SENT],
     S.PEER_PREPARED: [SE.FROZEN_AND_SENT, SE.PREPARED],
+    S.PLEDGED: [SE.FROZEN_AND_SENT, SE.PREPARED, SE.PLEDGE_DURABLE],
+    S.BOUND: [SE.FROZEN_AND_SENT, SE.PREPARED, SE.PLEDGE_DURABLE, SE.COMMIT_DECIDED],
     S.HANDED_OFF: [SE.FROZEN_AND_SENT, SE.PREPARED, SE.HANDOFF_DURABLE],
     S.RELEASED: [SE.FROZEN_AND_SENT, SE.PREPARED, SE.HANDOFF_DURABLE, SE.TAKEN],
     S.ABORTED: [SE.FAILURE],
@@ -89,7 +91,13 @@ def test_only_the_destinations_word_leads_back_from_the_handoff() -> None:
     ways = {event: new for (old, event), new in SOURCE_TABLE.items() if old in (S.HANDED_OFF, S.RELEASED)}
     assert ways == {SE.TAKEN: S.RELEASED, SE.CALLED_OFF: S.TAKEN_BACK}
     assert not [old for old, _ in DESTINATION_TABLE if old is D.OWNER]
-    assert {state for state in S if not source_at(state).may_thaw} == {S.HANDED_OFF, S.RELEASED}
+    assert {state for state in S if not source_at(state).may_thaw} == {S.PLEDGED, S.BOUND, S.HANDED_OFF, S.RELEASED}
+    ways = {event: new for (old, event), new in SOURCE_TABLE.items() if old in (S.PLEDGED, S.BOUND)}
+    assert ways == {
+        SE.ABORT_DECIDED: S.PEER_PREPARED,
+        SE.COMMIT_DECIDED: S.BOUND,
+        SE.HANDOFF_DURABLE: S.HANDED_OFF,
+    }
     assert {state for state in D if destination_at(state).may_write} == {D.OWNER}
 
 

@@ -71,6 +71,17 @@ def test_levels_follow_the_model(steps: list[tuple[int, int] | int]) -> None:
         assert abs(heat.level(chunk) - value.bit_length()) <= (1 if value else 0)
 
 
+def test_the_hottest_chunks_come_first() -> None:
+    """As many as were asked for, and none that is cold; of equal ones the first."""
+    heat = Heat(9000 * CHUNK_SIZE)
+    for chunk, n in ((8500, 40), (3, 40), (4, 1), (5000, 200)):
+        heat.note(chunk * CHUNK_SIZE, n * BLOCK_SIZE)
+    assert heat.hottest(100) == [5000, 3, 8500, 4]
+    assert heat.hottest(2) == [5000, 3]
+    assert Heat(CHUNK_SIZE).hottest(5) == []
+    assert Heat(0).hottest(5) == []
+
+
 def test_what_is_not_written_any_more_gets_cold() -> None:
     """The hottest chunk is cold after as many halvings as there are levels; one that is written stays hot."""
     heat = Heat(2 * CHUNK_SIZE)

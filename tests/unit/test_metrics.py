@@ -8,8 +8,10 @@ import msgspec
 import pytest
 
 from fusemig.errors import ConfigError
-from fusemig.metrics import Metrics, check_address
+from fusemig.http_server import Request
+from fusemig.metrics import Metrics
 from fusemig.qmp import block, schema
+from fusemig.security import check_address
 from fusemig.transport import parse_uri
 from support.promlint import problems, value
 
@@ -30,7 +32,9 @@ def make_status(**members: Any) -> schema.DaemonStatus:
 
 def make_page(status: schema.DaemonStatus, accept: str = "") -> str:
     stats = block.BlockDeviceStats(rd_bytes=10, wr_bytes=20, rd_operations=1, wr_operations=2, failed_wr_operations=1)
-    answer = Metrics(lambda: status, lambda: [block.BlockStats(device="vda", stats=stats)]).page(accept)
+    answer = Metrics(lambda: status, lambda: [block.BlockStats(device="vda", stats=stats)]).page(
+        Request("/metrics", {}, {"accept": accept})
+    )
     return answer.body.decode()
 
 
@@ -134,8 +138,8 @@ def test_openmetrics_is_spoken_to_who_prefers_it() -> None:
 
 def test_metrics_stay_on_this_host_unless_told_otherwise() -> None:
     """A port for the whole network is refused with the way out."""
-    check_address(parse_uri("tcp:127.0.0.1:9199"), is_insecure=False)
-    check_address(parse_uri("unix:/run/metrics"), is_insecure=False)
-    check_address(parse_uri("tcp:0.0.0.0:9199"), is_insecure=True)
+    check_address("--metrics", parse_uri("tcp:127.0.0.1:9199"), is_insecure=False)
+    check_address("--metrics", parse_uri("unix:/run/metrics"), is_insecure=False)
+    check_address("--metrics", parse_uri("tcp:0.0.0.0:9199"), is_insecure=True)
     with pytest.raises(ConfigError, match="--metrics-insecure"):
-        check_address(parse_uri("tcp:0.0.0.0:9199"), is_insecure=False)
+        check_address("--metrics", parse_uri("tcp:0.0.0.0:9199"), is_insecure=False)

@@ -87,6 +87,8 @@ EVENTS: list[native.Event | Data] = [
     native.BaseFrame(2, 1, [(0, 4096), (8192, 512)]),
     native.Welcome(1, ["delta"], deltas=[native.Delta.PROVED, native.Delta.NOTHING], thin=[False, True]),
     native.Keep(0, b"\0" * 16),
+    native.Lend(1, "5e55", [native.AskedDisk("id", 3)], [b"\1" * 8 * native.MAX_HOT]),
+    native.Lend(1, "", []),
     native.Weigh(-1),
     native.Weigh(1, b"\1" * 8 * native.WEIGHED_CHUNKS),
     native.Weighed(bytes(range(256)) * 16 * native.WEIGHED_CHUNKS),

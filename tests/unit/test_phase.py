@@ -25,6 +25,8 @@ ALLOWED = {
     (P.PRE_SWITCHOVER, P.FROZEN),
     (P.FROZEN, P.COMMITTED),
     (P.FROZEN, P.DIRTY),
+    (P.FROZEN, P.PLEDGED),
+    *((P.PLEDGED, decided) for decided in (P.COMMITTED, P.FAILED, P.IN_DOUBT)),
     *((P.NONE, found) for found in (P.POSTCOPY, P.IN_DOUBT, P.COMPLETED, P.FAILED)),
     (P.COMMITTED, P.COMPLETED),
     (P.COMMITTED, P.IN_DOUBT),
@@ -44,6 +46,7 @@ PATHS: dict[MigrationPhase, list[MigrationPhase]] = {
     P.CANCELLED: [P.SETUP, P.CANCELLING, P.CANCELLED],
     P.FAILED: [P.SETUP, P.FAILED],
     P.IN_DOUBT: [*WAY[:6], P.IN_DOUBT],
+    P.PLEDGED: [*WAY[:5], P.PLEDGED],
     P.POSTCOPY: [*WAY[:6], P.POSTCOPY],
     **{phase: WAY[: number + 1] for number, phase in enumerate(WAY)},
 }

@@ -162,6 +162,13 @@ def _peer(settings: Settings, cell: _Cell, note: Callable[[str], None], copy_mod
     return Contender(name, "peer", once, missing(QSD))
 
 
+def _short(settings: Settings, cell: _Cell, note: Callable[[str], None]) -> list[Contender]:
+    """A hot set that fits the default downtime limit is sent while guests stand still, unless the limit is shorter."""
+    return [
+        _ours(settings, cell, note, f"{side_name(settings.lanes[0])} --downtime-limit 30ms", "--downtime-limit", "30ms")
+    ]
+
+
 def _row(settings: Settings, key: str, *, is_sequential: bool, is_hot: bool) -> Row:
     size = settings.pick(128 * MIB, 32 * MIB)
     order = "sequential" if is_sequential else "random"
@@ -173,6 +180,7 @@ def _row(settings: Settings, key: str, *, is_sequential: bool, is_hot: bool) -> 
         contenders = [
             _ours(settings, cell, notes.append, side_name(settings.lanes[0])),
             _ours(settings, cell, notes.append, f"{side_name(settings.lanes[0])} --mode mirror", "--mode", "mirror"),
+            *(_short(settings, cell, notes.append) if is_hot else ()),
             *(_peer(settings, cell, notes.append, copy_mode) for copy_mode in ("background", "write-blocking")),
         ]
         case = run_case(

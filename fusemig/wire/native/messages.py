@@ -18,6 +18,8 @@ MAX_RUNS: Final = 2048
 """Most runs of a MISSING."""
 MAX_DISK_RUNS: Final = 1 << 20
 """Most runs in all MISSING of a disk."""
+MAX_HOT: Final = 8192
+"""Most chunks that a LEND names, of all its disks."""
 MAX_FETCH_BLOCKS: Final = CHUNK_SIZE // BLOCK_SIZE
 """Most blocks of a FETCH."""
 DELTA: Final = "delta"
@@ -247,6 +249,8 @@ class Lend(msgspec.Struct, frozen=True):
     """The migration that handed the disks over."""
     disks: list[AskedDisk]
     """Known by their place here from now on."""
+    hot: list[bytes] = []
+    """Of each disk, if not empty, the chunks that are best fetched first, in order; 64 bits each, little-endian."""
 
 
 class Fetch(msgspec.Struct, frozen=True):

@@ -1,0 +1,189 @@
+"""The rules of a group, the file that decides, and what the command line refuses."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+from fusemig.cli.group import check_request, parse_places, standing_of
+from fusemig.cli.migrate import MigrateRequest
+from fusemig.decision import DecisionFile
+from fusemig.errors import ConfigError, MigrationError, StateError
+from fusemig.group import OVER, PAST, Conduct, Standing, Step, Word, conduct, next_step
+from fusemig.migration.link import BufferPool, NativeLink
+from fusemig.migration.pledge import Pledge
+from fusemig.wire import native
+from support.pair import inline
+from support.streams import memory_connection
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+
+@pytest.mark.parametrize(
+    ("word", "is_overdue", "expected"),
+    [
+        (None, False, Conduct.WAIT),
+        (None, True, Conduct.PROPOSE_ABORT),
+        (Word.COMMIT, False, Conduct.HAND_OFF),
+        (Word.COMMIT, True, Conduct.HAND_OFF),
+        (Word.ABORT, False, Conduct.TAKE_BACK),
+        (Word.ABORT, True, Conduct.TAKE_BACK),
+    ],
+)
+def test_conduct(word: Word | None, is_overdue: bool, expected: Conduct) -> None:
+    """A decision counts whenever it comes; no time-out replaces one."""
+    assert conduct(word, is_overdue=is_overdue) is expected
+
+
+def test_every_next_step() -> None:
+    """Of three daemons, in all of their standings, said otherwise than the code does."""
+    n_commits = 0
+    for standings in itertools.product(Standing, repeat=3):
+        for word, is_continued, is_called_off in itertools.product((None, *Word), (False, True), (False, True)):
+            step = next_step(standings, word, is_continued=is_continued, is_called_off=is_called_off)
+            kinds = set(standings)
+            if step is Step.PROPOSE_COMMIT:
+                n_commits += 1
+                assert kinds == {Standing.PLEDGED}
+            if step is Step.REMOVE:
+                assert word is not None
+                assert kinds <= PAST
+            if step is Step.CONTINUE:
+                assert kinds == {Standing.READY}
+                assert not is_continued
+            if word is None:
+                assert (step is Step.PROPOSE_ABORT) == (is_called_off or bool(kinds & OVER))
+            else:
+                assert step in (Step.WAIT, Step.REMOVE, Step.LEAVE)
+                assert (step is Step.WAIT) == bool(kinds - OVER)
+    assert n_commits == 2
+
+
+@pytest.mark.parametrize("first", Word)
+def test_who_is_first_decides(tmp_path: Path, first: Word) -> None:
+    """And whoever comes later learns of it; when nobody needs it any more nothing is left."""
+    file = DecisionFile(tmp_path / "g")
+    file.check([tmp_path])
+    others = {Word.COMMIT: Word.ABORT, Word.ABORT: Word.COMMIT}
+    file.lay(first, "a")
+    file.lay(others[first], "b")
+    assert file.read() is None
+    assert file.propose("a") is first
+    assert file.propose("b") is first
+    assert DecisionFile(tmp_path / "g").read() is first
+    for who in "ab":
+        file.forget(who)
+    file.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", [None, *Word])
+async def test_a_pledge_whose_time_is_up(tmp_path: Path, word: Word | None) -> None:
+    """It ends by what is decided, also where that was decided in the last moment; or decides, for everybody."""
+    forth, back = memory_connection()
+    pledge, file = Pledge(tmp_path / "g", "me", inline), DecisionFile(tmp_path / "g")
+    await pledge.prepare()
+    if word is not None:
+        file.lay(word, "other")
+        file.propose("other")
+        with pytest.raises(MigrationError, match="was called off"):
+            await pledge.check()
+    link = NativeLink(forth, native.Decoder(native.FROM_DESTINATION, preface=False), BufferPool())
+    assert await pledge.decision(link, trio.current_time()) is (word or Word.ABORT)
+    assert file.read() is (word or Word.ABORT)
+    await forth.aclose()
+    await back.aclose()
+
+
+def test_who_has_laid_nothing_decides_nothing(tmp_path: Path) -> None:
+    """A directory in the place of one that is not mounted looks undecided, and must not be taken for that."""
+    file = DecisionFile(tmp_path / "g")
+    with pytest.raises(StateError, match="nothing can be decided there"):
+        file.propose("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"commit", b"commit\n\n", b"abort\nabort\n", b"\0" * 16, b"perhaps\n"])
+def test_what_is_no_decision_says_nothing(tmp_path: Path, content: bytes) -> None:
+    """Nothing is concluded from it; the twin is read above."""
+    (tmp_path / "g.decision").write_bytes(content)
+    with pytest.raises(StateError, match="neither 'commit' nor 'abort'"):
+        DecisionFile(tmp_path / "g").read()
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a b", "..", "x" * 101])
+def test_names_that_are_refused(tmp_path: Path, name: str) -> None:
+    """They become parts of names of files."""
+    with pytest.raises(ConfigError):
+        DecisionFile(Path(f"{tmp_path}/{name}") if name else Path("g")).check()
+
+
+def test_a_directory_that_a_power_loss_empties(tmp_path: Path) -> None:
+    """Refused for disks whose records outlive that; not where they lie together."""
+    memory = Path("/dev/shm")  # noqa: S108
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system here")
+    with pytest.raises(ConfigError, match="which a power loss empties"):
+        DecisionFile(memory / "g").check([tmp_path])
+    DecisionFile(memory / "g").check([memory])
+    DecisionFile(tmp_path / "g").check([memory])
+
+
+def test_places() -> None:
+    """SOCKET=URI, each daemon once, also by another name of its socket."""
+    assert parse_places(["/run/a=tcp:h:1", "/run/b=unix:/x=y"]) == [
+        (Path("/run/a"), "tcp:h:1"),
+        (Path("/run/b"), "unix:/x=y"),
+    ]
+    for wrong in ("/run/a", "=tcp:h:1", "/run/a="):
+        with pytest.raises(ConfigError, match="write SOCKET=URI"):
+            parse_places([wrong])
+    with pytest.raises(ConfigError, match="is named twice"):
+        parse_places(["/run/a=tcp:h:1", "/run/../run/a=tcp:h:2"])
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({"mode": "postcopy"}, "--mode postcopy does not go with --group"),
+        ({"wire": "qemu"}, "--wire qemu"),
+        ({"guest": "qmp:/x"}, "--guest"),
+        ({"pause_command": "true"}, "--pause-command"),
+        ({"disks": ("vda",)}, "--disk"),
+        ({"detach": True}, "--detach"),
+    ],
+)
+def test_options_that_do_not_go_with_it(option: Mapping[str, Any], text: str) -> None:
+    """One text each; the twin: the others do."""
+    check_request(MigrateRequest(socket=Path(), uri="", mode="mirror", compress="zstd", resume=True))
+    with pytest.raises(ConfigError, match=text):
+        check_request(MigrateRequest(socket=Path(), uri="", **option))
+
+
+@pytest.mark.parametrize(
+    ("status", "phase", "expected"),
+    [
+        ("active", "bulk", Standing.MOVING),
+        ("pre-switchover", "pre-switchover", Standing.READY),
+        ("device", "frozen", Standing.MOVING),
+        ("device", "pledged", Standing.PLEDGED),
+        ("device", "committed", Standing.MOVING),
+        ("completed", "completed", Standing.MOVED),
+        ("failed", "in-doubt", Standing.DOUBTFUL),
+        ("failed", "failed", Standing.STAYS),
+        ("cancelled", "cancelled", Standing.STAYS),
+    ],
+)
+def test_standings(status: str, phase: str, expected: Standing) -> None:
+    """What `query-migrate` says of a daemon; one that waits and would take too long is not ready."""
+    info = {"status": status, "x-fusemig": {"phase": phase}, "expected-downtime": 300}
+    assert standing_of(info, 0.3) is expected
+    if expected is Standing.READY:
+        assert standing_of(info, 0.2) is Standing.MOVING
+        assert standing_of(info, None) is Standing.READY
