@@ -83,6 +83,9 @@ class Disk(ABC):
         """
         self.flush()
 
+    def check_in_place(self) -> None:  # noqa: B027  (memory has no place)
+        """Raise `DiskError` if what is written is not what a daemon that is started later would find."""
+
     def is_hole(self, offset: int, length: int) -> bool:
         """Tell whether a range is known to be a hole, at the cost of one call whatever is allocated elsewhere."""
         return False

@@ -214,6 +214,10 @@ class FaultDisk(Disk):
         self.flush()
         self.image.drop_cache()
 
+    def check_in_place(self) -> None:
+        """Ask the image."""
+        self.image.check_in_place()
+
     @property
     def io_error(self) -> DiskError | None:
         """The flush that failed on purpose, or what the image says."""

@@ -220,6 +220,10 @@ class OverlayDisk(Disk):
         self.flush()
         self.image.drop_cache()
 
+    def check_in_place(self) -> None:
+        """Ask the image."""
+        self.image.check_in_place()
+
     @property
     def io_error(self) -> DiskError | None:
         """Why the last flush failed, if it did; the stores themselves see to it that a failed sync stays failed."""

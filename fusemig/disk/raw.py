@@ -271,6 +271,12 @@ class RawDisk(Disk):
             what = f"disk '{self.name}' ({self.path}): the image was cut from {self.size} to {size} bytes, restore it"
             raise DiskError(errno.EIO, what, size, self.size - size)
 
+    def check_in_place(self) -> None:
+        """Raise `DiskError` (ENOENT) if somebody has removed the image or put another file in its place."""
+        if _kept_as("image", self.path) != f"image-{identity(self._fd)}":
+            what = f"disk '{self.name}' ({self.path}): the image was removed or replaced, serve it anew there"
+            raise DiskError(errno.ENOENT, what, 0, self.size)
+
     def _seek(self, at: int, whence: int, end: int) -> int:
         """Seek from ``at``; the file position this moves is used by nothing else."""
         try:

@@ -281,6 +281,10 @@ class TrackedDisk(Disk):
         """Have the image do it."""
         self.image.drop_cache()
 
+    def check_in_place(self) -> None:
+        """Ask the image."""
+        self.image.check_in_place()
+
     @property
     def io_error(self) -> DiskError | None:
         """Ask the image."""

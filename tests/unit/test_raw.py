@@ -423,6 +423,24 @@ def test_closing_twice(path: Path) -> None:
     assert caught.value.errno == errno.EBADF
 
 
+def test_an_image_that_is_not_in_its_place_is_noticed(path: Path) -> None:
+    """A daemon that is started later would find nothing there, or something else; guests of this one go on."""
+    with RawDisk("vda", path) as disk:
+        disk.check_in_place()
+        moved = path.rename(path.with_name("moved"))
+        with pytest.raises(DiskError, match=r"'vda' .*: the image was removed or replaced, serve it anew there"):
+            disk.check_in_place()
+        create_image(path, 4 * MIB)
+        with pytest.raises(DiskError, match="removed or replaced"):
+            disk.check_in_place()
+        moved.replace(path)
+        disk.check_in_place()
+        path.unlink()
+        with pytest.raises(DiskError, match="removed or replaced"):
+            disk.check_in_place()
+        disk.flush()
+
+
 def test_an_image_that_was_cut_has_no_holes_and_no_sync(tmp_path: Path) -> None:
     """What is behind the new end was lost: nobody may take it for zeros, or for durable."""
     path = tmp_path / "image"
