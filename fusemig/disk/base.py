@@ -72,6 +72,20 @@ class Disk(ABC):
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield the allocation of the range in ascending order without gaps; data where the store cannot tell."""
 
+    def drop_cache(self) -> None:
+        """Flush, and have later reads come from the store, where the layer can tell it from a cache; may sleep.
+
+        Whoever believes that what is read is also durable, without having written it, calls this first: pages whose
+        writing failed may stay in memory as if they were clean, and a flush knows nothing of them any more.
+
+        Raises:
+            DiskError: the flush failed.
+        """
+        self.flush()
+
+    def check_in_place(self) -> None:  # noqa: B027  (memory has no place)
+        """Raise `DiskError` if what is written is not what a daemon that is started later would find."""
+
     def is_hole(self, offset: int, length: int) -> bool:
         """Tell whether a range is known to be a hole, at the cost of one call whatever is allocated elsewhere."""
         return False

@@ -209,6 +209,15 @@ class FaultDisk(Disk):
             raise self._flush_error
         self.image.flush()
 
+    def drop_cache(self) -> None:
+        """Flush, and have the image drop its cache."""
+        self.flush()
+        self.image.drop_cache()
+
+    def check_in_place(self) -> None:
+        """Ask the image."""
+        self.image.check_in_place()
+
     @property
     def io_error(self) -> DiskError | None:
         """The flush that failed on purpose, or what the image says."""

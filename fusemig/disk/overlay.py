@@ -215,6 +215,15 @@ class OverlayDisk(Disk):
             raise
         self._flush_error = None
 
+    def drop_cache(self) -> None:
+        """Flush, and have later reads of what the overlay holds come from the store."""
+        self.flush()
+        self.image.drop_cache()
+
+    def check_in_place(self) -> None:
+        """Ask the image."""
+        self.image.check_in_place()
+
     @property
     def io_error(self) -> DiskError | None:
         """Why the last flush failed, if it did; the stores themselves see to it that a failed sync stays failed."""

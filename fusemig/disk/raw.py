@@ -3,6 +3,14 @@
 Locking: an exclusive open-file-description lock on the whole image for as long as it is open, and the bytes that QEMU
 locks when it has an image open (block/file-posix.c: RAW_LOCK_PERM_BASE 100, RAW_LOCK_SHARED_BASE 200) are inside it,
 so a running QEMU and fusemig refuse each other's images. Images are opened without following links.
+
+Syncing: the kernel reports that it lost pages once to each open file (errseq_t), so of two fdatasyncs at a time one may
+fail and the other succeed without them. So one runs at a time, and a flush is answered by the first that *began* after
+it was asked for, with the others that waited. A failure stays.
+
+A successor inherits the open file, and must not inherit its silence. That something failed is kept beside it. What the
+kernel told a daemon that was killed before it could keep that, the kernel still owes to the kept file: daemons sync
+through an open file of their own, and a successor's first flush through the kept one.
 """
 
 from __future__ import annotations
@@ -61,7 +69,17 @@ class RawDisk(Disk):
         inherited = None if store is None else store.take(_kept_as(role, path))
         self._fd = _open_image(name, path, read_only=read_only) if inherited is None else inherited
         self._kept_as = f"{role}-{identity(self._fd)}"
+        self._kept_failed = f"failed-{self._kept_as}"
+        self._syncing = threading.Condition()
+        # Guarded by _syncing:
+        self._is_syncing = False
+        self._n_begun = 0
+        self._n_synced = 0
+        """The number of the last fdatasync that succeeded, counted by `_n_begun`."""
         self._flush_error: DiskError | None = None
+        self._sync_fd = self._fd
+        """What is synced next: the image, by this or an open file of our own."""
+        self._own_fd: int | None = None
         self._close_lock = threading.Lock()
         try:
             self.size = _image_size(name, path, self._fd)
@@ -71,9 +89,23 @@ class RawDisk(Disk):
             self._has_nowait = self._probe_nowait()
             if store is not None and inherited is None:
                 store.keep(self._kept_as, self._fd)
+            if store is not None and (failed := store.take(self._kept_failed)) is not None:
+                os.close(failed)
+                self._flush_error = self._error(errno.EIO, "fdatasync, under an earlier daemon,", 0, self.size)
+            if store is not None and store.is_on and not read_only:
+                self._own_fd = self._open_again()
+                if inherited is None and self._own_fd is not None:
+                    self._sync_fd = self._own_fd
         except BaseException:
             os.close(self._fd)
             raise
+
+    def _open_again(self) -> int | None:
+        """Return an open file of our own of the image; None where the system does not give one, and we do without."""
+        try:
+            return os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return None
 
     def _probe_nowait(self) -> bool:
         try:
@@ -169,14 +201,46 @@ class RawDisk(Disk):
         Raises:
             DiskError: it failed, now or earlier: a failed fdatasync may have dropped the pages, so its error stays.
         """
-        if self._flush_error is not None:
-            raise self._flush_error
-        self._check_whole()
+        with self._syncing:
+            wanted = self._n_begun + 1
+            self._syncing.wait_for(lambda: not self._is_syncing or self._n_synced >= wanted)
+            if self._flush_error is not None:
+                raise self._flush_error
+            if self._n_synced >= wanted:
+                return
+            self._check_whole()
+            self._n_begun += 1
+            self._is_syncing = True
         try:
-            os.fdatasync(self._fd)
+            os.fdatasync(self._sync_fd)
         except OSError as exc:
-            self._flush_error = self._error(exc.errno or errno.EIO, "fdatasync", 0, self.size)
-            raise self._flush_error from exc
+            error = self._error(exc.errno or errno.EIO, "fdatasync", 0, self.size)
+            self._fail(error)
+            raise error from exc
+        else:
+            with self._syncing:
+                self._n_synced = self._n_begun
+                self._sync_fd = self._fd if self._own_fd is None else self._own_fd
+        finally:
+            with self._syncing:
+                self._is_syncing = False
+                self._syncing.notify_all()
+
+    def _fail(self, error: DiskError) -> None:
+        """Have every later flush fail, those of successors too, before anybody hears of the first."""
+        with self._syncing:
+            self._flush_error = error
+        if self._store is not None:
+            self._store.keep(self._kept_failed, self._fd)
+
+    def drop_cache(self) -> None:
+        """Flush, and have later reads come from the store: a page that it lost may still be in memory.
+
+        Raises:
+            DiskError: the flush failed.
+        """
+        self.flush()
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     @property
     def io_error(self) -> DiskError | None:
@@ -207,6 +271,12 @@ class RawDisk(Disk):
             what = f"disk '{self.name}' ({self.path}): the image was cut from {self.size} to {size} bytes, restore it"
             raise DiskError(errno.EIO, what, size, self.size - size)
 
+    def check_in_place(self) -> None:
+        """Raise `DiskError` (ENOENT) if somebody has removed the image or put another file in its place."""
+        if _kept_as("image", self.path) != f"image-{identity(self._fd)}":
+            what = f"disk '{self.name}' ({self.path}): the image was removed or replaced, serve it anew there"
+            raise DiskError(errno.ENOENT, what, 0, self.size)
+
     def _seek(self, at: int, whence: int, end: int) -> int:
         """Seek from ``at``; the file position this moves is used by nothing else."""
         try:
@@ -232,8 +302,13 @@ class RawDisk(Disk):
             if self._fd >= 0:
                 if self._store is not None:
                     self._store.release(self._kept_as)
+                    if self._flush_error is not None:
+                        self._store.release(self._kept_failed)
                 os.close(self._fd)
-                self._fd = -1
+                if self._own_fd is not None:
+                    os.close(self._own_fd)
+                self._fd = self._sync_fd = -1
+                self._own_fd = None
 
     def _error(self, code: int, what: str, offset: int, length: int) -> DiskError:
         return DiskError(code, f"disk '{self.name}' ({self.path}): {what} at {offset}+{length}", offset, length)

@@ -277,6 +277,14 @@ class TrackedDisk(Disk):
             raise
         self._n_flushes += 1
 
+    def drop_cache(self) -> None:
+        """Have the image do it."""
+        self.image.drop_cache()
+
+    def check_in_place(self) -> None:
+        """Ask the image."""
+        self.image.check_in_place()
+
     @property
     def io_error(self) -> DiskError | None:
         """Ask the image."""

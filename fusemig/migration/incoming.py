@@ -193,6 +193,7 @@ class IncomingMigration(ABC):
     async def _flush(self) -> None:
         for disk in self.disks:
             await self._offload(disk.disk.image.flush)
+            await self._offload(disk.disk.image.check_in_place)
 
     async def _drop_pages(self) -> None:
         """Have early readers see the final content.

@@ -133,6 +133,7 @@ class Receipt:
                 await self._offload(disk.journal.load, disk.digest)
                 pages = journal_pages(index, disk.digest)
             else:
+                await self._offload(disk.disk.image.drop_cache)
                 pages = content_pages(index, disk.disk.image)
             is_compared = self.resumption is native.Resumption.COMPARE
             await self._tell_pages(link, pages, asked, is_compared=is_compared)
@@ -142,7 +143,9 @@ class Receipt:
         """Tell the source the hashes of what some disks hold; raises as `tell`."""
         asked: deque[native.Have] = deque()
         for index in indices:
-            await self._tell_pages(link, content_pages(index, self._disks[index].disk.image), asked, is_compared=True)
+            image = self._disks[index].disk.image
+            await self._offload(image.drop_cache)
+            await self._tell_pages(link, content_pages(index, image), asked, is_compared=True)
         await self._end_pages(link, asked)
 
     async def _tell_pages(

@@ -296,6 +296,24 @@ def test_a_cut_image_is_not_sent_as_zeros(hosts: Hosts) -> None:
     assert destination.disk()["gate"] == "read-only"
 
 
+def test_an_image_that_vanishes_at_the_destination_is_not_taken_over(hosts: Hosts) -> None:
+    """It would be gone with the daemon, and the source has given the disk away; guests of the source go on."""
+    source, destination = hosts.pair(SIZE)
+    source.migrate_to_pause(destination.uri)
+    destination.images["vda"].unlink()
+    source.proceed()
+    info = source.wait_phase("failed")
+    assert "the image was removed or replaced, serve it anew there" in info["error-desc"], info
+    assert_unharmed(source)
+    assert destination.disk()["gate"] == "read-only"
+    assert destination.stop() == 0
+    destination.start()
+    source.migrate_to_pause(destination.uri)
+    source.proceed()
+    source.wait_phase("completed")
+    assert destination.disk()["gate"] == "open"
+
+
 @pytest.mark.parametrize("what", ["pread", "pwrite"])
 def test_a_store_that_fails_and_is_mended(hosts: Hosts, place: Path, what: str) -> None:
     """An nbdkit `error` filter under nbdfuse: the guest gets EIO, the migration fails with the range; then it works."""

@@ -16,7 +16,7 @@ from fusemig.errors import ConnectionLostError, DiskError, MigrationError
 from fusemig.migration.delta import SourceDelta, kept_value
 from fusemig.migration.resume import ResumePoint
 from fusemig.records.epoch import Ownership
-from support.pair import Pair
+from support.pair import CachedDisk, Pair
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -210,6 +210,20 @@ async def test_an_unrelated_copy_is_compared(tmp_path: Path, autojump_clock: tri
     changed[6 * CHUNK_SIZE : 7 * CHUNK_SIZE] = bytes(CHUNK_SIZE)
     changed[-1] ^= 1
     assert await succeed(pair) < CHUNK_SIZE + 3 * BLOCK_SIZE + 40_000
+
+
+async def test_a_copy_is_compared_as_it_is_stored(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """A page that was lost on its way to the store is in memory still, and would not be there for long."""
+    pair = Pair(tmp_path, SIZES, incremental=True)
+    fill(pair)
+    for name, image in pair.destination.images.items():
+        image.content[:] = pair.source.images[name].content
+    cached = pair.destination.images["b"]
+    assert isinstance(cached, CachedDisk)
+    cached.lost[CHUNK_SIZE] = b"what was there before"
+    assert await succeed(pair) < 2 * BLOCK_SIZE + 40_000
+    cached.drop_cache()
+    assert pair.is_equal()
 
 
 async def test_a_return_that_is_cut_can_be_resumed(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

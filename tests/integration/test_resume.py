@@ -18,7 +18,7 @@ from fusemig.migration.resume import ResumePoint
 from fusemig.migration.source import MAX_LOST_SWITCHOVERS
 from fusemig.records.epoch import EpochRecord, Ownership
 from fusemig.wire.native import MAGIC, FrameType
-from support.pair import Pair
+from support.pair import CachedDisk, Pair
 from support.streams import memory_connection
 
 if TYPE_CHECKING:
@@ -138,6 +138,24 @@ async def test_without_a_map_contents_are_compared(tmp_path: Path, autojump_cloc
     pair.outgoing.forget()
     pair.source.restart(Gate.OPEN)
     await resume(pair, ResumePoint("another session"), TOTAL - 13 * CHUNK_SIZE + written)
+
+
+async def test_what_only_a_cache_holds_is_not_taken_for_there(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A page whose writing failed stays in memory, over a restart too: contents are compared with what is stored."""
+    pair = Pair(tmp_path, SIZES)
+    fill(pair)
+    await interrupt(pair)
+    pair.outgoing.forget()
+    pair.source.restart(Gate.OPEN)
+    pair.destination.restart(Gate.READ_ONLY)
+    image = pair.destination.images["a"]
+    assert isinstance(image, CachedDisk)
+    image.lost[2 * CHUNK_SIZE] = b"what was there before"
+    await resume(pair, ResumePoint("another session"), TOTAL - 12 * CHUNK_SIZE)
+    image.drop_cache()
+    assert pair.is_equal()
 
 
 async def test_a_damaged_frame_is_sent_again(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

@@ -49,12 +49,27 @@ async def nothing() -> None:
     """Stand in for the kernel's page cache, which a memory disk has not."""
 
 
+class CachedDisk(MemoryDisk):
+    """A disk that is read from memory until its cache is dropped; pages of it may have been lost on their way out."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__(name, size)
+        self.lost: dict[int, bytes] = {}
+        """What the store holds instead of what is in memory, by offset; a flush knows nothing of it."""
+
+    def drop_cache(self) -> None:
+        super().drop_cache()
+        for offset, stored in self.lost.items():
+            self.content[offset : offset + len(stored)] = stored
+        self.lost.clear()
+
+
 class Side:
     """The disks of one host."""
 
     def __init__(self, directory: Path, sizes: dict[str, int], gate: Gate) -> None:
         directory.mkdir(exist_ok=True)
-        self.images = {name: MemoryDisk(name, size) for name, size in sizes.items()}
+        self.images: dict[str, MemoryDisk] = {name: CachedDisk(name, size) for name, size in sizes.items()}
         self.disks = {name: TrackedDisk(image, gate=gate) for name, image in self.images.items()}
         self.epochs = {name: EpochFile(directory / f"{name}.fusemig") for name in sizes}
         self.gatherings = Gatherings()

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import pytest
 from fusemig.core.units import MAX_DISK_SIZE
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError
+from support.keeper import Keeper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -285,6 +287,132 @@ def test_a_failed_fdatasync_stays_failed(tmp_path: Path, path: Path, when: str, 
     assert trace.read_text().count("fdatasync(") == (2 if when == "2" else 3)
 
 
+class _Kernel:
+    """An fdatasync that waits, and tells of lost pages once to each open file, as Linux does."""
+
+    def __init__(self) -> None:
+        self.n_calls = 0
+        self.is_called = threading.Semaphore(0)
+        self.may_end = threading.Semaphore(0)
+        self.has_lost_pages = False
+        self._lock = threading.Lock()
+
+    def fdatasync(self, _fd: int) -> None:
+        with self._lock:
+            self.n_calls += 1
+        self.is_called.release()
+        assert self.may_end.acquire(timeout=60)
+        with self._lock:
+            has_lost_pages, self.has_lost_pages = self.has_lost_pages, False
+        if has_lost_pages:
+            raise OSError(errno.EIO, "lost pages")
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> _Kernel:
+    """Have every fdatasync of the test be answered by it."""
+    kernel = _Kernel()
+    monkeypatch.setattr(os, "fdatasync", kernel.fdatasync)
+    return kernel
+
+
+@contextmanager
+def flushing(disk: RawDisk, n: int) -> Iterator[list[str]]:
+    """Flush ``n`` times at once, until the block ends; yield what becomes of them."""
+    answers: list[str] = []
+
+    def flush() -> None:
+        try:
+            disk.flush()
+        except DiskError as exc:
+            answers.append(str(exc))
+        else:
+            answers.append("durable")
+
+    threads = [threading.Thread(target=flush) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    yield answers
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_no_flush_succeeds_beside_one_that_fails(path: Path, kernel: _Kernel) -> None:
+    """The kernel tells one of two that pages were lost, and lets the other succeed: nobody is told "durable"."""
+    kernel.has_lost_pages = True
+    with RawDisk("a", path) as disk:
+        with flushing(disk, 4) as answers:
+            assert kernel.is_called.acquire(timeout=60)
+            for _ in range(4):
+                kernel.may_end.release()
+        assert len(answers) == 4
+        assert all("fdatasync at 0+" in answer for answer in answers), answers
+        assert kernel.n_calls == 1
+
+
+def test_flushes_that_wait_are_answered_by_one_sync_that_began_later(path: Path, kernel: _Kernel) -> None:
+    """One that was under way when they were asked for may have passed their pages by already."""
+    with RawDisk("a", path) as disk, flushing(disk, 1) as first:
+        assert kernel.is_called.acquire(timeout=60)
+        with flushing(disk, 5) as later:
+            kernel.may_end.release()
+            assert kernel.is_called.acquire(timeout=60)
+            assert later == []
+            for _ in range(5):
+                kernel.may_end.release()
+        assert first == ["durable"]
+        assert later == ["durable"] * 5
+
+
+def test_a_sync_that_was_interrupted_proves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither failed nor durable: the next flush makes one of its own."""
+    calls: list[int] = []
+
+    def fdatasync(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    with RawDisk("a", path) as disk:
+        with pytest.raises(KeyboardInterrupt):
+            disk.flush()
+        disk.flush()
+        assert len(calls) == 2
+
+
+@pytest.mark.parametrize("has_failed", [True, False])
+def test_a_failed_sync_stays_failed_for_every_successor(
+    path: Path, monkeypatch: pytest.MonkeyPatch, has_failed: bool
+) -> None:
+    """The open file that it inherits has told of the lost pages already; only served anew is the disk trusted again."""
+    stores = [Keeper()]
+    disks = [RawDisk("a", path, store=stores[0])]
+    if has_failed:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", _fail)
+            with pytest.raises(DiskError):
+                disks[0].flush()
+    for _ in range(2):
+        stores.append(stores[-1].successor())
+        disks.append(RawDisk("a", path, store=stores[-1]))
+        if not has_failed:
+            disks[-1].flush()
+            continue
+        with pytest.raises(DiskError, match="fdatasync, under an earlier daemon, at 0"):
+            disks[-1].flush()
+        assert disks[-1].io_error is not None
+    for store, disk in zip(stores, disks, strict=True):
+        store.ending()
+        disk.close()
+        assert store.kept == {}
+
+
+def _fail(_fd: int) -> None:
+    raise OSError(errno.EIO, "lost pages")
+
+
 def test_closing_twice(path: Path) -> None:
     """Idempotent; a closed disk answers with an error, not with another file's bytes."""
     disk = RawDisk("a", path)
@@ -293,6 +421,24 @@ def test_closing_twice(path: Path) -> None:
     with pytest.raises(DiskError) as caught:
         disk.pread(1, 0)
     assert caught.value.errno == errno.EBADF
+
+
+def test_an_image_that_is_not_in_its_place_is_noticed(path: Path) -> None:
+    """A daemon that is started later would find nothing there, or something else; guests of this one go on."""
+    with RawDisk("vda", path) as disk:
+        disk.check_in_place()
+        moved = path.rename(path.with_name("moved"))
+        with pytest.raises(DiskError, match=r"'vda' .*: the image was removed or replaced, serve it anew there"):
+            disk.check_in_place()
+        create_image(path, 4 * MIB)
+        with pytest.raises(DiskError, match="removed or replaced"):
+            disk.check_in_place()
+        moved.replace(path)
+        disk.check_in_place()
+        path.unlink()
+        with pytest.raises(DiskError, match="removed or replaced"):
+            disk.check_in_place()
+        disk.flush()
 
 
 def test_an_image_that_was_cut_has_no_holes_and_no_sync(tmp_path: Path) -> None:
