@@ -68,6 +68,8 @@ def test_what_a_record_proves(there: EpochRecord | None, evidence: Evidence) -> 
 def test_what_a_person_may_say(state: Ownership | None, owner: Side) -> None:
     """The table of `docs/architecture.md`, and nothing else."""
     expected = {
+        (O.PLEDGED, Side.SOURCE): (O.OWNER, 6),
+        (O.PLEDGED, Side.DESTINATION): (O.RELEASED, 4),
         (O.HANDED_OFF, Side.SOURCE): (O.OWNER, 6),
         (O.RELEASED, Side.SOURCE): (O.OWNER, 6),
         (O.LENDING, Side.SOURCE): (O.OWNER, 6),
