@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from support.heirs import Installation
     from support.hosts import Hosts
 
 pytestmark = pytest.mark.fuse
@@ -50,27 +51,6 @@ def die(self):
 serve = fusemig.daemon.daemon.Daemon.run
 fusemig.daemon.daemon.Daemon.run = die
 """
-
-
-class Installation:
-    """What a daemon's interpreter meets first: a test changes the installed fusemig with it."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir()
-        self.directory = directory
-
-    def install(self, code: str) -> None:
-        """Have every interpreter that is started from now on run this before anything else."""
-        (self.directory / "sitecustomize.py").write_text(code)
-
-
-@pytest.fixture
-def installation(place: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
-    """Give the hosts of the test an installation of their own."""
-    made = Installation(place / "site")
-    monkeypatch.setenv("PYTHONPATH", str(made.directory))
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # two versions within a second would be one to the cache
-    return made
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Hosts whose daemon is started again when it dies, by `fusemig serve --resilient`; and guests that notice."""
+"""Hosts whose daemon is started again when it dies, by `fusemig serve --resilient`; what they run, and guests."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ if TYPE_CHECKING:
     from support.hosts import Qmp
 
 BLOCK = 4096
+
+
+class Installation:
+    """What a daemon's interpreter meets first: a test changes the installed fusemig with it."""
+
+    def __init__(self, directory: Path) -> None:
+        """Change nothing yet."""
+        directory.mkdir()
+        self.directory = directory
+
+    def install(self, code: str) -> None:
+        """Have every interpreter that is started from now on run this before anything else."""
+        (self.directory / "sitecustomize.py").write_text(code)
 
 
 class ResilientHost(Host):
