@@ -85,7 +85,9 @@ _LEAVE_SIGNAL: Final = signal.SIGURG
 """Ignored where it comes from anywhere else."""
 _N_OPCODES: Final = 64
 _SIGKILL_BIT: Final = 1 << 8
-_ANSWERED_HERE: Final = frozenset({Opcode.READ, Opcode.WRITE, Opcode.FSYNC, Opcode.FALLOCATE, Opcode.LSEEK})
+_ANSWERED_HERE: Final = frozenset(
+    {Opcode.READ, Opcode.WRITE, Opcode.FSYNC, Opcode.FALLOCATE, Opcode.LSEEK, Opcode.FLUSH}
+)
 _ZEROING_MODES: Final = frozenset(
     {
         abi.FALLOC_PUNCH_HOLE | abi.FALLOC_KEEP_SIZE,
@@ -389,6 +391,8 @@ class DataLane:
             self._forward_to(opcode, unique, message)
         elif (export := self._exports.get(header.nodeid)) is None:
             self._answer_error(unique, errno.ENOENT)
+        elif opcode == Opcode.FLUSH:
+            self._answer(abi.reply(unique))  # of a close, which promises nothing; and nobody waits for pyfuse3 then
         elif opcode == Opcode.READ:
             self._read(export, header, message)
         elif opcode == Opcode.WRITE:

@@ -112,7 +112,7 @@ def test_what_is_loaded_at_first_is_named() -> None:
 
 
 def test_guests_are_answered_while_the_rest_is_not_loaded(hosts: Hosts, trigger: Path) -> None:
-    """Reads, writes and flushes of files that are open; what is asked of names waits for the rest."""
+    """Reads, writes, flushes and closes of files that are open; what is asked of names waits for the rest."""
     host = serve_late(hosts, trigger)
     with closing(Disk(host.file())) as disk:
         with waiting(trigger):
@@ -120,7 +120,7 @@ def test_guests_are_answered_while_the_rest_is_not_loaded(hosts: Hosts, trigger:
             assert disk.write(b"early", 4096) == 4096
             os.fdatasync(disk.fd)
             assert disk.read(5, 4096) == b"early"
-            # Not by a child process: it closes its copy of the descriptor, and that is no matter of data.
+            os.close(os.dup(disk.fd))  # each close is a FLUSH, and waits for its answer
             names = threading.Thread(target=os.listdir, args=(host.mount,), daemon=True)
             names.start()
             assert n_served(host) == before
