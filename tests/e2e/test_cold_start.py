@@ -112,14 +112,16 @@ def test_what_is_loaded_at_first_is_named() -> None:
 
 
 def test_guests_are_answered_while_the_rest_is_not_loaded(hosts: Hosts, trigger: Path) -> None:
-    """Reads, writes, flushes and closes of files that are open; what is asked of names waits for the rest."""
+    """Data, attributes and closes of files that are open; what is asked of names waits for the rest."""
     host = serve_late(hosts, trigger)
+    size = host.images["vda"].stat().st_size
     with closing(Disk(host.file())) as disk:
         with waiting(trigger):
             before = kill_daemon(host)
             assert disk.write(b"early", 4096) == 4096
             os.fdatasync(disk.fd)
             assert disk.read(5, 4096) == b"early"
+            assert os.fstat(disk.fd).st_size == size  # asked for anew, because of the write
             os.close(os.dup(disk.fd))  # each close is a FLUSH, and waits for its answer
             names = threading.Thread(target=os.listdir, args=(host.mount,), daemon=True)
             names.start()
