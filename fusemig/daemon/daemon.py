@@ -19,6 +19,7 @@ or read-only, so no write is parked when the file system is unmounted, and the i
 from __future__ import annotations
 
 import signal
+from collections import defaultdict
 from contextlib import AsyncExitStack, closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -31,6 +32,7 @@ from fusemig.core.heat import EPOCH_S
 from fusemig.core.phase import MigrationPhase
 from fusemig.daemon.announcer import Announcer
 from fusemig.daemon.block_info import block_stats
+from fusemig.daemon.chunk_map_info import ChunkMaps
 from fusemig.daemon.commands import command_table
 from fusemig.daemon.doubt import Doubts
 from fusemig.daemon.estate import Estate
@@ -83,6 +85,8 @@ class Daemon:
         self.estate = Estate(options, FdStore()) if estate is None else estate
         self.store = self.estate.store
         self.disks = self.estate.disks
+        self.chunk_maps: defaultdict[str, ChunkMaps] = defaultdict(ChunkMaps)
+        """Of the disks that somebody looked at, by name; not in them, because trio is loaded later than they are."""
         self.security = Security(
             options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
         )

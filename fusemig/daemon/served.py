@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from fusemig.daemon.chunk_map_info import ChunkMaps
 from fusemig.disk import borrowed
 from fusemig.disk.allocation import boot_id
 from fusemig.disk.dirty_file import open_dirty_file
@@ -120,7 +119,6 @@ class ServedDisk:
         """Whether a source may fill this disk."""
         self._is_held = False
         self._past_loans: list[BorrowedDisk] = []
-        self.chunk_maps = ChunkMaps()
         self.image: RawDisk | OverlayFile | None = None
         self.disk: TrackedDisk | None = None
         self.loan: BorrowedDisk | None = None

@@ -32,7 +32,9 @@ async def _disk(daemon: Daemon, served: ServedDisk, max_cells: int) -> DiskView:
     if disk is None:
         return DiskView(name=served.name)
     is_filling = served.is_waiting or served.loan is not None
-    chunks = await served.chunk_maps.count(disk, daemon.outbound.migration, max_cells, is_filling=is_filling)
+    chunks = await daemon.chunk_maps[served.name].count(
+        disk, daemon.outbound.migration, max_cells, is_filling=is_filling
+    )
     counters = disk.statistics()
     return DiskView(
         name=served.name,

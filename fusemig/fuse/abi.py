@@ -116,6 +116,7 @@ FALLOC_KEEP_SIZE: Final = 0x01
 FALLOC_PUNCH_HOLE: Final = 0x02
 FALLOC_ZERO_RANGE: Final = 0x10
 
+_NS: Final = 1_000_000_000
 IN_HEADER_SIZE: Final = 40
 OUT_HEADER_SIZE: Final = 16
 IO_HEAD_SIZE: Final = 80
@@ -132,6 +133,7 @@ _INIT_IN: Final = Struct("=IIIII")
 _INIT_IN_OLD: Final = Struct("=IIII")  # before flags2 (7.36)
 _INIT_OUT: Final = Struct("=IIIIHHIIHHI28x")
 _OPEN_OUT: Final = Struct("=QII")
+_ATTR_OUT: Final = Struct("=QI4xQQQqqqIIIIIIIIII")  # attr_valid, its ns, and fuse_attr; times before 1970 have a sign
 _INVAL_INODE_OUT: Final = Struct("=Qqq")
 
 OUT_HEADER: Final = Struct("=IiQ")
@@ -235,6 +237,25 @@ class OpenOut(NamedTuple):
 
     fh: int
     open_flags: int
+
+
+class FileAttributes(NamedTuple):
+    """struct fuse_attr, and how long it holds."""
+
+    inode: int
+    size: int
+    """Bytes."""
+    n_sectors: int
+    """Of 512 bytes, that the image takes."""
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    mode: int
+    n_links: int
+    uid: int
+    gid: int
+    block_size: int
+    timeout_s: float
 
 
 class OutHeader(NamedTuple):
@@ -350,6 +371,23 @@ def with_unique(message: Buffer, unique: int) -> bytes:
 def open_reply(unique: int, out: OpenOut) -> bytes:
     """Return the reply to an OPEN."""
     return reply(unique, _OPEN_OUT.pack(*out, 0))
+
+
+def attr_reply(unique: int, attributes: FileAttributes) -> bytes:
+    """Return the reply to a GETATTR."""
+    one = attributes
+    valid_s, valid_ns = divmod(round(one.timeout_s * _NS), _NS)
+    (atime, atime_ns), (mtime, mtime_ns), (ctime, ctime_ns) = (
+        divmod(ns, _NS) for ns in (one.atime_ns, one.mtime_ns, one.ctime_ns)
+    )
+    return reply(
+        unique,
+        _ATTR_OUT.pack(
+            *(valid_s, valid_ns, one.inode, one.size, one.n_sectors),
+            *(atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns),
+            *(one.mode, one.n_links, one.uid, one.gid, 0, one.block_size, 0),
+        ),
+    )
 
 
 def invalidate_inode(nodeid: int, offset: int = 0, length: int = 0) -> bytes:

@@ -3,13 +3,13 @@
     kernel ──readv──> lane thread ──> TrackedDisk ──> write(reply)         memory copies, answered at once
                         │  └────────> SleepPool of the disk ──> reply      what may wait for the store
                         │  └────────> held (the write gate is closed) ···> SleepPool when it changes ──> reply
-                        └───────────> forward                              every request that is not about data
+                        └───────────> forward                              every request that is not about an open file
 
 Rules:
 
 1. A lane thread never waits for a store and never ends by an error. A request that may sleep (a cold read, a flush, a
-   write over cold pages, fallocate, lseek) is handed to the disk's pool; the lane goes on. `DiskError` is answered as
-   its errno; anything else is a bug: EIO, logged and counted.
+   write over cold pages, fallocate, lseek, getattr) is handed to the disk's pool; the lane goes on. `DiskError` is
+   answered as its errno; anything else is a bug: EIO, logged and counted.
 2. A write whose own flags say O_DSYNC or O_SYNC is answered after a flush that began when it had ended. So the kernel,
    which sends no FSYNC after such a write to a file opened with FOPEN_DIRECT_IO, need not send one.
 3. FSYNC needs no ordering of ours: it covers writes that have *returned* to the guest, those were answered, and they
@@ -56,6 +56,8 @@ import structlog
 from fusemig.errors import DiskError, GateClosedError, StateError
 from fusemig.fuse import abi, device
 from fusemig.fuse.abi import AbiError, Opcode
+from fusemig.fuse.attributes import attributes_of
+from fusemig.fuse.export import ROOT_INODE
 from fusemig.fuse.pool import SleepPool
 
 if TYPE_CHECKING:
@@ -85,7 +87,9 @@ _LEAVE_SIGNAL: Final = signal.SIGURG
 """Ignored where it comes from anywhere else."""
 _N_OPCODES: Final = 64
 _SIGKILL_BIT: Final = 1 << 8
-_ANSWERED_HERE: Final = frozenset({Opcode.READ, Opcode.WRITE, Opcode.FSYNC, Opcode.FALLOCATE, Opcode.LSEEK})
+_ANSWERED_HERE: Final = frozenset(
+    {Opcode.READ, Opcode.WRITE, Opcode.FSYNC, Opcode.FALLOCATE, Opcode.LSEEK, Opcode.FLUSH, Opcode.GETATTR}
+)
 _ZEROING_MODES: Final = frozenset(
     {
         abi.FALLOC_PUNCH_HOLE | abi.FALLOC_KEEP_SIZE,
@@ -154,6 +158,7 @@ class _Pools:
         self.io = SleepPool(f"lane-{name}-io", IO_THREADS)
         self.away = SleepPool(f"lane-{name}-away", AWAY_THREADS)
         self.flush = SleepPool(f"lane-{name}-flush", FLUSH_THREADS)
+        self.stat = SleepPool(f"lane-{name}-stat", 1)  # a file that can be looked at though its reads all wait
 
 
 class DataLane:
@@ -268,7 +273,8 @@ class DataLane:
             pools.away.close()
             is_idle = pools.io.join(deadline) and pools.away.join(deadline)
             pools.flush.close()
-            if not pools.flush.join(deadline) or not is_idle:
+            pools.stat.close()
+            if not pools.flush.join(deadline) or not pools.stat.join(deadline) or not is_idle:
                 return False
         return True
 
@@ -384,11 +390,15 @@ class DataLane:
             self._interrupt(abi.parse_interrupt(message))
         elif self._is_stopping and opcode not in abi.WITHOUT_REPLY:
             self._answer_error(unique, errno.ENOTCONN)
-        elif opcode not in _ANSWERED_HERE:
+        elif opcode not in _ANSWERED_HERE or header.nodeid == ROOT_INODE:
             self._count("forwarded")
             self._forward_to(opcode, unique, message)
         elif (export := self._exports.get(header.nodeid)) is None:
             self._answer_error(unique, errno.ENOENT)
+        elif opcode == Opcode.FLUSH:
+            self._answer(abi.reply(unique))  # of a close, which promises nothing; and nobody waits for pyfuse3 then
+        elif opcode == Opcode.GETATTR:
+            self._hand_over(self._pools[export.inode].stat, unique, partial(self._getattr, export, unique))
         elif opcode == Opcode.READ:
             self._read(export, header, message)
         elif opcode == Opcode.WRITE:
@@ -399,6 +409,13 @@ class DataLane:
             self._fallocate(export, header, message)
         else:
             self._lseek(export, header, message)
+
+    def _getattr(self, export: Export, unique: int) -> None:
+        try:
+            found = attributes_of(export)
+        except OSError as exc:
+            raise DiskError(exc.errno or errno.EIO, f"stat of disk '{export.name}'") from exc
+        self._answer(abi.attr_reply(unique, found))
 
     # The requests about data, where they cannot be answered at once
 

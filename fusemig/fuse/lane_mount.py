@@ -1,6 +1,6 @@
 """DataLaneMount: the exports as a file system whose data requests are answered by a `DataLane`.
 
-    kernel <──/dev/fuse──> lane threads ─────────── requests that are not about data ───────────> pyfuse3
+    kernel <──/dev/fuse──> lane threads ─────────── requests that they do not answer ───────────> pyfuse3
        ^                                              (a SOCK_SEQPACKET pair)                        │
        └──────────────────── link thread: edits the replies to INIT and OPEN <── replies ────────────┘
 

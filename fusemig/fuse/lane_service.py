@@ -2,7 +2,7 @@
 
 The lane threads, and the link whose other end pyfuse3 is given later, or never. So a successor answers guests before it
 has loaded pyfuse3, trio, and most of itself: `fusemig.daemon.estate` starts one, and `fusemig.fuse.lane_mount` takes it
-over. Requests that are not about data wait in the link meanwhile.
+over. Requests that the lane does not answer, those about names, wait in the link meanwhile.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MetadataLink: the way of requests that are not about data to pyfuse3, and of its replies to the kernel.
+"""MetadataLink: the way of requests that the lane does not answer to pyfuse3, and of its replies to the kernel.
 
 pyfuse3 need not be there yet: what it is sent waits in the socket pair, and in a thread when that is full. What it
 cannot say is said here, in the replies to INIT and OPEN.

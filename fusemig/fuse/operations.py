@@ -43,6 +43,7 @@ from pyfuse3 import FUSEError
 from fusemig.core.units import BLOCK_SIZE
 from fusemig.disk.tracked import Gate
 from fusemig.errors import DiskError, GateClosedError
+from fusemig.fuse.attributes import attributes_of
 from fusemig.fuse.export import ROOT_INODE
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 
 ENTRY_TIMEOUT_S: Final = 60.0
 """Names and inode numbers never change."""
-ATTR_TIMEOUT_S: Final = 1.0
 MAX_REQUEST_SIZE: Final = 1 << 20
 """The largest read or write of libfuse 3 (its FUSE_DEFAULT_MAX_PAGES_LIMIT of 256 pages)."""
 IO_THREADS: Final = 16
@@ -64,19 +64,11 @@ AWAY_THREADS: Final = 32
 FLUSH_THREADS: Final = 4
 """Threads that may sleep in fdatasync of one export at a time, apart from the others: a flush may take long."""
 
-_SECTOR_SIZE: Final = 512  # the unit of st_blocks, whatever the disk's sectors are
-_READ_ONLY_MODE: Final = stat.S_IFREG | 0o400
-_WRITABLE_MODE: Final = stat.S_IFREG | 0o600
 _ROOT_MODE: Final = stat.S_IFDIR | 0o755
 
 _Handler = TypeVar("_Handler", bound="Callable[..., Coroutine[Any, Any, object]]")
 
 log = structlog.get_logger()
-
-
-@runtime_checkable
-class _HasStat(Protocol):
-    def stat(self) -> os.stat_result: ...
 
 
 @runtime_checkable
@@ -215,25 +207,19 @@ class DiskOperations(pyfuse3.Operations):
         return entry
 
     def _file_attributes(self, export: Export) -> pyfuse3.EntryAttributes:
-        entry = self._owned_entry(export.inode, _READ_ONLY_MODE if export.read_only else _WRITABLE_MODE)
-        entry.st_nlink = 1
-        entry.st_size = export.size
-        entry.st_blksize = BLOCK_SIZE
-        disk = export.disk
-        entry.st_blocks = -(-export.size // _SECTOR_SIZE)
-        image: object = None if disk is None else disk.image
-        if isinstance(image, _HasStat):
-            image_stat = image.stat()
-            if stat.S_ISREG(image_stat.st_mode):
-                entry.st_blocks = image_stat.st_blocks
-        entry.st_atime_ns = export.atime_ns
-        entry.st_mtime_ns = export.mtime_ns
-        entry.st_ctime_ns = export.ctime_ns
-        is_incoming = disk is None or (disk.gate is Gate.READ_ONLY and not export.read_only)
-        entry.attr_timeout = 0.0 if is_incoming else ATTR_TIMEOUT_S
+        one = attributes_of(export)
+        entry = self._owned_entry(one.inode, one.mode)
+        entry.st_nlink = one.n_links
+        entry.st_size = one.size
+        entry.st_blksize = one.block_size
+        entry.st_blocks = one.n_sectors
+        entry.st_atime_ns = one.atime_ns
+        entry.st_mtime_ns = one.mtime_ns
+        entry.st_ctime_ns = one.ctime_ns
+        entry.attr_timeout = one.timeout_s
         if self.enable_writeback_cache:
-            entry.generation = 0 if disk is None else 1
-            if disk is None:
+            entry.generation = 0 if export.disk is None else 1
+            if export.disk is None:
                 entry.entry_timeout = 0.0
         return entry
 

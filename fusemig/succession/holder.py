@@ -45,6 +45,8 @@ START_DEADLINE_S = 60.0
 """For a successor to say READY=1: one that looks at the mount before it serves it waits for itself."""
 STANDBY_DELAY_S = 0.5
 """After READY=1: the guests that have waited come first."""
+STANDBY_PAUSE_S = 10.0
+"""Before the next standby where one has ended by itself, as in the middle of an installation."""
 LOOK_S = 0.25
 """How often it is looked whether a daemon is dying without an end; nothing tells of that."""
 
@@ -207,6 +209,7 @@ class Holder:
                 self.last_code = code if code >= 0 else 128 - code
             elif pid == self.standby:
                 self._drop_standby()
+                self.standby_at = time.monotonic() + STANDBY_PAUSE_S
             elif pid == self.candidate:
                 self._drop_candidate()
 
@@ -273,7 +276,8 @@ class Holder:
 
     def _start_standby(self) -> None:
         self.standby_at = None
-        self.standby_socket, self.standby = self._fork_waiting([])
+        if not self.standby:  # else a candidate has taken the place
+            self.standby_socket, self.standby = self._fork_waiting([])
 
     def _fork_waiting(self, descriptors: list[int]) -> tuple[socket.socket, int]:
         """Start one that waits for its turn, on the socket that is returned; a candidate answers on a descriptor."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from support.heirs import Installation
 from support.hosts import Hosts, wait_until
 from support.loops import loops_of, run
 
@@ -50,6 +51,15 @@ def hosts(place: Path) -> Iterator[Hosts]:
         problems = hosts.close()
     if problems:
         pytest.fail("\n".join(problems))
+
+
+@pytest.fixture
+def installation(place: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
+    """Give the hosts of the test an installation of their own."""
+    made = Installation(place / "site")
+    monkeypatch.setenv("PYTHONPATH", str(made.directory))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # two versions within a second would be one to the cache
+    return made
 
 
 def _clear_away(directory: Path) -> list[str]:

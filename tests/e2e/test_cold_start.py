@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
 import sys
 import threading
 from contextlib import closing, contextmanager
@@ -22,14 +23,19 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.fuse
 
+LATE = (
+    *("trio", "pyfuse3", "rich", "prometheus_client", "h11", "attr", "fusemig.daemon.daemon"),
+    *("fusemig.daemon.commands", "fusemig.control.server", "fusemig.migration", "fusemig.runtimes"),
+    *("fusemig.wire.native", "fusemig.wire.qemu_block", "fusemig.net.tls", "fusemig.net.credentials"),
+)
+"""What guests must not wait for."""
+EARLY = "fusemig.disk.journal"
+"""Something that a successor loads at first."""
 _LATE = """
 import os, sys, time
-LATE = ("trio", "pyfuse3", "rich", "prometheus_client", "h11", "attr", "fusemig.daemon.daemon",
-"fusemig.daemon.commands", "fusemig.control.server", "fusemig.migration", "fusemig.runtimes", "fusemig.wire.native",
-"fusemig.wire.qemu_block", "fusemig.net.tls", "fusemig.net.credentials", "fusemig.disk.journal" * {is_too_much})
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name in LATE:
+        if name in {late!r}:
             while os.path.exists({trigger!r}):
                 time.sleep(0.01)
 sys.meta_path.insert(0, Finder())
@@ -51,7 +57,8 @@ def trigger(place: Path) -> Path:
 def serve_late(hosts: Hosts, trigger: Path, *, is_forgetful: bool = False, is_too_much: bool = False) -> Host:
     """Serve with successors that the trigger holds up; the twins forget `stop`, or load too much at first."""
     script = trigger.with_name("late.py")
-    script.write_text(_LATE.format(trigger=str(trigger), is_forgetful=is_forgetful, is_too_much=is_too_much))
+    late = (*LATE, EARLY) if is_too_much else LATE
+    script.write_text(_LATE.format(trigger=str(trigger), is_forgetful=is_forgetful, late=late))
     return start(hosts, prefix=[sys.executable, script])
 
 
@@ -95,16 +102,27 @@ class Disk:
         os.close(self.fd)
 
 
+def test_what_is_loaded_at_first_is_named() -> None:
+    """Quicker, and with a name, than the guest of the next test that waits for it."""
+    code = "import sys, fusemig.cli.main, fusemig.cli.serve, fusemig.succession.fdstore; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert EARLY in loaded
+    assert not loaded & set(LATE)
+
+
 def test_guests_are_answered_while_the_rest_is_not_loaded(hosts: Hosts, trigger: Path) -> None:
-    """Reads, writes and flushes of files that are open; what is asked of names waits for the rest."""
+    """Data, attributes and closes of files that are open; what is asked of names waits for the rest."""
     host = serve_late(hosts, trigger)
+    size = host.images["vda"].stat().st_size
     with closing(Disk(host.file())) as disk:
         with waiting(trigger):
             before = kill_daemon(host)
             assert disk.write(b"early", 4096) == 4096
             os.fdatasync(disk.fd)
             assert disk.read(5, 4096) == b"early"
-            # Not by a child process: it closes its copy of the descriptor, and that is no matter of data.
+            assert os.fstat(disk.fd).st_size == size  # asked for anew, because of the write
+            os.close(os.dup(disk.fd))  # each close is a FLUSH, and waits for its answer
             names = threading.Thread(target=os.listdir, args=(host.mount,), daemon=True)
             names.start()
             assert n_served(host) == before

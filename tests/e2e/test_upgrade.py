@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support.heirs import BusyGuest, ResilientHost
+from support.heirs import BusyGuest, ResilientHost, verifying
 from support.hosts import MIB, Qmp, QmpRefusedError, pread, pwrite, wait_until, write_random
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from support.heirs import Installation
     from support.hosts import Hosts
 
 pytestmark = pytest.mark.fuse
@@ -50,27 +50,6 @@ def die(self):
 serve = fusemig.daemon.daemon.Daemon.run
 fusemig.daemon.daemon.Daemon.run = die
 """
-
-
-class Installation:
-    """What a daemon's interpreter meets first: a test changes the installed fusemig with it."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir()
-        self.directory = directory
-
-    def install(self, code: str) -> None:
-        """Have every interpreter that is started from now on run this before anything else."""
-        (self.directory / "sitecustomize.py").write_text(code)
-
-
-@pytest.fixture
-def installation(place: Path, monkeypatch: pytest.MonkeyPatch) -> Installation:
-    """Give the hosts of the test an installation of their own."""
-    made = Installation(place / "site")
-    monkeypatch.setenv("PYTHONPATH", str(made.directory))
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # two versions within a second would be one to the cache
-    return made
 
 
 @pytest.fixture
@@ -121,34 +100,9 @@ def test_a_guest_notices_nothing_and_clients_are_told(host: ResilientHost, guest
 def test_fio_verifies_across_upgrades(host: ResilientHost, n_upgrades: int) -> None:
     """Random writes, direct and buffered, with fdatasync, each read back and compared."""
     host.start()
-    jobs = []
-    for name, offset, *options in (
-        ("direct", 0, "--bs=4k", "--direct=1", "--iodepth=8", "--ioengine=libaio"),
-        ("buffered", 8, "--bs=64k", "--fdatasync=16"),
-    ):
-        fixed = (
-            "--rw=randwrite",
-            "--verify=crc32c",
-            "--verify_backlog=64",
-            "--verify_fatal=1",
-            "--verify_state_save=0",
-        )
-        where = (f"--filename={host.file()}", f"--offset={offset}m", "--size=8m", "--time_based", "--runtime=90")
-        command = ["fio", f"--name={name}", "--allow_file_create=0", *where, *fixed, *options]
-        jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    pauses = []
-    try:
-        wait_until(lambda: host.disk()["dirty-bytes"] >= 0, "the first answer")
+    with verifying(host.file()):
         pauses = [upgrade(host)["pause-ms"] for _ in range(n_upgrades)]
-        assert all(job.poll() is None for job in jobs), "fio was over before the upgrades were"
-    finally:
-        for job in jobs:
-            job.terminate()
-        said = [job.communicate(timeout=40)[0] for job in jobs]
     print(f"pauses of {n_upgrades} upgrades, ms: {sorted(pauses)}")
-    for text in said:
-        assert "err= 0" in text, text
-        assert "verify:" not in text, text
     assert host.n_daemons() == n_upgrades + 1
 
 

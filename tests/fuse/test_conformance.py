@@ -7,6 +7,9 @@ while it waits for us.
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -174,10 +177,12 @@ sys.stdout.buffer.write(b"".join(client.model for client in clients))
 
 
 @asynccontextmanager
-async def served(lane: str, image: Disk, mountpoint: Path, options: MountOptions | None = None) -> AsyncIterator[Path]:
+async def served(
+    lane: str, image: Disk, mountpoint: Path, options: MountOptions | None = None, *, is_read_only: bool = False
+) -> AsyncIterator[Path]:
     """Serve an image through a lane; give the file that guests see."""
     exports = Exports()
-    exports.add(image.name, TrackedDisk(image))
+    exports.add(image.name, TrackedDisk(image), read_only=is_read_only)
     open_lane = open_data_lane_mount if lane == "data" else open_mount
     async with open_lane(mountpoint, exports, options):
         yield mountpoint / image.name
@@ -238,3 +243,70 @@ async def test_random_operations_through_the_write_back_cache(
         async with served(lane, image, mountpoint, MountOptions(write_back=True)) as path:
             model = await model_of(path, 4, lane, n_steps=150, n_threads=n_threads)
         assert image.pread(SIZE, 0) == model
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("is_read_only", [False, True], ids=["", "read-only"])
+@pytest.mark.parametrize("lane", ["pyfuse3", "data"])
+async def test_attributes(lane: str, is_read_only: bool, mountpoint: Path, tmp_path: Path) -> None:
+    """Asked for anew, they are the export's and the image's."""
+    atime_ns, mtime_ns = 1_600_000_000_000_000_001, 1_500_000_000_123_456_789
+
+    def ask(path: Path) -> os.stat_result:
+        os.utime(path, ns=(atime_ns, mtime_ns))
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.pread(fd, 1, 0)  # the kernel takes atime for changed, and asks
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
+
+    image_path = tmp_path / "image"
+    create_image(image_path, SIZE)
+    with RawDisk("disk", image_path) as image:
+        image.pwrite(bytes(8192), 4096)
+        async with served(lane, image, mountpoint, is_read_only=is_read_only) as path:
+            found = await trio.to_thread.run_sync(ask, path)
+        assert stat.filemode(found.st_mode) == ("-r--------" if is_read_only else "-rw-------")
+        assert (found.st_ino, found.st_nlink, found.st_rdev) == (2, 1, 0)
+        assert (found.st_uid, found.st_gid) == (os.geteuid(), os.getegid())
+        assert (found.st_size, found.st_blksize) == (SIZE, 4096)
+        assert found.st_blocks == image.stat().st_blocks > 0
+        assert (found.st_atime_ns, found.st_mtime_ns) == (atime_ns, mtime_ns)
+        assert found.st_ctime_ns > mtime_ns
+
+
+class UncleanDisk(MemoryDisk):
+    """A disk whose image cannot be looked at once it is unclean."""
+
+    is_unclean = False
+
+    def stat(self) -> os.stat_result:
+        """Fail, or say nothing of use."""
+        if self.is_unclean:
+            raise OSError(errno.EUCLEAN, "on purpose")
+        return os.stat("/")
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("lane", ["pyfuse3", "data"])
+async def test_attributes_that_the_store_does_not_give(lane: str, mountpoint: Path) -> None:
+    """The store's errno, and the file is served on."""
+    image = UncleanDisk("disk", SIZE)
+
+    def ask(path: Path) -> int | None:
+        fd = os.open(path, os.O_RDWR)
+        try:
+            image.is_unclean = True
+            os.pwrite(fd, b"x", 0)
+            with pytest.raises(OSError, match="clean") as failed:
+                os.fstat(fd)
+            image.is_unclean = False
+            assert os.fstat(fd).st_size == SIZE
+            return failed.value.errno
+        finally:
+            os.close(fd)
+
+    async with served(lane, image, mountpoint) as path:
+        assert await trio.to_thread.run_sync(ask, path) == errno.EUCLEAN
+    assert image.content[:1] == b"x"

@@ -11,32 +11,7 @@ from pathlib import Path
 import pytest
 
 from fusemig import __version__
-
-PROJECT = Path(__file__).parents[2]
-
-
-def run(*command: object, cwd: Path, timeout_s: float = 110) -> str:
-    """Run a program; return what it printed, or fail with all that it said."""
-    done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
-    assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def build(directory: Path) -> Path:
-    """Build the wheel from what git knows of this tree, so that nothing that lies about gets in or helps."""
-    tree = directory / "tree"
-    files = run("git", "-C", PROJECT, "ls-files", "-z", cwd=directory).split("\0")
-    for name in filter(None, files):
-        target = tree / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (PROJECT / name).is_file():  # else: deleted, and not committed yet
-            target.write_bytes((PROJECT / name).read_bytes())
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--no-deps", "--wheel-dir", directory, tree, cwd=directory)
-    (wheel,) = directory.glob("*.whl")
-    return wheel
+from support.wheels import PROJECT, build, run
 
 
 def test_the_wheel_has_the_package_and_nothing_else(tmp_path: Path) -> None:

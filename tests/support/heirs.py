@@ -1,22 +1,37 @@
-"""Hosts whose daemon is started again when it dies, by `fusemig serve --resilient`; and guests that notice."""
+"""Hosts whose daemon is started again when it dies, by `fusemig serve --resilient`; what they run, and guests."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import subprocess
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from support.hosts import Host, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from support.hosts import Qmp
 
 BLOCK = 4096
+
+
+class Installation:
+    """What a daemon's interpreter meets first: a test changes the installed fusemig with it."""
+
+    def __init__(self, directory: Path) -> None:
+        """Change nothing yet."""
+        directory.mkdir()
+        self.directory = directory
+
+    def install(self, code: str) -> None:
+        """Have every interpreter that is started from now on run this before anything else."""
+        (self.directory / "sitecustomize.py").write_text(code)
 
 
 class ResilientHost(Host):
@@ -137,3 +152,30 @@ class BusyGuest:
             for block, data in self._blocks.items():
                 file.seek(block * BLOCK)
                 assert file.read(BLOCK) == data, f"block {block} is not what was written last"
+
+
+@contextmanager
+def verifying(path: Path) -> Iterator[None]:
+    """Have fio write at random to a file of 16 MiB while the body runs, direct and buffered, and verify each block.
+
+    The body must end within 90 seconds.
+    """
+    fixed = ("--rw=randwrite", "--verify=crc32c", "--verify_backlog=64", "--verify_fatal=1", "--verify_state_save=0")
+    jobs = []
+    for name, offset, *options in (
+        ("direct", 0, "--bs=4k", "--direct=1", "--iodepth=8", "--ioengine=libaio"),
+        ("buffered", 8, "--bs=64k", "--fdatasync=16"),
+    ):
+        where = (f"--filename={path}", f"--offset={offset}m", "--size=8m", "--time_based", "--runtime=90")
+        command = ["fio", f"--name={name}", "--allow_file_create=0", *where, *fixed, *options]
+        jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        yield
+        assert all(job.poll() is None for job in jobs), "fio was over before the body was"
+    finally:
+        for job in jobs:
+            job.terminate()
+        said = [job.communicate(timeout=40)[0] for job in jobs]
+    for text in said:
+        assert "err= 0" in text, text
+        assert "verify:" not in text, text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,15 @@ def test_replies_encode_as_recorded() -> None:
     interrupted = recorded("reply", "WRITE")[-1]
     assert abi.error_reply(abi.parse_out_header(interrupted).unique, errno.EINTR) == interrupted
     assert abi.invalidate_inode(2) == recorded("reply", "NOTIFY")[0]
+
+
+def test_attributes_encode_as_the_kernel_takes_them() -> None:
+    """Word by word as fuse_attr_out of include/uapi/linux/fuse.h; a time before 1970 counts its nanoseconds upwards."""
+    one = abi.FileAttributes(2, 3, 4, -500_000_000, 6_000_000_007, 8_000_000_009, 0o100600, 1, 10, 11, 4096, 1.5)
+    message = abi.attr_reply(5, one)
+    assert abi.parse_out_header(message) == (len(message), 0, 5)
+    words = (1, 500_000_000, 0, 2, 3, 4, -1, 6, 8, 500_000_000, 7, 9, 0o100600, 1, 10, 11, 0, 4096, 0)
+    assert struct.unpack("=QII3Q3q3I7I", message[abi.OUT_HEADER_SIZE :]) == words
 
 
 def test_without_splice_changes_the_splice_flags_only() -> None:

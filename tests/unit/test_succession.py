@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import array
 import os
+import signal
 import socket
 import sys
+import time
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -15,10 +17,11 @@ from fusemig.errors import FuseUnavailableError
 from fusemig.notify import Notifier
 from fusemig.succession.dying import waits_only_for_us
 from fusemig.succession.fdstore import FdStore, open_store, read_memory, write_memory
-from fusemig.succession.holder import Holder
+from fusemig.succession.holder import STANDBY_PAUSE_S, Holder
 from fusemig.succession.mount import KeptMount, why_not
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 # A process that is being killed
@@ -198,6 +201,44 @@ def test_the_holder_listens_to_nobody_but_the_daemon() -> None:
         assert holder.stored == {}
     os.close(holder.signals)
     os.close(holder.signalled)
+
+
+@pytest.fixture
+def holder() -> Iterator[Holder]:
+    """Give one whose daemons wait for the end of their input, and own nothing else."""
+    made = Holder("/nowhere", [sys.executable, "-c", "import os; os.read(3, 1)"], has_standby=True)
+    with made.notifications:
+        yield made
+    made._end()
+    os.close(made.signals)
+    os.close(made.signalled)
+
+
+def test_a_standby_that_ends_by_itself_has_a_successor(holder: Holder) -> None:
+    """Not at once: what ended it may last."""
+    holder._start_standby()
+    first = holder.standby
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    before = time.monotonic()
+    assert not holder._reap()
+    assert holder.standby == 0
+    assert holder.standby_at is not None
+    assert holder.standby_at >= before + STANDBY_PAUSE_S
+    holder._start_standby()
+    assert holder.standby not in (0, first)
+
+
+def test_a_standby_does_not_take_the_place_of_a_candidate(holder: Holder) -> None:
+    """One that was due when an upgrade was agreed is left out: the candidate waits warm already."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        holder._obey({"X_FUSEMIG_UPGRADE": "1"}, array.array("i", [theirs.fileno()]))
+    candidate = holder.candidate
+    holder.standby_at = 0.0
+    holder._obey({"X_FUSEMIG_HANDOVER": "1"}, array.array("i"))
+    holder._start_standby()
+    assert holder.standby == candidate != 0
 
 
 @pytest.mark.parametrize(("code", "expected"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137)])
