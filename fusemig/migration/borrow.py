@@ -95,14 +95,23 @@ class FetchPlan:
         return None
 
     def _next_in_order(self) -> Request | None:
-        start, block = self._cursor
-        n = len(self._disks)
-        for turn in range(n + 1):  # the disk of the cursor twice: behind the cursor, then before it
-            index = (start + turn) % n
+        """Return the next piece after the last one in order: all that is missing before it was asked for.
+
+        A map is walked once, from one missing block to the next: a disk has many millions of them, and this runs for
+        every piece.
+        """
+        while self._cursor[0] < len(self._disks):
+            index, block = self._cursor
             disk = self._disks[index]
-            for request in self._pieces(Request(index, block if not turn else 0, n_blocks(disk.size))):
+            first = disk.next_missing(block)
+            if first is None:
+                self._cursor = (index + 1, 0)
+                continue
+            stop = min(n_blocks(disk.size), first + PIECE_BLOCKS)
+            for request in self._pieces(Request(index, first, stop)):
                 self._cursor = (index, request.stop)
                 return request
+            self._cursor = (index, stop)  # all of it is under way
         return None
 
     def _pieces(self, wanted: Request) -> Iterator[Request]:
