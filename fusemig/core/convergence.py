@@ -5,8 +5,11 @@ alone it freezes the guest for the whole limit even where one more pass would ha
 they still shrink the rest, and the limit is only the bound:
 
     expected downtime > limit              another pass, always
-    rest shrank by a third or more         another pass: it makes the freeze shorter
+    the pass took a tenth off or more      another pass: it makes the freeze shorter
     otherwise                              switch over
+
+The passes of the second line may take `EXTRA_LIMITS` times the limit together, or `EXTRA_S`. Passes that each take a
+third off need three times the limit for all that they can do, so what is cut short are only those that hardly help.
 
 Pure: time comes in as ``now``, in seconds of a monotonic clock.
 """
@@ -19,7 +22,19 @@ from enum import Enum
 from typing import Final
 
 SHRINK: Final = 2 / 3
-"""A pass that leaves more than this share of what the pass before it left has stopped helping."""
+"""A pass that leaves more than this share of what it was to send will not bring a rest that is too large down."""
+
+WORTH_SHRINK: Final = 0.9
+"""A pass that leaves more than this share of what it was to send does not make the freeze shorter."""
+
+EXTRA_LIMITS: Final = 4.0
+"""How long passes that only make the freeze shorter may take together, in downtime limits..."""
+
+EXTRA_S: Final = 1.0
+"""...or in seconds, where that is longer."""
+
+LONG_FREEZE_S: Final = 0.03
+"""A rest that takes longer than this to send, in seconds, is worth mirroring what is hot for a pass or two."""
 
 SMALL_REST_S: Final = 0.002
 """A rest that takes less than this to send, in seconds, is not worth another pass."""
@@ -119,7 +134,9 @@ class Convergence:
 
     def __init__(self) -> None:
         """Start before the first pass."""
-        self._previous_pending: int | None = None
+        self._extra_s = 0.0
+        self._is_extra = False
+        """Whether the pass under way is made only to shorten the freeze."""
         self._n_extra = 0
         self.n_passes_without_progress = 0
         """Passes in a row after which no less was pending than before: the guest writes faster than the link sends."""
@@ -129,21 +146,23 @@ class Convergence:
         expected = pending_bytes / bandwidth if bandwidth > 0 else (0.0 if not pending_bytes else float("inf"))
         return Forecast(pending_bytes, bandwidth, expected)
 
-    def after_pass(self, forecast: Forecast, downtime_limit_s: float) -> Decision:
-        """Decide what follows the pass that just ended."""
-        previous, self._previous_pending = self._previous_pending, forecast.pending_bytes
-        is_shrinking = previous is None or forecast.pending_bytes <= previous * SHRINK
+    def after_pass(self, before_bytes: float, took_s: float, forecast: Forecast, downtime_limit_s: float) -> Decision:
+        """Decide what follows the pass that just ended, which was to send ``before_bytes`` and took ``took_s``."""
+        if self._is_extra:
+            self._extra_s += took_s
+        self._is_extra = False
         if forecast.expected_downtime_s > downtime_limit_s:
-            made_progress = previous is None or forecast.pending_bytes < previous
+            made_progress = forecast.pending_bytes < before_bytes
             self.n_passes_without_progress = 0 if made_progress else self.n_passes_without_progress + 1
             return Decision.CONTINUE
         self.n_passes_without_progress = 0
-        if forecast.expected_downtime_s <= SMALL_REST_S or self._n_extra >= MAX_EXTRA_PASSES:
+        is_shrinking = forecast.pending_bytes <= before_bytes * WORTH_SHRINK
+        has_time = self._extra_s < max(EXTRA_S, EXTRA_LIMITS * downtime_limit_s) and self._n_extra < MAX_EXTRA_PASSES
+        if forecast.expected_downtime_s <= SMALL_REST_S or not is_shrinking or not has_time:
             return Decision.SWITCH_OVER
-        if is_shrinking:
-            self._n_extra += 1
-            return Decision.CONTINUE
-        return Decision.SWITCH_OVER
+        self._n_extra += 1
+        self._is_extra = True
+        return Decision.CONTINUE
 
 
 class RateLimit:

@@ -10,7 +10,7 @@ moment when the pass comes by it, which is any moment of the pass, so
 
 D flattens, so passes shrink to a few blocks as long as the link is faster than the guests, and to the hot set over and
 over where it is not. Not in the model: the time that stores need to sync, compression, zeros inside allocated chunks,
-and what guests cost the sender of processor time.
+what guests cost the sender of processor time, and that the freeze may be shortened by mirroring (`Escalation.shorten`).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def predict(plan: Plan) -> Prediction:
     for n_passes in range(1, _MAX_PASSES):
         pending = plan.dirtied(0.0, took)
         forecast = convergence.forecast(round(pending), plan.bandwidth)
-        decision = convergence.after_pass(forecast, limit_s)
+        decision = convergence.after_pass(before, took, forecast, limit_s)
         if decision is Decision.SWITCH_OVER:
             if is_synced:
                 downtime_s = forecast.expected_downtime_s + HANDOFF_S

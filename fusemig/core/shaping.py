@@ -11,6 +11,9 @@ What follows (`Escalation`), one step for each stall:
     mirror what is hot             chunks that are sent from here on, because guests keep writing them
     mirror everything              guests write new places all the time, so nothing is hot
 
+A switchover that is within the limit and would still take long is made shorter in the same way: what is hot is mirrored
+for the passes just before it, and if that was not enough, everything (`Escalation.shorten`).
+
 Mirroring holds guests down to the link by itself, so the throttle ends where it begins. With everything mirrored the
 rest is bounded and each cold chunk is sent once more at most: every migration ends.
 
@@ -149,7 +152,11 @@ class Escalation:
             if percent > self.throttle_percent:
                 self.throttle_percent = percent
                 return True
-        if not may_mirror or self.reach is Reach.ALL:
+        return self.shorten(may_mirror=may_mirror, is_mirroring=is_mirroring)
+
+    def shorten(self, *, may_mirror: bool, is_mirroring: bool) -> bool:
+        """Mirror more for the moment before a switchover, first what is hot; return whether there was more."""
+        if is_mirroring or not may_mirror or self.reach is Reach.ALL:
             return False
         self.reach = Reach.HOT if self.reach is Reach.NONE else Reach.ALL
         self.throttle_percent = 0

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _PAGE: Final = PAGE_SIZE
 _BITS_PER_PAGE: Final = 8 * _PAGE
+_FULL_PAGE: Final = b"\xff" * _PAGE
 _WINDOW: Final = 4096
 """Blocks that a search looks at at once; divides `_BITS_PER_PAGE`."""
 _HEADER_AT: Final = 0
@@ -197,6 +198,24 @@ class AllocationMap:
         """Return the bits of the blocks ``first`` to ``stop - 1``, the first one lowest."""
         bits = int.from_bytes(self.bits[first >> 3 : stop + 7 >> 3], "little")
         return bits >> (first & 7) & ((1 << (stop - first)) - 1)
+
+    def next_clear(self, first: int) -> int:
+        """Return the first block from ``first`` on that the overlay does not hold; `n_blocks` if there is none.
+
+        It costs what lies between the two, a page at a time, and nothing for what is beyond.
+        """
+        at = first
+        while at < self.n_blocks:
+            page_at = at - at % _BITS_PER_PAGE
+            if at == page_at and self.bits[at >> 3 : (at >> 3) + _PAGE] == _FULL_PAGE:
+                at += _BITS_PER_PAGE
+                continue
+            stop = min(self.n_blocks, page_at + _BITS_PER_PAGE)
+            clear = ~self.mask(at, stop) & ((1 << (stop - at)) - 1)
+            if clear:
+                return at + (clear & -clear).bit_length() - 1
+            at = stop
+        return self.n_blocks
 
     def runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield ``(first, stop)`` of each run of allocated blocks in a range, in ascending order."""

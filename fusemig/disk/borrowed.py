@@ -206,6 +206,11 @@ class BorrowedDisk(OverlayDisk):
         if at < stop:
             yield at, stop
 
+    def next_missing(self, first: int) -> int | None:
+        """Return the first block from ``first`` on that is missing; None: all the rest is here."""
+        block = self._allocation.next_clear(first)
+        return block if block < self._allocation.n_blocks else None
+
     @property
     def missing_bytes(self) -> int:
         """How much is missing, in whole blocks."""

@@ -20,6 +20,7 @@ import trio
 from fusemig.core.convergence import Throughput
 from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, n_blocks
 from fusemig.errors import FusemigError, PeerRefusedError, RemoteProtocolError
+from fusemig.migration.link import Need
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -95,14 +96,23 @@ class FetchPlan:
         return None
 
     def _next_in_order(self) -> Request | None:
-        start, block = self._cursor
-        n = len(self._disks)
-        for turn in range(n + 1):  # the disk of the cursor twice: behind the cursor, then before it
-            index = (start + turn) % n
+        """Return the next piece after the last one in order: all that is missing before it was asked for.
+
+        A map is walked once, from one missing block to the next: a disk has many millions of them, and this runs for
+        every piece.
+        """
+        while self._cursor[0] < len(self._disks):
+            index, block = self._cursor
             disk = self._disks[index]
-            for request in self._pieces(Request(index, block if not turn else 0, n_blocks(disk.size))):
+            first = disk.next_missing(block)
+            if first is None:
+                self._cursor = (index + 1, 0)
+                continue
+            stop = min(n_blocks(disk.size), first + PIECE_BLOCKS)
+            for request in self._pieces(Request(index, first, stop)):
                 self._cursor = (index, request.stop)
                 return request
+            self._cursor = (index, stop)  # all of it is under way
         return None
 
     def _pieces(self, wanted: Request) -> Iterator[Request]:
@@ -120,15 +130,17 @@ class FetchPlan:
                 else:
                     at = under_way[0].stop
 
-    def expect(self, frame: native.DataFrame | native.ZeroFrame) -> Request:
-        """Return what a frame answers; `answered` is called when it was filled in.
+    def expect(self, frame: native.DataFrame | native.ZeroFrame, nth: int = 0) -> Request:
+        """Return what a frame answers, the ``nth`` since `answered` was called for what was filled in.
+
+        It may be called from another thread than `next`, which only adds to what is asked for.
 
         Raises:
             RemoteProtocolError: it is not what was asked for first.
         """
-        if not self.asked:
+        if len(self.asked) <= nth:
             raise RemoteProtocolError("the source sent what nobody asked for")
-        request = self.asked[0]
+        request = self.asked[nth]
         size = self._disks[request.disk].size
         (offset, length), *more = frame.extents
         end = offset + length
@@ -142,9 +154,9 @@ class FetchPlan:
             )
         return request
 
-    def answered(self) -> None:
-        """Take note that what was asked for first is here."""
-        self.asked.popleft()
+    def answered(self) -> Request:
+        """Take note that what was asked for first is here, and return it."""
+        return self.asked.popleft()
 
     @property
     def is_done(self) -> bool:
@@ -213,6 +225,8 @@ class Borrowing:
         self._wake = trio.Event()
         self._scope = trio.CancelScope()
         self._failure: FusemigError | None = None
+        self._n_filled = 0
+        """Answers that are filled in and not yet taken off what is asked for."""
         self.received_bytes = 0
 
     @property
@@ -290,19 +304,43 @@ class Borrowing:
 
     async def _receive(self) -> None:
         while True:
-            event = await self._link.receive()
+            self._n_filled = 0
+            event = await self._offload(self._take_in)
+            n_bytes = 0
+            for _ in range(self._n_filled):
+                request = self._plan.answered()
+                n_bytes += (request.stop - request.first) * BLOCK_SIZE
+            if n_bytes:
+                self._count(n_bytes)
+                self._wake.set()
             if isinstance(event, native.Abort):
                 raise PeerRefusedError(f"{self._link.peer} cannot lend: {event.reason}")
-            if not isinstance(event, native.DataFrame | native.ZeroFrame):
+            if event is Need.STREAM:
+                await self._link.wait_readable()
+            elif event is not Need.SLICE:
                 raise RemoteProtocolError(f"{self._link.peer} sent {type(event).__name__} where it lends")
+
+    def _take_in(self) -> native.Event | Need:
+        """Receive, check and fill what is there, in a worker thread; `_n_filled` counts the answers.
+
+        It comes back after half of what is asked for in advance, so that more is asked for meanwhile.
+        """
+        done = 0
+        while done < self._ahead_bytes // 2:
+            try:
+                event = self._link.receive_shortly()
+            except trio.WouldBlock:
+                return Need.STREAM
+            if not isinstance(event, native.DataFrame | native.ZeroFrame):
+                return event
             if event.disk not in self._wire_index:
                 raise RemoteProtocolError(f"{self._link.peer} sent disk {event.disk}, which is not fetched")
             event = event._replace(disk=self._wire_index.index(event.disk))
-            request = self._plan.expect(event)
-            await self._offload(self._fill, event)
-            self._plan.answered()
-            self._count((request.stop - request.first) * BLOCK_SIZE)
-            self._wake.set()
+            request = self._plan.expect(event, self._n_filled)
+            self._fill(event)
+            self._n_filled += 1
+            done += (request.stop - request.first) * BLOCK_SIZE
+        return Need.SLICE
 
     def _count(self, n_bytes: int) -> None:
         now = trio.current_time()

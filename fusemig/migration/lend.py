@@ -26,8 +26,9 @@ from xxhash import xxh3_64_intdigest
 
 from fusemig.core.backoff import Backoff
 from fusemig.core.units import BLOCK_SIZE, n_blocks
+from fusemig.disk.zeroes import is_zero
 from fusemig.errors import DiskError, FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
-from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink
+from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink, Need, drop_sent
 from fusemig.records.epoch import Ownership
 from fusemig.wire import native
 
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 FIRST_RETRY_S: Final = 0.25
 MAX_RETRY_S: Final = 5.0
 """How long the next connection is put off."""
-_ZEROS: Final = bytes(native.MAX_FETCH_BLOCKS * BLOCK_SIZE)
+SLICE_BYTES: Final = 1 << 20
+"""Disk bytes that a worker thread reads and sends before it comes back."""
 
 log = structlog.get_logger(__name__)
 
@@ -73,6 +75,9 @@ class Lending:
         self._dial = dial
         self._offload = offload
         self._pool = BufferPool()
+        self._sequence = 0
+        self._unsent: list[memoryview] = []
+        """The rest of the frame that is being sent."""
         records = [disk.epoch_file.record for disk in disks]
         self._records = [record for record in records if record is not None]
         self._log = log.bind(migration=self._records[0].session[:8])
@@ -130,18 +135,18 @@ class Lending:
                 await stream.aclose()
 
     async def _serve(self, link: NativeLink) -> None:
-        sequence = 0
+        self._sequence, self._unsent = 0, []
         while True:
-            event = await link.receive()
+            async with link.frame():
+                event = await self._offload(self._answer, link)
+                while self._unsent:
+                    await link.wait_writable()
+                    event = await self._offload(self._answer, link)
             match event:
-                case native.Fetch():
-                    sequence += 1
-                    buffers = await self._offload(self._read, event, sequence)
-                    self.wire_bytes += sum(map(len, buffers))
-                    self.sent_bytes += (event.stop - event.first) * BLOCK_SIZE
-                    await link.send(buffers)
-                    if len(buffers) > 1:
-                        self._pool.give_back(buffers[1].obj)
+                case Need.SLICE:
+                    pass
+                case Need.STREAM:
+                    await link.wait_readable()
                 case native.Whole():
                     return
                 case native.Ack():
@@ -150,6 +155,37 @@ class Lending:
                     raise MigrationError(f"{link.peer} cannot go on: {event.reason}")
                 case _:
                     raise RemoteProtocolError(f"{link.peer} sent {type(event).__name__} while it fetches")
+
+    def _answer(self, link: NativeLink) -> native.Event | Need:
+        """Answer every FETCH that is there, in a worker thread: read, hash and send while it is warm in the cache.
+
+        Returns STREAM with something in `_unsent`: the stream is full; with nothing: it is empty.
+        """
+        done = 0
+        while True:
+            payload = self._unsent[-1].obj if self._unsent else None
+            while self._unsent:
+                try:
+                    n = link.stream.send_shortly(self._unsent)
+                except trio.WouldBlock:
+                    return Need.STREAM
+                self.wire_bytes += n
+                drop_sent(self._unsent, n)
+            if isinstance(payload, bytearray):
+                self._pool.give_back(payload)
+            if done >= SLICE_BYTES:
+                return Need.SLICE
+            try:
+                event = link.receive_shortly()
+            except trio.WouldBlock:
+                return Need.STREAM
+            if not isinstance(event, native.Fetch):
+                return event
+            self._sequence += 1
+            self._unsent = self._read(event, self._sequence)
+            n_bytes = (event.stop - event.first) * BLOCK_SIZE
+            self.sent_bytes += n_bytes
+            done += n_bytes
 
     def _read(self, fetch: native.Fetch, sequence: int) -> list[memoryview]:
         """Return the frame that answers a FETCH."""
@@ -165,11 +201,13 @@ class Lending:
             hole = _hole_at(image, offset)
             if hole >= end:
                 return [memoryview(native.encode_zero(fetch.disk, sequence, [(offset, hole - offset)]))]
-            view = memoryview(self._pool.take())[: end - offset]
+            buffer = self._pool.take()
+            view = memoryview(buffer)[: end - offset]
             image.pread_into(view, offset)
         except DiskError as exc:
             raise MigrationError(f"{exc}; the destination needs it: mend the image, serving it goes on then") from exc
-        if bytes(view) == _ZEROS[: len(view)]:
+        if is_zero(view):
+            self._pool.give_back(buffer)
             return [memoryview(native.encode_zero(fetch.disk, sequence, [(offset, len(view))]))]
         head = native.encode_data(fetch.disk, sequence, [(offset, len(view))], xxh3_64_intdigest(view), len(view))
         return [memoryview(head), view]

@@ -170,14 +170,19 @@ class NativeLink:
                     try:
                         drop_sent(rest, self.stream.send_nowait(rest))
                     except trio.WouldBlock:
-                        await self._wait_writable()
+                        await self.wait_writable()
             finally:
                 if sum(map(len, rest)) == n_bytes:
                     self._unsent = before  # cancelled before the first byte: nothing is cut
                 elif rest:
                     self._is_broken = True
 
-    async def _wait_writable(self) -> None:
+    async def wait_writable(self) -> None:
+        """Wait until the stream may take something.
+
+        Raises:
+            ConnectionLostError: the peer took nothing for `IDLE_DEADLINE_S`.
+        """
         with trio.move_on_after(IDLE_DEADLINE_S) as scope:
             await self.stream.wait_writable()
         if scope.cancelled_caught:

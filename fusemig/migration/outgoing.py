@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 import structlog
 import trio
 
-from fusemig.core.convergence import Convergence, Decision, Rate, RateLimit, Throughput
+from fusemig.core.convergence import LONG_FREEZE_S, Convergence, Decision, Rate, RateLimit, Throughput
 from fusemig.core.phase import MigrationPhase, PhaseMachine
 from fusemig.disk.tracked import Gate
 from fusemig.errors import CancelledByUserError, DiskError, FusemigError, InDoubtError, MigrationError, StateError
@@ -365,10 +365,11 @@ class OutgoingMigration(ABC):
         """Make passes until a switchover is worth it and allowed."""
         if self._machine.phase is MigrationPhase.SETUP:  # else the connection was lost, and is back
             self._enter(MigrationPhase.BULK)
-        is_synced = False
+        is_synced = is_mirrored_anew = False
         while True:
+            before_bytes, began_at = self._pending_bytes(), trio.current_time()
             if not self._is_postcopy():
-                self._pacer.begin_pass(self._pending_bytes())
+                self._pacer.begin_pass(before_bytes)
                 await self._run_pass(is_limited=True)
             if self._is_postcopy():
                 for disk in self._disks:  # so that the sync of the freeze is short
@@ -377,7 +378,8 @@ class OutgoingMigration(ABC):
             if self._machine.phase is MigrationPhase.BULK:
                 self._enter(MigrationPhase.DIRTY)
             forecast = self._convergence.forecast(self._pending_bytes(), self._bandwidth.per_second)
-            decision = self._convergence.after_pass(forecast, self._parameters.downtime_limit_s)
+            took_s = trio.current_time() - began_at
+            decision = self._convergence.after_pass(before_bytes, took_s, forecast, self._parameters.downtime_limit_s)
             is_over_limit = forecast.expected_downtime_s > self._parameters.downtime_limit_s
             self._pacer.end_pass(forecast.pending_bytes, is_over_limit=is_over_limit)
             if decision is Decision.CONTINUE:
@@ -388,7 +390,15 @@ class OutgoingMigration(ABC):
                 with self._pacer.suspended():
                     await self._sync_ahead()
                 continue
-            if self._parameters.pause_before_switchover and not self._proceed.is_set():
+            is_waiting = self._parameters.pause_before_switchover and not self._proceed.is_set()
+            if is_mirrored_anew:  # the destination has the chunks now; in the next pass guests wait for them
+                is_mirrored_anew = False
+                continue
+            if forecast.expected_downtime_s > LONG_FREEZE_S and not is_waiting:
+                is_mirrored_anew = self._pacer.shorten_freeze()
+                if is_mirrored_anew:
+                    continue
+            if is_waiting:
                 if self._machine.phase is not MigrationPhase.PRE_SWITCHOVER:
                     self._enter(MigrationPhase.PRE_SWITCHOVER)
                 await self._pacer.pause(TICK_S, self._proceed)

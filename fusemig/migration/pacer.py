@@ -4,6 +4,7 @@ What is wanted comes from the user (mode ``mirror``) or from how the passes go (
 about it is the disks' (`fusemig.disk.pacing`). Here is what needs a clock:
 
     begin_pass, end_pass    judge a pass, and take the next step if it did not help
+    shorten_freeze          mirror what is hot, or everything, for the passes before a switchover that would take long
     run                     follow a change of mode, size the window, refill the throttle's bucket, keep the deadlines
     pause                   wait between passes, no longer than guests' writes do not wait for one
 
@@ -121,16 +122,24 @@ class Pacer:
         took_s = trio.current_time() - self._pass_began_at
         if not self._stall.after_pass(self._pass_bytes, pending_bytes, took_s, is_over_limit=is_over_limit):
             return
-        parameters, escalation = self._parameters, self._escalation
+        escalation = self._escalation
         if escalation.step(
             pending_bytes / took_s,
             self._link_rate,
-            throttle_max=parameters.throttle_max,
-            may_mirror=parameters.auto_mirror and self._can_mirror,
+            throttle_max=self._parameters.throttle_max,
+            may_mirror=self._may_mirror,
             is_mirroring=self._is_mirror_wanted,
         ):
             log.info("passes do not help", mirror=escalation.reach.value, throttle_percent=escalation.throttle_percent)
             self._throttle(trio.current_time())
+
+    def shorten_freeze(self) -> bool:
+        """Mirror more from the next pass on; return whether there was more, so that the pass is worth making."""
+        if not self._escalation.shorten(may_mirror=self._may_mirror, is_mirroring=self._is_mirror_wanted):
+            return False
+        log.info("mirroring to make the freeze shorter", mirror=self._escalation.reach.value)
+        self._throttle(trio.current_time())
+        return True
 
     async def pause(self, timeout_s: float, event: trio.Event) -> None:
         """Wait for an event, for ``timeout_s`` seconds, or until a guest's write waits for a pass."""
@@ -200,6 +209,11 @@ class Pacer:
     @property
     def _is_mirror_wanted(self) -> bool:
         return self._parameters.mirrors and self._can_mirror
+
+    @property
+    def _may_mirror(self) -> bool:
+        """Whether chunks may be mirrored without being asked for."""
+        return self._parameters.auto_mirror and self._can_mirror
 
     @property
     def _link_rate(self) -> float:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
+from fusemig.core.mirror import Reach
 from fusemig.core.phase import MigrationPhase as Phase
 from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.tracked import Gate
 from fusemig.errors import ConnectionLostError, DiskError, GateClosedError, PeerRefusedError, StateError
 from fusemig.records.epoch import Ownership
 from support.pair import Pair
+from support.streams import carry, memory_connection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -160,3 +163,41 @@ async def test_a_damaged_frame_is_noticed(tmp_path: Path, autojump_clock: trio.t
     outgoing = await pair.migrate()
     assert "checksum of data frame" in str(outgoing.error)
     assert pair.gates() == ({Gate.OPEN}, {Gate.READ_ONLY})
+
+
+@pytest.mark.parametrize("may_mirror", [True, False])
+async def test_a_long_freeze_within_the_limit_is_made_shorter(
+    tmp_path: Path, may_mirror: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    """What is hot is mirrored for the last passes; where that may not be, guests stand still for all that is dirty."""
+    pair = Pair(tmp_path, {"a": 2 * CHUNK_SIZE}, downtime_limit_s=2.0, auto_mirror=may_mirror)
+    (source, near), (far, destination) = memory_connection(), memory_connection()
+    pair.streams = source, destination
+    fill(pair)
+    rng, reached, left = random.Random(3), set[Reach](), 0
+
+    def note(phase: Phase) -> None:
+        nonlocal left
+        if phase is Phase.FROZEN:
+            left = pair.outgoing.statistics().pending_bytes
+
+    pair.outgoing._on_phase = note
+
+    async def guest() -> None:
+        while pair.outgoing.phase not in (Phase.COMMITTED, Phase.COMPLETED):
+            reached.add(pair.outgoing.statistics().pacing.reach)
+            if pair.source.disks["a"].gate is Gate.OPEN:
+                with suppress(GateClosedError):  # it would have to wait
+                    pair.source.disks["a"].pwrite(rng.randbytes(4096), rng.randrange(256) * 4096)
+            await trio.sleep(0.001)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(carry, near, far, 2e6, 0.0001)
+        nursery.start_soon(carry, far, near, 1e9, 0.0001)
+        nursery.start_soon(guest)
+        outgoing = await pair.migrate()
+        await source.aclose()
+    assert outgoing.error is None
+    assert pair.is_equal()
+    assert (Reach.HOT in reached) == may_mirror
+    assert (left < CHUNK_SIZE // 2) == may_mirror

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from fusemig.core.phase import MigrationPhase
-from fusemig.errors import ConnectionLostError, FusemigError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import FusemigError, PeerRefusedError, RemoteProtocolError
 from fusemig.migration.destination import DestinationMigration
 from fusemig.migration.link import BufferPool, NativeLink
 from fusemig.migration.probe import LONGEST_S, Path, measure
 from fusemig.wire import native
 from support.faults import faulty_connection
 from support.pair import inline
+from support.streams import carry
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -23,27 +23,6 @@ if TYPE_CHECKING:
     from trio.testing import MockClock
 
     from support.faults import FaultyStream
-    from support.streams import MemoryStream
-
-
-async def carry(stream: MemoryStream, onward: MemoryStream, bytes_per_s: float, delay_s: float) -> None:
-    """Carry bytes on, so many a second, each for so long."""
-    piece = bytearray(4096)
-
-    async def deliver(data: bytes) -> None:
-        await trio.sleep(delay_s)
-        with suppress(ConnectionLostError):
-            onward.send_nowait([data])
-
-    async with trio.open_nursery() as nursery:
-        while True:
-            await stream.wait_readable()
-            n = stream.receive_nowait(memoryview(piece))
-            if not n:
-                break
-            await trio.sleep(n / bytes_per_s)
-            nursery.start_soon(deliver, bytes(piece[:n]))
-    await onward.aclose()
 
 
 async def probe(

@@ -269,6 +269,35 @@ async def test_a_source_that_sends_something_else_is_not_believed(what: str, aut
     assert not any(image.content)
 
 
+async def test_answers_that_come_together_are_taken_in_together(autojump_clock: object) -> None:
+    """Each is held against what was asked for in its turn."""
+    image, store = MemoryDisk("d", SIZE), MemoryDisk("d", map_size(SIZE))
+    disk = BorrowedDisk(image, new_map(store, image, [(8, 20), (30, 40)], "boot"), Wants("d"))
+    there, back = Pipe(), Pipe()
+    ours, theirs = FaultyStream("destination", there, back), FaultyStream("source", back, there)
+    source = NativeLink(ours, native.Decoder(native.FROM_DESTINATION, preface=False), BufferPool())
+    pool = BufferPool()
+    link = NativeLink(theirs, native.Decoder(native.FROM_SOURCE, preface=False), pool)
+    image.content[:] = b"\xee" * SIZE
+
+    async def lend() -> None:
+        assert isinstance(await source.receive(), native.Welcome)
+        assert await source.receive() == native.Fetch(0, 8, 20)
+        assert await source.receive() == native.Fetch(0, 30, 40)
+        answers = [
+            native.encode_zero(0, 1, [(8 * BLOCK_SIZE, 12 * BLOCK_SIZE)]),
+            native.encode_zero(0, 2, [(30 * BLOCK_SIZE, 10 * BLOCK_SIZE)]),
+        ]
+        await source.send([b"".join(answers)])
+        assert isinstance(await source.receive(), native.Whole)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lend)
+        await Borrowing(link, [Loan(disk, lambda: None)], pool, inline).run()
+    assert not disk.missing_bytes
+    assert image.content.count(0) == 22 * BLOCK_SIZE
+
+
 def test_a_store_that_fails_ends_it_and_loses_nothing() -> None:
     """A block that could not be written is missing still."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import trio
@@ -106,3 +107,23 @@ def memory_connection() -> tuple[MemoryStream, MemoryStream]:
     """Return the source's and the destination's end of a new connection."""
     forth, back = Pipe(), Pipe()
     return MemoryStream("destination", forth, back), MemoryStream("source", back, forth)
+
+
+async def carry(stream: MemoryStream, onward: MemoryStream, bytes_per_s: float, delay_s: float) -> None:
+    """Carry bytes on, so many a second, each for so long."""
+    piece = bytearray(4096)
+
+    async def deliver(data: bytes) -> None:
+        await trio.sleep(delay_s)
+        with suppress(ConnectionLostError):
+            onward.send_nowait([data])
+
+    async with trio.open_nursery() as nursery:
+        while True:
+            await stream.wait_readable()
+            n = stream.receive_nowait(memoryview(piece))
+            if not n:
+                break
+            await trio.sleep(n / bytes_per_s)
+            nursery.start_soon(deliver, bytes(piece[:n]))
+    await onward.aclose()

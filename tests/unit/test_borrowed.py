@@ -186,6 +186,29 @@ def test_every_missing_block_is_asked_for_once_and_nothing_else(blocks: set[int]
     assert plan.next() is None
 
 
+def test_a_piece_of_a_large_disk_is_found_as_fast_as_one_of_a_small_disk() -> None:
+    """The search looks at what is next, and not at all that is here behind it: it runs once for each piece."""
+
+    class Counting:
+        n_looks = 0
+
+        def __call__(self, first: int, stop: int) -> int:
+            self.n_looks += 1
+            return look(first, stop)
+
+    blocks = 1 << 24
+    image, store = MemoryDisk("d", 0), MemoryDisk("d", map_size(blocks * BLOCK_SIZE))
+    image.size = blocks * BLOCK_SIZE
+    disk = BorrowedDisk(image, new_map(store, image, [(0, 640), (blocks - 640, blocks)], "boot"), Wants("d"))
+    look, counting = disk._allocation.mask, Counting()
+    disk._allocation.mask = counting  # type: ignore[method-assign]
+    plan = FetchPlan([disk])
+    requests = [plan.next() for _ in range(20)]
+    assert requests[9:11] == [Request(0, 576, 640), Request(0, blocks - 640, blocks - 576)]
+    assert plan.next() is None
+    assert counting.n_looks <= 4 * len(requests)
+
+
 def test_what_a_guest_waits_for_goes_first() -> None:
     """In front of what comes next in order, and only what of it is missing."""
     plan = FetchPlan(disks := disks_with([(0, 20), (40, 60)]))

@@ -44,6 +44,7 @@ def play(rate: int, n_hot: int, bandwidth: float, limit_s: float, seed: int) -> 
             dirty.add(rng.choice(hot))
 
     for _ in range(30):
+        before, began = len(dirty) * BLOCK_SIZE, now
         for block in range(N_BLOCKS):
             if block in dirty:
                 dirty.remove(block)
@@ -53,7 +54,7 @@ def play(rate: int, n_hot: int, bandwidth: float, limit_s: float, seed: int) -> 
         now += PASS_S
         guests_write()
         forecast = decider.forecast(len(dirty) * BLOCK_SIZE, bandwidth)
-        if decider.after_pass(forecast, limit_s) is Decision.SWITCH_OVER:
+        if decider.after_pass(before, now - began, forecast, limit_s) is Decision.SWITCH_OVER:
             if is_synced:
                 last_s = forecast.expected_downtime_s + HANDOFF_S
                 return now + last_s, (n_sent + len(dirty)) * BLOCK_SIZE, last_s

@@ -52,6 +52,27 @@ def lay(image: Disk, base: Disk, store: Disk | None = None) -> OverlayDisk:
     return OverlayDisk(image, base, allocation)
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 70_000), st.integers(1, 40_000)), max_size=6),
+    st.lists(st.integers(0, 70_000), min_size=1, max_size=4),
+)
+def test_the_next_block_that_is_not_held(held: list[tuple[int, int]], questions: list[int]) -> None:
+    """Whatever is held before and behind it, over pages of the map that are full, empty and mixed."""
+    blocks = 2 * 32_768 + 4_465
+    store = MemoryDisk("d", map_size(blocks * BLOCK_SIZE))
+    write_header(store, blocks * BLOCK_SIZE, BaseIdentity(size=SIZE, digest="", path="base"))
+    allocation = AllocationMap(store, blocks * BLOCK_SIZE, "boot")
+    model = bytearray(blocks)
+    for first, count in held:
+        if first < blocks:
+            stop = min(blocks, first + count)
+            allocation.add(first, stop)
+            model[first:stop] = b"\1" * (stop - first)
+    for first in [*questions, 0, 32_768]:
+        expected = model.find(0, first)
+        assert allocation.next_clear(first) == (blocks if expected < 0 else expected)
+
+
 def test_a_partial_write_copies_the_rest_of_its_block() -> None:
     """The image holds the whole block, and nothing of others."""
     base = base_disk()

@@ -96,6 +96,20 @@ def test_nothing_is_escalated_where_everything_is_mirrored_anyway() -> None:
     assert not Escalation().step(4.0, 1.0, throttle_max=99, may_mirror=True, is_mirroring=True)
 
 
+def test_to_shorten_a_freeze_what_is_hot_is_mirrored_then_everything() -> None:
+    """Instead of a throttle; not where it may not be, where all is mirrored anyway, or where it is done already."""
+    escalation = Escalation()
+    escalation.step(4.0, 1.0, throttle_max=45, may_mirror=True, is_mirroring=False)
+    assert not escalation.shorten(may_mirror=False, is_mirroring=False)
+    assert not escalation.shorten(may_mirror=True, is_mirroring=True)
+    assert (escalation.reach, escalation.throttle_percent) == (Reach.NONE, 20)
+    assert escalation.shorten(may_mirror=True, is_mirroring=False)
+    assert (escalation.reach, escalation.throttle_percent) == (Reach.HOT, 0)
+    assert escalation.shorten(may_mirror=True, is_mirroring=False)
+    assert escalation.reach is Reach.ALL
+    assert not escalation.shorten(may_mirror=True, is_mirroring=False)
+
+
 def test_limits_leave_idle_disks_alone_and_every_disk_something() -> None:
     """No guest is stopped."""
     assert limits([100 * MIB, 0.0, 1.0], 75) == [25 * MIB, 0.0, MIN_RATE]
