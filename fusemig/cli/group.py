@@ -149,6 +149,7 @@ class DaemonMember:
         self._control: ControlClient | None = None
         self._session = ""
         self._has_begun = False
+        self._limit_ms = 0.0
 
     def connected(self, control: ControlClient) -> None:
         """Use this connection; another one would lead to another process, which has pledged nothing."""
@@ -159,6 +160,7 @@ class DaemonMember:
         assert self._control is not None
         if parameters := self._request.parameters():
             await self._control.execute("migrate-set-parameters", parameters)
+        self._limit_ms = (await self._control.execute("query-migrate-parameters"))["downtime-limit"]
         arguments = self._request.arguments() | {"uri": self._uri, "x-fusemig-group": str(group)}
         try:
             await self._control.execute("migrate", arguments)
@@ -187,7 +189,7 @@ class DaemonMember:
             return Standing.LOST
         self._session, self.info = session, info
         self._display.show(info, str(self.socket))
-        return standing_of(info, self._request.downtime_limit)
+        return standing_of(info, self._limit_ms)
 
     async def proceed(self) -> None:
         """Have it switch over (`Member.proceed`)."""
@@ -211,9 +213,10 @@ class DaemonMember:
             return  # it is pledged, and learns of it, or over
 
 
-def standing_of(info: Mapping[str, Any], downtime_limit_s: float | None) -> Standing:
-    """Return where a daemon is by its answer to ``query-migrate``."""
-    status, phase = info.get("status"), info.get("x-fusemig", {}).get("phase")
+def standing_of(info: Mapping[str, Any], limit_ms: float) -> Standing:
+    """Return where a daemon is by its answer to ``query-migrate``, and by its downtime limit."""
+    own = info.get("x-fusemig", {})
+    status, phase = info.get("status"), own.get("phase")
     if status == "completed":
         return Standing.MOVED
     if phase == "in-doubt":
@@ -223,9 +226,9 @@ def standing_of(info: Mapping[str, Any], downtime_limit_s: float | None) -> Stan
     if phase == "pledged":
         return Standing.PLEDGED
     if phase == "pre-switchover":
-        limit_ms = None if downtime_limit_s is None else downtime_limit_s * 1000 + 1  # as rounded up by the daemon
-        fits = limit_ms is None or info.get("expected-downtime", 0) <= limit_ms
-        return Standing.READY if fits else Standing.MOVING
+        is_connected = not own.get("waiting")
+        fits = info.get("expected-downtime", 0) <= limit_ms + 1  # the daemon rounds up
+        return Standing.READY if is_connected and fits else Standing.MOVING
     return Standing.MOVING
 
 

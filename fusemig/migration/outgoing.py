@@ -382,7 +382,9 @@ class OutgoingMigration(ABC):
             decision = self._convergence.after_pass(before_bytes, took_s, forecast, self._parameters.downtime_limit_s)
             is_over_limit = forecast.expected_downtime_s > self._parameters.downtime_limit_s
             self._pacer.end_pass(forecast.pending_bytes, is_over_limit=is_over_limit)
-            if decision is Decision.CONTINUE:
+            # From `migrate-continue` on the guests of a group's other daemons wait for these disks, too.
+            is_urgent = bool(self.group) and self._proceed.is_set()
+            if decision is Decision.CONTINUE and (is_over_limit or not is_urgent):
                 continue
             if not is_synced:
                 # Make both stores durable while the guest still runs, so that the syncs of the freeze are short.
@@ -394,7 +396,7 @@ class OutgoingMigration(ABC):
             if is_mirrored_anew:  # the destination has the chunks now; in the next pass guests wait for them
                 is_mirrored_anew = False
                 continue
-            if forecast.expected_downtime_s > LONG_FREEZE_S and not is_waiting:
+            if forecast.expected_downtime_s > LONG_FREEZE_S and not is_waiting and not self.group:
                 is_mirrored_anew = self._pacer.shorten_freeze()
                 if is_mirrored_anew:
                     continue

@@ -8,7 +8,7 @@ import trio
 
 from fusemig.core.group import Conduct, Word, conduct
 from fusemig.errors import FusemigError, MigrationError, StateError
-from fusemig.records.decision import DecisionFile
+from fusemig.records.decision import COORDINATOR, DecisionFile
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -34,16 +34,22 @@ class Pledge:
         """Make ready to propose `abort`.
 
         Raises:
-            StateError: the group's directory cannot be written.
+            StateError: the group's directory cannot be written, or is not the one that the coordinator sees.
             MigrationError: something is decided already: the group is not to move any more.
         """
         await self._offload(self._file.lay, Word.ABORT, self._session)
         await self.check()
 
     async def check(self) -> None:
-        """Raise `MigrationError` if something is decided already: then it is not to move, for we have not pledged."""
+        """See that this can be decided here, and is not yet.
+
+        Raises:
+            StateError: our proposal or the coordinator's is not there: we could decide otherwise than the others.
+            MigrationError: something is decided already: then it is not to move, for we have not pledged.
+        """
         if await self._offload(self._file.read) is not None:
             raise aborted_error(self.path)
+        await self._offload(self._file.check_laid, self._session, COORDINATOR)
 
     async def decision(self, link: NativeLink, deadline: float) -> Word:
         """Return what is decided; at ``deadline`` (trio's clock), or if the destination is lost, have `abort` be that.

@@ -82,6 +82,8 @@ class DecisionFile:
         proposal = self._proposal(who)
         try:
             with proposal.open("w", encoding="ascii") as file:
+                # The decision is this file under another name, and whoever loses has to read it, whatever our umask.
+                os.fchmod(file.fileno(), 0o644)
                 file.write(f"{word.value}\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -90,6 +92,20 @@ class DecisionFile:
             raise StateError(
                 f"cannot write the group's file {proposal}: {exc.strerror}; see that every daemon can write there"
             ) from exc
+
+    def check_laid(self, *whose: str) -> None:
+        """See that these have laid their proposals here: then the directory is theirs, too, and still in its place.
+
+        Raises:
+            StateError: one is missing.
+        """
+        for who in whose:
+            proposal = self._proposal(who)
+            if not proposal.is_file():
+                raise StateError(
+                    f"the group's file {proposal} is not there: every daemon and `fusemig migrate --group` must see the"
+                    " same directory under that name (a container, a private /tmp, a mount that is away show another)"
+                )
 
     def read(self) -> Word | None:
         """Return what is decided, durably; None if nothing is, as far as the directory there tells.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from fusemig.core.group import OVER, PAST, Conduct, Standing, Step, Word, conduc
 from fusemig.errors import ConfigError, MigrationError, StateError
 from fusemig.migration.link import BufferPool, NativeLink
 from fusemig.migration.pledge import Pledge
-from fusemig.records.decision import DecisionFile
+from fusemig.records.decision import COORDINATOR, DecisionFile
 from fusemig.wire import native
 from support.pair import inline
 from support.streams import memory_connection
@@ -88,6 +89,7 @@ async def test_a_pledge_whose_time_is_up(tmp_path: Path, word: Word | None) -> N
     """It ends by what is decided, also where that was decided in the last moment; or decides, for everybody."""
     forth, back = memory_connection()
     pledge, file = Pledge(tmp_path / "g", "me", inline), DecisionFile(tmp_path / "g")
+    file.lay(Word.COMMIT, COORDINATOR)
     await pledge.prepare()
     if word is not None:
         file.lay(word, "other")
@@ -99,6 +101,29 @@ async def test_a_pledge_whose_time_is_up(tmp_path: Path, word: Word | None) -> N
     assert file.read() is (word or Word.ABORT)
     await forth.aclose()
     await back.aclose()
+
+
+@pytest.mark.parametrize("missing", ["me", COORDINATOR])
+async def test_a_directory_that_is_not_the_coordinators_is_no_place_for_a_pledge(tmp_path: Path, missing: str) -> None:
+    """Another one under the same name would have a decision of its own; nor is one that lost what was laid there."""
+    pledge, file = Pledge(tmp_path / "g", "me", inline), DecisionFile(tmp_path / "g")
+    file.lay(Word.COMMIT, COORDINATOR)
+    await pledge.prepare()
+    await pledge.check()
+    file.forget(missing)
+    with pytest.raises(StateError, match="must see the same directory"):
+        await pledge.check()
+
+
+def test_whoever_loses_can_read_what_was_decided(tmp_path: Path) -> None:
+    """The proposer's umask says nothing of who else has to know."""
+    before = os.umask(0o077)
+    try:
+        DecisionFile(tmp_path / "g").lay(Word.COMMIT, "a")
+    finally:
+        os.umask(before)
+    DecisionFile(tmp_path / "g").propose("a")
+    assert (tmp_path / "g.decision").stat().st_mode & 0o777 == 0o644
 
 
 def test_who_has_laid_nothing_decides_nothing(tmp_path: Path) -> None:
@@ -183,7 +208,8 @@ def test_options_that_do_not_go_with_it(option: Mapping[str, Any], text: str) ->
 def test_standings(status: str, phase: str, expected: Standing) -> None:
     """What `query-migrate` says of a daemon; one that waits and would take too long is not ready."""
     info = {"status": status, "x-fusemig": {"phase": phase}, "expected-downtime": 300}
-    assert standing_of(info, 0.3) is expected
+    assert standing_of(info, 300) is expected
     if expected is Standing.READY:
-        assert standing_of(info, 0.2) is Standing.MOVING
-        assert standing_of(info, None) is Standing.READY
+        assert standing_of(info, 200) is Standing.MOVING
+        info["x-fusemig"] = {"phase": phase, "waiting": "the connection was lost"}
+        assert standing_of(info, 300) is Standing.MOVING
