@@ -94,7 +94,8 @@ class ChunkMaps:
         async with self._scanning:
             began = trio.current_time()
             if self._scan is None or not self._scan.is_good(image, began, is_filling=is_filling):
-                allocated, missing = await trio.to_thread.run_sync(_ask_store, image)
+                # A store that hangs must not keep the daemon from ending, or from being upgraded.
+                allocated, missing = await trio.to_thread.run_sync(_ask_store, image, abandon_on_cancel=True)
                 self._scan = _Scan(image, began, trio.current_time(), allocated, missing)
             return self._scan
 

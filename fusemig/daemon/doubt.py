@@ -12,6 +12,7 @@ stopped.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -57,6 +58,7 @@ class Doubts:
         dial: Callable[[EpochRecord], Awaitable[ByteStream]],
         on_settled: OnSettled,
         offload: Offload = trio.to_thread.run_sync,
+        offload_abandonable: Offload | None = None,
     ) -> None:
         """Look after ``disks``.
 
@@ -65,8 +67,11 @@ class Doubts:
             dial: connects to the destination that a record names, in time.
             on_settled: called at once when records have changed, after their disks' gates were set.
             offload: runs calls that may sleep.
+            offload_abandonable: the same, of calls that need not be waited for: a person must not wait for a
+                directory of a group that hangs; None: a thread.
         """
         self._offload = offload
+        self._offload_abandonable = offload_abandonable or partial(trio.to_thread.run_sync, abandon_on_cancel=True)
         self._disks = disks
         self._dial = dial
         self._on_settled = on_settled
@@ -139,7 +144,8 @@ class Doubts:
             assert record is not None
             file = DecisionFile(Path(record.decision))
             try:
-                word = await self._offload(file.propose, record.session)
+                # One that comes about later does no harm: `abort` may be proposed at any time.
+                word = await self._offload_abandonable(file.propose, record.session)
                 for served in pledged:
                     record = served.epoch_file.record
                     assert record is not None

@@ -51,7 +51,12 @@ if TYPE_CHECKING:
 
 VIEW_S: Final = 1.0
 CELLS: Final = 1024
-"""Of each disk; the page draws as many."""
+"""Of a disk at most; the page draws as many."""
+ALL_CELLS: Final = 1 << 16
+"""Of all disks together, as long as each has `MIN_CELLS`: a view a second is made beside the guests."""
+MIN_CELLS: Final = 32
+REST: Final = 4.0
+"""How many times as long as a view took there is none, at least."""
 ACTIONS: Final[dict[str, tuple[str, Arguments]]] = {
     "/cancel": ("migrate_cancel", schema.NoArguments()),
     "/continue": ("migrate-continue", schema.MigrateContinue(state=schema.MigrationStatus.PRE_SWITCHOVER)),
@@ -208,7 +213,9 @@ class _Views:
                 self._is_wanted = trio.Event()
                 await self._is_wanted.wait()
             try:
-                view = codec.encode_value(await look(self._daemon, CELLS))
+                began = trio.current_time()
+                n_cells = min(CELLS, max(MIN_CELLS, ALL_CELLS // max(1, len(self._daemon.disks))))
+                view = codec.encode_value(await look(self._daemon, n_cells))
             except Exception:
                 log.exception("a view could not be made")
             else:
@@ -216,7 +223,7 @@ class _Views:
                 self._event = b"data: %s\n\n" % view
                 news, self._news = self._news, trio.Event()
                 news.set()
-            await trio.sleep(VIEW_S)
+            await trio.sleep(max(VIEW_S, REST * (trio.current_time() - began)))
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[], Awaitable[bytes]]]:

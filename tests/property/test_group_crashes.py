@@ -132,7 +132,7 @@ async def settle(hosts: Hosts) -> None:
 
         with trio.move_on_after(300) as scope:
             async with trio.open_nursery() as watching:
-                watching.start_soon(Doubts(served, dial, on_settled, inline).watch)
+                watching.start_soon(Doubts(served, dial, on_settled, inline, inline).watch)
                 while hosts.in_doubt():
                     await trio.sleep(1)
                 watching.cancel_scope.cancel()

@@ -185,7 +185,7 @@ class SimHost:
         self.pages = {name: PageCache() for name in self.stores}
         """What the kernel caches of the files of this daemon's mount."""
         self.served = {name: SimDisk(self, name, is_incoming=self.is_incoming) for name in self.stores}
-        self.doubts = Doubts(self.served, lambda record: self.dial(record.peer), self._on_settled, inline)
+        self.doubts = Doubts(self.served, lambda record: self.dial(record.peer), self._on_settled, inline, inline)
 
     def make_journal(self, name: str) -> None:
         """Have a blank journal for a disk, as after a file was deleted."""
