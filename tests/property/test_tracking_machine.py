@@ -36,7 +36,7 @@ from hypothesis.stateful import (
 )
 
 from fusemig.core.mirror import Reach
-from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE, chunk_mask, mask_extents, n_chunks
+from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE, chunk_mask, chunks_of, mask_extents, n_chunks
 from fusemig.disk.dirty_file import DirtyFile
 from fusemig.disk.dirty_map import MapBase, Since, dirty_file_size
 from fusemig.disk.fault import Fault, FaultDisk, Operation
@@ -54,7 +54,7 @@ from support.lockstep import Lockstep, pause
 from support.pair import nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from fusemig.disk.base import Buffer, Extent
@@ -143,8 +143,13 @@ class GuestWrite:
 class HeldReply:
     """A write that was made and is not answered."""
 
-    def __init__(self, offset: int, content: bytes) -> None:
+    def __init__(self, offset: int, content: bytes, mirrored: Sequence[int]) -> None:
         self.offset, self.content = offset, content
+        ends = offset, offset + len(content)
+        places = [(max(ends[0], chunk * CHUNK_SIZE), min(ends[1], (chunk + 1) * CHUNK_SIZE)) for chunk in mirrored]
+        self.parts = [(first, content[first - offset : stop - offset]) for first, stop in places]
+        """What the destination must have before it is given: what lies in chunks that are mirrored. Passes send the
+        rest, of which the destination lacks other parts, too."""
         self.is_covered = False
         """Whether a later write lies over a part of it."""
 
@@ -288,7 +293,9 @@ class TrackingMachine(RuleBasedStateMachine):
 
     def written(self, offset: int, content: bytes, *, is_made: bool) -> None:
         """A write has ended; answer it, unless its reply is held."""
-        held = HeldReply(offset, content)
+        mirror = None if self.outgoing is None else self.outgoing.tracking.pacing._tracker.mirror
+        mirrored = [] if mirror is None else [chunk for chunk in chunks_of(offset, len(content)) if chunk in mirror]
+        held = HeldReply(offset, content, mirrored)
         self.held.append(held)
         if not is_made or not self.disk.hold_reply(offset, len(content), lambda: self.answer(held)):
             self.held.remove(held)
@@ -298,8 +305,8 @@ class TrackingMachine(RuleBasedStateMachine):
         self.held.remove(held)
         type(self).n_answers += not self.is_releasing
         if not self.is_releasing and not held.is_covered:
-            place = slice(held.offset, held.offset + len(held.content))
-            assert self.target.content[place] == held.content
+            for at, content in held.parts:
+                assert self.target.content[at : at + len(content)] == content
 
     @precondition(lambda self: self.scan is None and self.n_since_switch_over % 8 == 7)
     @rule(reach=st.sampled_from([Reach.HOT, Reach.ALL]), is_blocking=st.sampled_from([True, True, False]))

@@ -32,11 +32,11 @@ def build(directory: Path, version: str = __version__) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         if (PROJECT / name).is_file():  # else: deleted, and not committed yet
             target.write_bytes((PROJECT / name).read_bytes())
-    for name, word in (("fusemig/__init__.py", "__version__"), ("pyproject.toml", "version")):
-        old, new = (f'\n{word} = "{one}"\n' for one in (__version__, version))
-        text = (tree / name).read_text()
-        assert text.count(old) == 1
-        (tree / name).write_text(text.replace(old, new))
+    place = tree / "fusemig/__init__.py"
+    old, new = (f'\n__version__ = "{one}"\n' for one in (__version__, version))
+    text = place.read_text()
+    assert text.count(old) == 1
+    place.write_text(text.replace(old, new))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     run(*pip, "wheel", "--no-deps", "--wheel-dir", directory, tree, cwd=directory)
     (wheel,) = directory.glob("*.whl")
