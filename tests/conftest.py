@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="only with --nightly"))
 
 
+def pytest_collection_finish() -> None:
+    """Have the collecting of garbage after each test look at what tests made, and not at all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """Collect garbage, so that a ResourceWarning (an error here) belongs to the test that leaked."""
