@@ -298,7 +298,7 @@ def reopen(image: RawDisk, path: Path) -> BorrowedDisk:
     with ExitStack() as opened:
         store = opened.enter_context(RawDisk(image.name, path))
         allocation = AllocationMap(store, image.size, boot_id())
-        allocation.begin(image.flush, "")
+        allocation.resume(image, "")
         opened.pop_all()
     return BorrowedDisk(image, allocation, Wants(image.name))
 

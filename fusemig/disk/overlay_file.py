@@ -80,7 +80,7 @@ class OverlayFile(OverlayDisk):
             stamp = _check_base(base, base_path, path, allocation)
             super().__init__(self._raw, base, allocation)
             if not read_only:
-                allocation.begin(self._raw.flush, stamp)
+                allocation.resume(self._raw, stamp)
             opened.pop_all()
 
     def _make_map(self, map_path: Path, base: RawDisk, base_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +28,13 @@ from fusemig.disk.overlay_file import OverlayFile, content_digest
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError
 from support.crash import CrashDisk, Fate
+from support.keeper import Keeper
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fusemig.disk.base import Disk
+    from fusemig.succession.fdstore import FdStore
 
 SIZE = 64 * BLOCK_SIZE + 512
 HUGE = 15 << 40
@@ -352,12 +358,11 @@ def _trust_young_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlay_file, "_YOUNG_NS", 0)
 
 
-def open_file(directory: Path, *, read_only: bool = False) -> OverlayFile:
+def open_file(directory: Path, *, read_only: bool = False, store: FdStore | None = None) -> OverlayFile:
     """Open the overlay of a directory."""
     image = directory / "overlay.img"
-    return OverlayFile(
-        "vda", image, directory / "golden.img", directory / "overlay.img.fusemig-map", read_only=read_only
-    )
+    map_path = directory / "overlay.img.fusemig-map"
+    return OverlayFile("vda", image, directory / "golden.img", map_path, read_only=read_only, store=store)
 
 
 def test_files(tmp_path: Path) -> None:
@@ -383,6 +388,65 @@ def test_files(tmp_path: Path) -> None:
     create_image(tmp_path / "overlay.img", 2 * len(content))
     with open_file(tmp_path) as disk:
         assert disk.pread(disk.size, 0) == (tmp_path / "golden.img").read_bytes() + bytes(len(content))
+
+
+@contextmanager
+def lost_pages(monkeypatch: pytest.MonkeyPatch, path: Path) -> Iterator[None]:
+    """Have every sync of a file fail."""
+    sync, lost = os.fdatasync, path.stat()
+
+    def fail(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), lost):
+            raise OSError(errno.EIO, "lost pages")
+        sync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        yield
+
+
+@pytest.mark.parametrize("lost", ["overlay.img", "overlay.img.fusemig-map"])
+@pytest.mark.parametrize("told", ["before the kill", "at the start"])
+def test_a_failed_sync_does_not_keep_a_successor_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, told: str
+) -> None:
+    """Guests get what they wrote, and the error from every flush."""
+    make_base(tmp_path)
+    stores = [Keeper()]
+    disks = [open_file(tmp_path, store=stores[0])]
+    disks[0].pwrite(b"first", 10)
+    if told == "before the kill":
+        with lost_pages(monkeypatch, tmp_path / lost), pytest.raises(DiskError):
+            disks[0].flush()
+    for number in range(1, 4):
+        stores.append(stores[-1].successor())
+        with lost_pages(monkeypatch, tmp_path / lost) if told == "at the start" and number == 1 else nullcontext():
+            disk = open_file(tmp_path, store=stores[-1])
+        disks.append(disk)
+        assert lost in str(disk.io_error)
+        assert disk.pread(5, 10) == b"first"
+        assert disk.allocated_bytes == number * BLOCK_SIZE
+        disk.pwrite(b"x", number * BLOCK_SIZE)
+        with pytest.raises(DiskError):
+            disk.flush()
+    for store, disk in zip(stores, disks, strict=True):
+        store.ending()
+        disk.close()
+
+
+def test_a_sync_that_fails_before_the_first_session_of_a_boot_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the recent map holds is of another boot, so there is nothing to go on with."""
+    make_base(tmp_path)
+    with open_file(tmp_path) as disk:
+        disk.pwrite(b"x", 0)
+    monkeypatch.setattr(overlay_file, "boot_id", lambda: "another")
+    with (
+        lost_pages(monkeypatch, tmp_path / "overlay.img.fusemig-map"),
+        pytest.raises(DiskError, match="fdatasync"),
+    ):
+        open_file(tmp_path)
 
 
 def test_a_base_that_has_changed(tmp_path: Path) -> None:
