@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,10 +28,9 @@ from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError
 from support.crash import CrashDisk, Fate
 from support.keeper import Keeper
+from support.lost_pages import lost_pages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from fusemig.disk.base import Disk
     from fusemig.succession.fdstore import FdStore
 
@@ -388,21 +386,6 @@ def test_files(tmp_path: Path) -> None:
     create_image(tmp_path / "overlay.img", 2 * len(content))
     with open_file(tmp_path) as disk:
         assert disk.pread(disk.size, 0) == (tmp_path / "golden.img").read_bytes() + bytes(len(content))
-
-
-@contextmanager
-def lost_pages(monkeypatch: pytest.MonkeyPatch, path: Path) -> Iterator[None]:
-    """Have every sync of a file fail."""
-    sync, lost = os.fdatasync, path.stat()
-
-    def fail(fd: int) -> None:
-        if os.path.samestat(os.fstat(fd), lost):
-            raise OSError(errno.EIO, "lost pages")
-        sync(fd)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", fail)
-        yield
 
 
 @pytest.mark.parametrize("lost", ["overlay.img", "overlay.img.fusemig-map"])
