@@ -2,7 +2,7 @@
 
     offset       what                                                  written
     0            header: sizes, which base the overlay lies over       once, before the map gets its name
-    4 KiB        session: boot of the host, stamp of the base          when the overlay is opened
+    4 KiB        session: boot of the host, what the base was like     when the overlay is opened
     8 KiB        durable map: a bit a block, lowest first              by `persist`, after the data was synced
     8 KiB + B    recent map: the same bits and those set since         by `add`, before the write is acknowledged
 
@@ -75,6 +75,7 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
 class _Session(msgspec.Struct, frozen=True, kw_only=True):
     boot: str
     stamp: str = ""
+    served: str = ""
 
 
 def boot_id() -> str:
@@ -139,6 +140,8 @@ class AllocationMap:
         self.stamp = session.stamp if session is not None else ""
         """What `begin` was told when the overlay was last opened."""
         self._is_of_this_boot = session is not None and session.boot == boot
+        self.served = session.served if session is not None and self._is_of_this_boot else ""
+        """What `begin` was told of the base that is served from then on, if that was in this boot."""
         self._load(_DURABLE_AT, is_durable=True)
         if self._is_of_this_boot:
             self._load(_DURABLE_AT + self._region, is_durable=False)
@@ -181,8 +184,8 @@ class AllocationMap:
         if not is_durable:
             self._pages.add(page)
 
-    def begin(self, sync_data: Callable[[], None], stamp: str) -> None:
-        """Begin a session: what a killed daemon left becomes durable, and ``stamp`` is kept for the next one.
+    def begin(self, sync_data: Callable[[], None], stamp: str, served: str = "") -> None:
+        """Begin a session: what a killed daemon left becomes durable; ``stamp`` and ``served`` are kept for the next.
 
         Raises:
             DiskError: the store failed; the map is as it was.
@@ -192,10 +195,10 @@ class AllocationMap:
         else:
             self._store.flush()  # a daemon that was killed may have written the durable map and not synced it yet
         self._store.write_zeroes(_DURABLE_AT + self._region, self._region)
-        self._store.pwrite(encode_page(_Session(boot=self._boot, stamp=stamp)), _SESSION_AT)
-        self.stamp = stamp
+        self._store.pwrite(encode_page(_Session(boot=self._boot, stamp=stamp, served=served)), _SESSION_AT)
+        self.stamp, self.served = stamp, served
 
-    def resume(self, image: Disk, stamp: str) -> None:
+    def resume(self, image: Disk, stamp: str, served: str = "") -> None:
         """Begin a session, or go on with the one of this boot where a sync of the image or of the map failed for good.
 
         Such a store keeps its error, and guests that have it open are to hear of that rather than to wait for a daemon
@@ -205,7 +208,7 @@ class AllocationMap:
             DiskError: the store failed otherwise, or there is no session to go on with.
         """
         try:
-            self.begin(image.flush, stamp)
+            self.begin(image.flush, stamp, served)
         except DiskError:
             if not self._is_of_this_boot or (image.io_error or self.io_error) is None:
                 raise

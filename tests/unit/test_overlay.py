@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -473,6 +474,96 @@ def test_an_unchanged_base_is_not_read_again(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(overlay_file, "_YOUNG_NS", 1 << 62)
     open_file(tmp_path).close()
     assert n_digests == 2, "times that are too young are not trusted"
+
+
+def test_a_successor_does_not_read_a_base_that_nobody_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guests wait for it. Whoever opens the overlay anew does read it, and a successor whose base was written."""
+    base = make_base(tmp_path)
+    n_digests = 0
+
+    def count(disk: Disk) -> str:
+        nonlocal n_digests
+        n_digests += 1
+        return content_digest(disk)
+
+    monkeypatch.setattr(overlay_file, "content_digest", count)
+    monkeypatch.setattr(overlay_file, "_YOUNG_NS", 1 << 62)
+    stores = [Keeper()]
+    disks = [open_file(tmp_path, store=stores[0])]
+
+    def succeed() -> int:
+        before = n_digests
+        stores.append(stores[-1].successor())
+        disks.append(open_file(tmp_path, store=stores[-1]))
+        return n_digests - before
+
+    assert succeed() == 0, "times that were too young"
+    monkeypatch.setattr(overlay_file, "_YOUNG_NS", 0)
+    base.chmod(0o400)
+    os.link(base, tmp_path / "other name")
+    assert [succeed(), succeed()] == [0, 0], "another time of change, by no write"
+    os.utime(base)
+    assert [succeed(), succeed()] == [1, 0], "another time of the last write"
+    found = base.stat()
+    base.rename(tmp_path / "moved")
+    shutil.copyfile(tmp_path / "moved", base)
+    os.utime(base, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert [succeed(), succeed()] == [1, 0], "another inode"
+    status = base.stat()
+    kept_as, last = f"base-vda-{status.st_dev:x}-{status.st_ino:x}", stores[-1]
+    lost = last.kept.pop(kept_as)
+    base.chmod(0o600)
+    assert [succeed(), succeed()] == [1, 0], "it had not been kept: who knows who wrote it meanwhile"
+    last.kept[kept_as] = lost
+    base.chmod(0o644)
+    assert succeed() == 0
+    for store, disk in zip(stores, disks, strict=True):
+        store.ending()
+        disk.close()
+        # That one is kept still which was moved away.
+        assert all(os.path.samestat(os.fstat(fd), found) for fd in store.kept.values())
+    before = n_digests
+    first = Keeper()
+    first.has_mount = False
+    open_file(tmp_path, store=first)  # and it is killed before it has a mount
+    second = first.successor()
+    base.chmod(0o600)
+    second.has_mount = False
+    with open_file(tmp_path, store=second):
+        assert n_digests == before + 2, "nobody was served"
+    second.ending()
+
+
+def test_overlays_of_one_daemon_over_one_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the base kept for its own successor, and gives up no other's."""
+    base, store = make_base(tmp_path), Keeper()
+
+    def open_both(store: Keeper) -> list[OverlayFile]:
+        paths = {name: tmp_path / f"{name}.img" for name in ("vda", "vdb")}
+        return [OverlayFile(name, path, base, path.with_suffix(".map"), store=store) for name, path in paths.items()]
+
+    disks = open_both(store)
+    base.chmod(0o400)
+    monkeypatch.delattr(overlay_file, "content_digest")
+    heir = store.successor()
+    heirs = open_both(heir)
+    for one, owner in ((heirs, heir), (disks, store)):
+        owner.ending()
+        for number, disk in enumerate(one, 1):
+            disk.close()
+            assert len(owner.kept) == 3 * (2 - number)
+
+
+def test_a_successor_refuses_a_base_that_was_written(tmp_path: Path) -> None:
+    """Under the same inode, which no lock keeps everybody from."""
+    base = make_base(tmp_path)
+    store = Keeper()
+    open_file(tmp_path, store=store)
+    with base.open("r+b") as file:
+        file.write(b"?")
+    os.utime(base, ns=(0, 0))
+    with pytest.raises(ConfigError, match="its contents differ"):
+        open_file(tmp_path, store=store.successor())
 
 
 def test_the_digest_is_of_the_contents(tmp_path: Path) -> None:
