@@ -211,7 +211,7 @@ class ServedDisk:
         record = self.epoch_file.record
         if record is not None and record.is_loan and record.state in (Ownership.BORROWING, Ownership.PREPARED):
             assert isinstance(self.image, RawDisk)
-            self._lay(borrowed.reopen(self.image, self._loan_path))
+            self._lay(borrowed.reopen(self.image, self._loan_path, self._store))
         self.disk.set_held(self._is_held)
         if not self.is_read_only:
             self.dirty_file = self._open_dirty_file(self.image, self.disk)
@@ -221,7 +221,7 @@ class ServedDisk:
     def borrow(self, missing: Sequence[tuple[int, int]]) -> None:
         """Take note that runs of blocks are to be fetched once the disk is ours (`IncomingDisk.borrow`)."""
         assert isinstance(self.image, RawDisk)
-        self._lay(borrowed.borrow(self.image, self._loan_path, missing))
+        self._lay(borrowed.borrow(self.image, self._loan_path, missing, self._store))
 
     def _lay(self, loan: BorrowedDisk) -> None:
         assert self.disk is not None

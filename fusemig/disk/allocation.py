@@ -2,7 +2,7 @@
 
     offset       what                                                  written
     0            header: sizes, which base the overlay lies over       once, before the map gets its name
-    4 KiB        session: boot of the host, stamp of the base          when the overlay is opened
+    4 KiB        session: boot of the host, what the base was like     when the overlay is opened
     8 KiB        durable map: a bit a block, lowest first              by `persist`, after the data was synced
     8 KiB + B    recent map: the same bits and those set since         by `add`, before the write is acknowledged
 
@@ -16,7 +16,7 @@ B is a bit for each block, rounded up to 4 KiB. The file is sparse. Rules:
    Then the page cache has every write, synced or not, and a daemon that was killed lost nothing that it acknowledged.
    After a power loss it is not looked at: it may have reached the store before the data did.
 5. A new session begins with everything that was read of both maps made durable, then the recent map emptied, then the
-   session written.
+   session written. Where a sync fails for good, the session of this boot goes on instead, recent map and all.
 6. Bits are never cleared, except all of them by `forget`: first the map, durably, then (by the caller) the data.
 
 A block whose bit a power loss took away reads as the base again. Only a write that nobody had synced can be lost so,
@@ -75,6 +75,7 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
 class _Session(msgspec.Struct, frozen=True, kw_only=True):
     boot: str
     stamp: str = ""
+    served: str = ""
 
 
 def boot_id() -> str:
@@ -138,8 +139,11 @@ class AllocationMap:
         session = decode_page(store.pread(_PAGE, _SESSION_AT), _Session)
         self.stamp = session.stamp if session is not None else ""
         """What `begin` was told when the overlay was last opened."""
+        self._is_of_this_boot = session is not None and session.boot == boot
+        self.served = session.served if session is not None and self._is_of_this_boot else ""
+        """What `begin` was told of the base that is served from then on, if that was in this boot."""
         self._load(_DURABLE_AT, is_durable=True)
-        if session is not None and session.boot == boot:
+        if self._is_of_this_boot:
             self._load(_DURABLE_AT + self._region, is_durable=False)
 
     def _read_header(self, disk_size: int) -> BaseIdentity:
@@ -180,8 +184,8 @@ class AllocationMap:
         if not is_durable:
             self._pages.add(page)
 
-    def begin(self, sync_data: Callable[[], None], stamp: str) -> None:
-        """Begin a session: what a killed daemon left becomes durable, and ``stamp`` is kept for the next one.
+    def begin(self, sync_data: Callable[[], None], stamp: str, served: str = "") -> None:
+        """Begin a session: what a killed daemon left becomes durable; ``stamp`` and ``served`` are kept for the next.
 
         Raises:
             DiskError: the store failed; the map is as it was.
@@ -191,8 +195,28 @@ class AllocationMap:
         else:
             self._store.flush()  # a daemon that was killed may have written the durable map and not synced it yet
         self._store.write_zeroes(_DURABLE_AT + self._region, self._region)
-        self._store.pwrite(encode_page(_Session(boot=self._boot, stamp=stamp)), _SESSION_AT)
-        self.stamp = stamp
+        self._store.pwrite(encode_page(_Session(boot=self._boot, stamp=stamp, served=served)), _SESSION_AT)
+        self.stamp, self.served = stamp, served
+
+    def resume(self, image: Disk, stamp: str, served: str = "") -> None:
+        """Begin a session, or go on with the one of this boot where a sync of the image or of the map failed for good.
+
+        Such a store keeps its error, and guests that have it open are to hear of that rather than to wait for a daemon
+        that never starts.
+
+        Raises:
+            DiskError: the store failed otherwise, or there is no session to go on with.
+        """
+        try:
+            self.begin(image.flush, stamp, served)
+        except DiskError:
+            if not self._is_of_this_boot or (image.io_error or self.io_error) is None:
+                raise
+
+    @property
+    def io_error(self) -> DiskError | None:
+        """The failed sync that made the store of the map untrustworthy, if one did."""
+        return self._store.io_error
 
     def mask(self, first: int, stop: int) -> int:
         """Return the bits of the blocks ``first`` to ``stop - 1``, the first one lowest."""

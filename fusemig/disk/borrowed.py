@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fusemig.disk.base import Buffer
+    from fusemig.succession.fdstore import FdStore
 
 PATIENCE_S: Final = 60.0
 """How long a request waits without anything coming from the source before it fails, in seconds."""
@@ -248,8 +249,10 @@ class _Away(Disk):
 # In files
 
 
-def borrow(image: RawDisk, path: Path, missing: Sequence[tuple[int, int]]) -> BorrowedDisk:
+def borrow(image: RawDisk, path: Path, missing: Sequence[tuple[int, int]], kept: FdStore | None = None) -> BorrowedDisk:
     """Make the map of an image of which the runs ``missing`` of blocks are elsewhere, durably; may sleep.
+
+    ``kept`` keeps the map's lock, and that a sync of it failed (`RawDisk`).
 
     Raises:
         ConfigError: the map cannot be made.
@@ -260,7 +263,7 @@ def borrow(image: RawDisk, path: Path, missing: Sequence[tuple[int, int]]) -> Bo
         try:
             new.unlink(missing_ok=True)
             create_image(new, map_size(image.size))
-            store = opened.enter_context(RawDisk(image.name, new))
+            store = opened.enter_context(RawDisk(image.name, new, store=kept))
             allocation = new_map(store, image, missing, boot_id())
             new.rename(path)
             sync_directory(path.parent)
@@ -284,7 +287,7 @@ def new_map(store: Disk, image: Disk, missing: Sequence[tuple[int, int]], boot: 
     return allocation
 
 
-def reopen(image: RawDisk, path: Path) -> BorrowedDisk:
+def reopen(image: RawDisk, path: Path, kept: FdStore | None = None) -> BorrowedDisk:
     """Open the map of an image that `borrow` was called for before; may sleep.
 
     Raises:
@@ -296,9 +299,9 @@ def reopen(image: RawDisk, path: Path) -> BorrowedDisk:
             "gone: restore it; without it nobody can tell which bytes are the disk's"
         )
     with ExitStack() as opened:
-        store = opened.enter_context(RawDisk(image.name, path))
+        store = opened.enter_context(RawDisk(image.name, path, store=kept))
         allocation = AllocationMap(store, image.size, boot_id())
-        allocation.begin(image.flush, "")
+        allocation.resume(image, "")
         opened.pop_all()
     return BorrowedDisk(image, allocation, Wants(image.name))
 

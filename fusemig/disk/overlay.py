@@ -226,8 +226,8 @@ class OverlayDisk(Disk):
 
     @property
     def io_error(self) -> DiskError | None:
-        """Why the last flush failed, if it did; the stores themselves see to it that a failed sync stays failed."""
-        return self._flush_error
+        """Why the last flush failed, or the sync of a store that stays failed, perhaps under an earlier daemon."""
+        return self._flush_error or self.image.io_error or self._allocation.io_error
 
     def forget(self) -> None:
         """Make the disk equal to its base again, durably; nobody may write meanwhile.

@@ -6,6 +6,11 @@
 
 The three are opened together or not at all. A new map gets its name only when it is whole and durable; before that the
 image holds no data, so a crash in between leaves what is taken for a new overlay.
+
+All of the base is read when its stamp does not tell that it is the same. A successor has no time for that while guests
+wait, and they were served from this base already. So it takes the base for the same if it is the open file that its
+predecessor left, its lock never given up, with the size and the time of its last write as they were. It blesses nothing
+by that: the old stamp is kept, and whoever opens the overlay anew later reads the base.
 """
 
 from __future__ import annotations
@@ -52,7 +57,8 @@ class OverlayFile(OverlayDisk):
         """Open and lock ``path`` over ``base_path``.
 
         An overlay that does not exist is made, as large as its base; so is the map of an image without any data
-        (``truncate -s SIZE``), which may be larger than the base. May read all of the base.
+        (``truncate -s SIZE``), which may be larger than the base. May read all of the base; for a mount that lives on,
+        only a base that was written or replaced.
 
         Raises:
             ConfigError: a file cannot be used, they do not belong together, or the base has changed.
@@ -61,7 +67,7 @@ class OverlayFile(OverlayDisk):
         self.path = path
         self.read_only = read_only
         with ExitStack() as opened:
-            base = opened.enter_context(_open_base(name, path, base_path))
+            base = opened.enter_context(_open_base(name, path, base_path, store))
             if not read_only and not path.exists() and not map_path.exists():
                 create_image(path, base.size)
             if map_path.exists() and not path.exists():
@@ -77,10 +83,15 @@ class OverlayFile(OverlayDisk):
                 self._make_map(map_path, base, base_path)
             map_file = opened.enter_context(RawDisk(name, map_path, read_only=read_only, store=store))
             allocation = AllocationMap(map_file, self._raw.size, boot_id())
-            stamp = _check_base(base, base_path, path, allocation)
+            served = _likeness(base)
+            is_adopted = store is not None and store.has_mount and base.is_inherited
+            if is_adopted and served == allocation.served:
+                stamp = allocation.stamp
+            else:
+                stamp = _check_base(base, base_path, path, allocation)
             super().__init__(self._raw, base, allocation)
             if not read_only:
-                allocation.begin(self._raw.flush, stamp)
+                allocation.resume(self._raw, stamp, served)
             opened.pop_all()
 
     def _make_map(self, map_path: Path, base: RawDisk, base_path: Path) -> None:
@@ -136,14 +147,15 @@ def content_digest(disk: Disk) -> str:
     return digest.hexdigest()
 
 
-def _open_base(name: str, path: Path, base_path: Path) -> RawDisk:
+def _open_base(name: str, path: Path, base_path: Path, store: FdStore | None) -> RawDisk:
     if not base_path.exists():
         raise ConfigError(
             f"base {base_path} of disk '{name}' does not exist: name the image that the overlay lies over"
         )
     if path.exists() and path.samefile(base_path):
         raise ConfigError(f"disk '{name}': {path} cannot be its own base; name another image")
-    return RawDisk(name, base_path, read_only=True)
+    # Several overlays of a daemon may lie over one base, each with a descriptor of its own.
+    return RawDisk(name, base_path, read_only=True, store=store, role=f"base-{name}")
 
 
 def _check_base(base: RawDisk, base_path: Path, path: Path, allocation: AllocationMap) -> str:
@@ -170,3 +182,9 @@ def _stamp_of(base: RawDisk) -> str:
     """Return what changes whenever a file does, or nothing where that cannot be told."""
     found = base.stat()
     return stamp_of(found) if time.time_ns() - found.st_ctime_ns >= _YOUNG_NS else ""
+
+
+def _likeness(base: RawDisk) -> str:
+    """Return what stays as long as nobody writes or replaces the base, whatever becomes of its names and rights."""
+    found = base.stat()
+    return f"{found.st_dev:x}-{found.st_ino:x}:{base.size}:{found.st_mtime_ns}"

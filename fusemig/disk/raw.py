@@ -67,6 +67,8 @@ class RawDisk(Disk):
         self.read_only = read_only
         self._store = store
         inherited = None if store is None else store.take(_kept_as(role, path))
+        self.is_inherited = inherited is not None
+        """Whether a predecessor left it: nobody has locked it meanwhile, and its inode is the one that it served."""
         self._fd = _open_image(name, path, read_only=read_only) if inherited is None else inherited
         self._kept_as = f"{role}-{identity(self._fd)}"
         self._kept_failed = f"failed-{self._kept_as}"

@@ -9,6 +9,7 @@ Names, and who keeps them:
 
     fuse, fuse-init          the mount and its INIT request: `fusemig.fuse.lane_mount`
     image-DEV-INODE          images with their locks, and the maps beside them (file-DEV-INODE): `fusemig.disk.raw`
+    base-NAME-DEV-INODE      what the overlay of a disk lies over: `fusemig.disk.overlay_file`
     failed-image-DEV-INODE   the same once more, when a sync of it has failed
     control, incoming-N      listening sockets: `fusemig.control.server`, `fusemig.net.listener`
 

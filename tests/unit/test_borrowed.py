@@ -13,15 +13,19 @@ from hypothesis import strategies as st
 
 from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
 from fusemig.disk.allocation import map_size
-from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
+from fusemig.disk.borrowed import BorrowedDisk, Wants, borrow, new_map, reopen
 from fusemig.disk.memory import MemoryDisk
+from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import DiskError, RemoteProtocolError
 from fusemig.migration.borrow import PIECE_BLOCKS, FetchPlan, Loan, Request, hot_requests
 from fusemig.wire import native
 from support.hosts import wait_until
+from support.keeper import Keeper
+from support.lost_pages import lost_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 SIZE = 64 * BLOCK_SIZE + 512
 BLOCKS = n_blocks(SIZE)
@@ -145,6 +149,43 @@ def test_what_does_not_come_is_an_error(end: str) -> None:
 
 
 # What to ask for
+
+
+@pytest.mark.parametrize("lost", ["image", "map", None])
+def test_a_failed_sync_stays_failed_for_every_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str | None
+) -> None:
+    """Of the image or of its map; what has come and what guests wrote is here all the same, and the rest is fetched."""
+    create_image(tmp_path / "image", SIZE)
+    stores = [Keeper()]
+    disks = [borrow(open_image(tmp_path, stores[0]), tmp_path / "map", [(3, 9)], stores[0])]
+    disks[0].pwrite(b"g" * BLOCK_SIZE, 3 * BLOCK_SIZE)
+    if lost is not None:
+        with lost_pages(monkeypatch, tmp_path / lost), pytest.raises(DiskError):
+            disks[0].flush()
+    for number in range(1, 3):
+        stores.append(stores[-1].successor())
+        disk = reopen(open_image(tmp_path, stores[-1]), tmp_path / "map", stores[-1])
+        disks.append(disk)
+        assert disk.pread(1, 3 * BLOCK_SIZE) == b"g"
+        assert list(disk.missing(0, BLOCKS)) == [(3 + number, 9)]
+        disk.fill(memoryview(b"f" * BLOCK_SIZE), (3 + number) * BLOCK_SIZE, BLOCK_SIZE)
+        if lost is None:
+            disk.flush()
+            assert disk.io_error is None
+            continue
+        assert f"{tmp_path / lost}): fdatasync, under an earlier daemon," in str(disk.io_error)
+        with pytest.raises(DiskError):
+            disk.flush()
+    for store, disk in zip(stores, disks, strict=True):
+        store.ending()
+        disk.close()
+        assert store.kept == {}
+
+
+def open_image(directory: Path, store: Keeper) -> RawDisk:
+    """Open the image of a directory."""
+    return RawDisk("d", directory / "image", store=store, role="image")
 
 
 def disks_with(runs: list[tuple[int, int]]) -> list[BorrowedDisk]:

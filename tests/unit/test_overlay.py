@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +28,12 @@ from fusemig.disk.overlay_file import OverlayFile, content_digest
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError
 from support.crash import CrashDisk, Fate
+from support.keeper import Keeper
+from support.lost_pages import lost_pages
 
 if TYPE_CHECKING:
     from fusemig.disk.base import Disk
+    from fusemig.succession.fdstore import FdStore
 
 SIZE = 64 * BLOCK_SIZE + 512
 HUGE = 15 << 40
@@ -352,12 +357,11 @@ def _trust_young_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlay_file, "_YOUNG_NS", 0)
 
 
-def open_file(directory: Path, *, read_only: bool = False) -> OverlayFile:
+def open_file(directory: Path, *, read_only: bool = False, store: FdStore | None = None) -> OverlayFile:
     """Open the overlay of a directory."""
     image = directory / "overlay.img"
-    return OverlayFile(
-        "vda", image, directory / "golden.img", directory / "overlay.img.fusemig-map", read_only=read_only
-    )
+    map_path = directory / "overlay.img.fusemig-map"
+    return OverlayFile("vda", image, directory / "golden.img", map_path, read_only=read_only, store=store)
 
 
 def test_files(tmp_path: Path) -> None:
@@ -383,6 +387,50 @@ def test_files(tmp_path: Path) -> None:
     create_image(tmp_path / "overlay.img", 2 * len(content))
     with open_file(tmp_path) as disk:
         assert disk.pread(disk.size, 0) == (tmp_path / "golden.img").read_bytes() + bytes(len(content))
+
+
+@pytest.mark.parametrize("lost", ["overlay.img", "overlay.img.fusemig-map"])
+@pytest.mark.parametrize("told", ["before the kill", "at the start"])
+def test_a_failed_sync_does_not_keep_a_successor_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, told: str
+) -> None:
+    """Guests get what they wrote, and the error from every flush."""
+    make_base(tmp_path)
+    stores = [Keeper()]
+    disks = [open_file(tmp_path, store=stores[0])]
+    disks[0].pwrite(b"first", 10)
+    if told == "before the kill":
+        with lost_pages(monkeypatch, tmp_path / lost), pytest.raises(DiskError):
+            disks[0].flush()
+    for number in range(1, 4):
+        stores.append(stores[-1].successor())
+        with lost_pages(monkeypatch, tmp_path / lost) if told == "at the start" and number == 1 else nullcontext():
+            disk = open_file(tmp_path, store=stores[-1])
+        disks.append(disk)
+        assert lost in str(disk.io_error)
+        assert disk.pread(5, 10) == b"first"
+        assert disk.allocated_bytes == number * BLOCK_SIZE
+        disk.pwrite(b"x", number * BLOCK_SIZE)
+        with pytest.raises(DiskError):
+            disk.flush()
+    for store, disk in zip(stores, disks, strict=True):
+        store.ending()
+        disk.close()
+
+
+def test_a_sync_that_fails_before_the_first_session_of_a_boot_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the recent map holds is of another boot, so there is nothing to go on with."""
+    make_base(tmp_path)
+    with open_file(tmp_path) as disk:
+        disk.pwrite(b"x", 0)
+    monkeypatch.setattr(overlay_file, "boot_id", lambda: "another")
+    with (
+        lost_pages(monkeypatch, tmp_path / "overlay.img.fusemig-map"),
+        pytest.raises(DiskError, match="fdatasync"),
+    ):
+        open_file(tmp_path)
 
 
 def test_a_base_that_has_changed(tmp_path: Path) -> None:
@@ -426,6 +474,96 @@ def test_an_unchanged_base_is_not_read_again(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(overlay_file, "_YOUNG_NS", 1 << 62)
     open_file(tmp_path).close()
     assert n_digests == 2, "times that are too young are not trusted"
+
+
+def test_a_successor_does_not_read_a_base_that_nobody_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guests wait for it. Whoever opens the overlay anew does read it, and a successor whose base was written."""
+    base = make_base(tmp_path)
+    n_digests = 0
+
+    def count(disk: Disk) -> str:
+        nonlocal n_digests
+        n_digests += 1
+        return content_digest(disk)
+
+    monkeypatch.setattr(overlay_file, "content_digest", count)
+    monkeypatch.setattr(overlay_file, "_YOUNG_NS", 1 << 62)
+    stores = [Keeper()]
+    disks = [open_file(tmp_path, store=stores[0])]
+
+    def succeed() -> int:
+        before = n_digests
+        stores.append(stores[-1].successor())
+        disks.append(open_file(tmp_path, store=stores[-1]))
+        return n_digests - before
+
+    assert succeed() == 0, "times that were too young"
+    monkeypatch.setattr(overlay_file, "_YOUNG_NS", 0)
+    base.chmod(0o400)
+    os.link(base, tmp_path / "other name")
+    assert [succeed(), succeed()] == [0, 0], "another time of change, by no write"
+    os.utime(base)
+    assert [succeed(), succeed()] == [1, 0], "another time of the last write"
+    found = base.stat()
+    base.rename(tmp_path / "moved")
+    shutil.copyfile(tmp_path / "moved", base)
+    os.utime(base, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert [succeed(), succeed()] == [1, 0], "another inode"
+    status = base.stat()
+    kept_as, last = f"base-vda-{status.st_dev:x}-{status.st_ino:x}", stores[-1]
+    lost = last.kept.pop(kept_as)
+    base.chmod(0o600)
+    assert [succeed(), succeed()] == [1, 0], "it had not been kept: who knows who wrote it meanwhile"
+    last.kept[kept_as] = lost
+    base.chmod(0o644)
+    assert succeed() == 0
+    for store, disk in zip(stores, disks, strict=True):
+        store.ending()
+        disk.close()
+        # That one is kept still which was moved away.
+        assert all(os.path.samestat(os.fstat(fd), found) for fd in store.kept.values())
+    before = n_digests
+    first = Keeper()
+    first.has_mount = False
+    open_file(tmp_path, store=first)  # and it is killed before it has a mount
+    second = first.successor()
+    base.chmod(0o600)
+    second.has_mount = False
+    with open_file(tmp_path, store=second):
+        assert n_digests == before + 2, "nobody was served"
+    second.ending()
+
+
+def test_overlays_of_one_daemon_over_one_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the base kept for its own successor, and gives up no other's."""
+    base, store = make_base(tmp_path), Keeper()
+
+    def open_both(store: Keeper) -> list[OverlayFile]:
+        paths = {name: tmp_path / f"{name}.img" for name in ("vda", "vdb")}
+        return [OverlayFile(name, path, base, path.with_suffix(".map"), store=store) for name, path in paths.items()]
+
+    disks = open_both(store)
+    base.chmod(0o400)
+    monkeypatch.delattr(overlay_file, "content_digest")
+    heir = store.successor()
+    heirs = open_both(heir)
+    for one, owner in ((heirs, heir), (disks, store)):
+        owner.ending()
+        for number, disk in enumerate(one, 1):
+            disk.close()
+            assert len(owner.kept) == 3 * (2 - number)
+
+
+def test_a_successor_refuses_a_base_that_was_written(tmp_path: Path) -> None:
+    """Under the same inode, which no lock keeps everybody from."""
+    base = make_base(tmp_path)
+    store = Keeper()
+    open_file(tmp_path, store=store)
+    with base.open("r+b") as file:
+        file.write(b"?")
+    os.utime(base, ns=(0, 0))
+    with pytest.raises(ConfigError, match="its contents differ"):
+        open_file(tmp_path, store=store.successor())
 
 
 def test_the_digest_is_of_the_contents(tmp_path: Path) -> None:
