@@ -29,7 +29,7 @@ from fusemig.core.units import BLOCK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 from fusemig.disk.base import Disk, Extent
 from fusemig.errors import ConfigError, DiskError
 from fusemig.records.epoch import sync_directory
-from fusemig.succession.fdstore import identity
+from fusemig.succession.fdstore import FAILED, identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +60,7 @@ class RawDisk(Disk):
 
         Raises:
             ConfigError: it does not exist, is no file or block device, is a link, has a size that is no multiple of
-                512 bytes or above 16 TiB, or is in use by another process.
+                512 bytes or above 16 TiB, is in use by another process, or ``store`` is full.
         """
         self.name = name
         self.path = path
@@ -69,7 +69,7 @@ class RawDisk(Disk):
         inherited = None if store is None else store.take(_kept_as(role, path))
         self._fd = _open_image(name, path, read_only=read_only) if inherited is None else inherited
         self._kept_as = f"{role}-{identity(self._fd)}"
-        self._kept_failed = f"failed-{self._kept_as}"
+        self._kept_failed = f"{FAILED}{self._kept_as}"
         self._syncing = threading.Condition()
         # Guarded by _syncing:
         self._is_syncing = False
