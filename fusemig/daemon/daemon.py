@@ -90,7 +90,12 @@ class Daemon:
         self.chunk_maps: defaultdict[str, ChunkMaps] = defaultdict(ChunkMaps)
         """Of the disks that somebody looked at, by name; not in them, because trio is loaded later than they are."""
         self.security = Security(
-            options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
+            options.tls,
+            options.tls_identities,
+            client=options.tls_client,
+            unloaded=options.tls_unloaded,
+            is_destination=options.incoming is not None,
+            is_insecure=options.is_insecure,
         )
         self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.outbound.capabilities)
         self.pause = Pause(self.disks.values(), self._push_out)
@@ -144,6 +149,7 @@ class Daemon:
         """
         with closing(self.store), self.estate:
             try:
+                await self.security.load()  # what a migration that is taken up needs
                 await self.inheritance.restore()
                 await self._serve()
             except BaseException as exc:
@@ -190,6 +196,7 @@ class Daemon:
                     supervise, self.store.notifier, partial(daemon_status, self), partial(ask_mount, options.mountpoint)
                 )
                 nursery.start_soon(self.doubts.watch)
+                nursery.start_soon(self.security.load_later)
                 nursery.start_soon(self._watch_heat)
                 await nursery.start(self.outbound.run)
                 await self.inheritance.take_up()
