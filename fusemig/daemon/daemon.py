@@ -366,6 +366,7 @@ class Daemon:
 
     async def _show_size(self, served: ServedDisk) -> None:
         assert self.mount is not None
+        self.inheritance.keep_anyhow()
         await self.mount.invalidate(served.export, attributes_only=True)
 
 

@@ -155,6 +155,7 @@ class Estate:
                 options.state_dir,
                 is_incoming=options.incoming is not None,
                 store=self.store,
+                known_size=0 if self.found is None else self.found.sizes.get(spec.name, 0),
                 detect_zeroes=options.detect_zeroes,
             )
             self._images.callback(served.close)

@@ -51,12 +51,20 @@ class RawDisk(Disk):
     """An open, locked image."""
 
     def __init__(
-        self, name: str, path: Path, *, read_only: bool = False, store: FdStore | None = None, role: str = "file"
+        self,
+        name: str,
+        path: Path,
+        *,
+        read_only: bool = False,
+        store: FdStore | None = None,
+        role: str = "file",
+        known_size: int = 0,
     ) -> None:
         """Open and lock ``path``.
 
         With a ``store`` the lock outlives this process, as ``role``, until the disk is closed in order: nobody else
-        gets the image while a successor of ours may come for it. A descriptor that a predecessor left so is used.
+        gets the image while a successor of ours may come for it. A descriptor that a predecessor left so is used, and
+        the size that it had then, ``known_size`` (0: not known), stays that of a file which was cut since.
 
         Raises:
             ConfigError: it does not exist, is no file or block device, is a link, has a size that is no multiple of
@@ -82,9 +90,10 @@ class RawDisk(Disk):
         self._own_fd: int | None = None
         self._close_lock = threading.Lock()
         try:
-            self.size = _image_size(name, path, self._fd)
-            _lock_image(name, path, self._fd, read_only=read_only)
             self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+            is_cut = inherited is not None and self.is_regular and os.fstat(self._fd).st_size < known_size
+            self.size = known_size if is_cut else _image_size(name, path, self._fd)
+            _lock_image(name, path, self._fd, read_only=read_only)
             self._is_memory = file_system_of(self._fd) in _MEMORY_FILE_SYSTEMS
             self._has_nowait = self._probe_nowait()
             if store is not None and inherited is None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import signal
 import socket
 import sys
 import time
 from contextlib import closing, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
+from fusemig.daemon.daemon import Daemon
 from fusemig.daemon.estate import Estate
 from fusemig.daemon.serve_options import ServeOptions
 from fusemig.daemon.served import DiskSpec
-from fusemig.errors import ConfigError, FuseUnavailableError
+from fusemig.errors import ConfigError, DiskError, FuseUnavailableError
+from fusemig.handover.state_memory import StateMemory
 from fusemig.notify import Notifier
 from fusemig.succession.dying import waits_only_for_us
-from fusemig.succession.fdstore import FdStore, open_store, read_memory, write_memory
+from fusemig.succession.fdstore import FdStore, identity, open_store, read_memory, write_memory
 from fusemig.succession.holder import STANDBY_PAUSE_S, Holder
 from fusemig.succession.mount import KeptMount, why_not
 
@@ -194,6 +199,35 @@ def test_disks_that_could_not_all_be_kept_are_refused_before_there_is_a_mount(
     refusal = pytest.raises(ConfigError, match=step) if step else nullcontext()
     with theirs, closing(FdStore({}, Notifier(ours), room=10)) as store, refusal, Estate(options, store) as estate:
         assert len(estate.disks) == n_disks
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["", "twin"])
+def test_an_image_that_was_cut_is_no_smaller_disk_for_a_successor(tmp_path: Path, *, is_known: bool) -> None:
+    """What was lost stays an error, and a sync one too; where no size was left a successor cannot tell."""
+    disk = DiskSpec("vda", tmp_path / "vda.img")
+    disk.path.write_bytes(bytes(8192))
+    options = ServeOptions(tmp_path, (disk,), tmp_path / "control")
+    with Estate(options, FdStore()) as estate:
+        state = Daemon(options, estate).inheritance.state()
+    assert state.sizes == {"vda": 8192}
+    memory = StateMemory.create()
+    memory.write(state if is_known else msgspec.structs.replace(state, sizes={}))
+    image = os.open(disk.path, os.O_RDWR)
+    os.truncate(disk.path, 4096)
+    with (
+        closing(FdStore({"state": memory.fd, f"image-{identity(image)}": image})) as store,
+        Estate(options, store) as estate,
+    ):
+        found = estate.disks["vda"].image
+        assert found is not None
+        assert found.size == (8192 if is_known else 4096)
+        if is_known:
+            for call in (found.flush, partial(found.pread, 4096, 4096), lambda: list(found.extents(0, 8192))):
+                with pytest.raises(DiskError) as caught:
+                    call()
+                assert caught.value.errno == errno.EIO
+            os.truncate(disk.path, 8192)
+        found.flush()
 
 
 # The kernel
