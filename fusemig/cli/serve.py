@@ -70,7 +70,7 @@ def begin(request: ServeRequest, store: FdStore) -> Estate:
     """
     with ExitStack() as stack:
         stack.callback(store.close)
-        options = _options(request)
+        options = _options(request, is_first=not store.has_mount)
         if point := failpoint.arm(os.environ):
             log.warning("a test has this daemon kill itself", failpoint=point)
         estate = Estate(options, store)
@@ -103,10 +103,10 @@ async def _serve(estate: Estate) -> None:
     await Daemon(estate.options, estate).run()
 
 
-def _options(request: ServeRequest) -> ServeOptions:
+def _options(request: ServeRequest, *, is_first: bool) -> ServeOptions:
     if request.wire != "auto" and request.incoming is None:
         raise ConfigError(f"--wire {request.wire} says what --incoming takes: add --incoming URI, or leave it out")
-    tls, tls_client = _load_tls(request)
+    tls, tls_client = _load_tls(request, is_first=is_first)
     specs = _parse_disks(request.disks, request.read_only)
     if request.state_dir is not None:
         _make_durably(request.state_dir.absolute())
@@ -125,6 +125,7 @@ def _options(request: ServeRequest) -> ServeOptions:
         tls=tls,
         tls_identities=request.tls_authz,
         tls_client=tls_client,
+        tls_unloaded=None if is_first else request.tls_creds,
         is_insecure=request.insecure,
         metrics=request.metrics,
         are_metrics_public=request.metrics_insecure,
@@ -135,8 +136,8 @@ def _options(request: ServeRequest) -> ServeOptions:
     )
 
 
-def _load_tls(request: ServeRequest) -> tuple[Credentials | None, Credentials | None]:
-    """Return what proves us as a destination, and as a source: with --incoming the latter may be missing."""
+def _load_tls(request: ServeRequest, *, is_first: bool) -> tuple[Credentials | None, Credentials | None]:
+    """Return `load_own`'s of --tls-creds; of a successor nothing, for its guests do not wait for files like those."""
     directory = request.tls_creds
     if request.tls_authz and (directory is None or request.incoming is None):
         raise ConfigError("--tls-authz lists who may send disks here over TLS: add --tls-creds DIR and --incoming URI")
@@ -144,14 +145,11 @@ def _load_tls(request: ServeRequest) -> tuple[Credentials | None, Credentials | 
         return None, None
     if request.insecure:
         raise ConfigError("--insecure takes back what --tls-creds demands: leave one of them out")
-    from fusemig.net.credentials import Endpoint, load_credentials
+    if not is_first:
+        return None, None
+    from fusemig.net.credentials import load_own
 
-    server = client = None
-    if request.incoming is not None:
-        server = load_credentials(directory, Endpoint.SERVER)
-    if server is None or (directory / "client-cert.pem").exists():
-        client = load_credentials(directory, Endpoint.CLIENT)
-    return server, client
+    return load_own(directory, is_destination=request.incoming is not None)
 
 
 def _make_durably(directory: Path) -> None:

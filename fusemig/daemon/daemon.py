@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import signal
 from collections import defaultdict
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 import trio
@@ -60,6 +60,7 @@ from fusemig.succession.fdstore import FdStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
 
     from fusemig.daemon.serve_options import ServeOptions
     from fusemig.daemon.served import ServedDisk
@@ -67,11 +68,12 @@ if TYPE_CHECKING:
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.net.listener import Listener
-    from fusemig.net.transport import Uri
 
 CONNECT_DEADLINE_S: Final = 10.0
 DEFER: Final = "defer"
 """For a URI: listen when QMP's `migrate-incoming` says where."""
+
+Served = TypeVar("Served")
 
 log = structlog.get_logger(__name__)
 
@@ -88,7 +90,12 @@ class Daemon:
         self.chunk_maps: defaultdict[str, ChunkMaps] = defaultdict(ChunkMaps)
         """Of the disks that somebody looked at, by name; not in them, because trio is loaded later than they are."""
         self.security = Security(
-            options.tls, options.tls_identities, client=options.tls_client, is_insecure=options.is_insecure
+            options.tls,
+            options.tls_identities,
+            client=options.tls_client,
+            unloaded=options.tls_unloaded,
+            is_destination=options.incoming is not None,
+            is_insecure=options.is_insecure,
         )
         self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.outbound.capabilities)
         self.pause = Pause(self.disks.values(), self._push_out)
@@ -142,6 +149,7 @@ class Daemon:
         """
         with closing(self.store), self.estate:
             try:
+                await self.security.load()  # what a migration that is taken up needs
                 await self.inheritance.restore()
                 await self._serve()
             except BaseException as exc:
@@ -165,9 +173,9 @@ class Daemon:
             # Both sockets exist before the files of the mount do, so whoever waits for a file finds them.
             await control.start(self._serve_control)
             if self.options.metrics is not None:
-                await control.start(self._serve_metrics, parse_uri(self.options.metrics))
+                await control.start(self._serve_metrics, self.options.metrics)
             if self.options.web is not None:
-                await control.start(self._serve_web, parse_uri(self.options.web))
+                await control.start(self._serve_web, self.options.web)
             options = self.options
             mount_options = MountOptions(allow_other=options.allow_other, write_back=options.write_back)
             async with (
@@ -188,6 +196,7 @@ class Daemon:
                     supervise, self.store.notifier, partial(daemon_status, self), partial(ask_mount, options.mountpoint)
                 )
                 nursery.start_soon(self.doubts.watch)
+                nursery.start_soon(self.security.load_later)
                 nursery.start_soon(self._watch_heat)
                 await nursery.start(self.outbound.run)
                 await self.inheritance.take_up()
@@ -208,31 +217,54 @@ class Daemon:
                 nursery.cancel_scope.cancel()
             control.cancel_scope.cancel()
 
-    async def _serve_metrics(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        check_address("--metrics", uri, is_insecure=self.options.are_metrics_public)
-        metrics = Metrics(partial(daemon_status, self), lambda: [block_stats(served) for served in self.disks.values()])
-        async with listening(uri) as self.metrics:
-            log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
-            task_status.started()
-            await serve_http(self.metrics, Site({PATH: metrics.page}))
-
-    async def _serve_web(self, uri: Uri, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        check_address("--web", uri, is_insecure=self.options.is_web_public)
+    @asynccontextmanager
+    async def _beside(self, what: str, opened: AbstractAsyncContextManager[Served]) -> AsyncIterator[Served | None]:
+        """Open what is served beside the disks; None if it cannot be and guests wait: they do not for a picture."""
         async with AsyncExitStack() as stack:
+            served = None
             try:
-                listener = await stack.enter_async_context(listening(uri))
-                self.web = stack.enter_context(Web(self, listener))
+                served = await stack.enter_async_context(opened)
             except FusemigError as exc:
                 if not self.store.has_mount:
                     raise
-                log.error("the page is not shown", reason=str(exc))  # guests wait for their disks, not for a picture
+                log.error(what, reason=str(exc))
+            yield served
+
+    async def _serve_metrics(self, uri: str, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with self._beside("no metrics are answered", self._open_metrics(uri)) as self.metrics:
+            task_status.started()
+            if self.metrics is None:
+                return
+            page = Metrics(
+                partial(daemon_status, self), lambda: [block_stats(served) for served in self.disks.values()]
+            ).page
+            log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
+            await serve_http(self.metrics, Site({PATH: page}))
+
+    @asynccontextmanager
+    async def _open_metrics(self, text: str) -> AsyncIterator[Listener]:
+        uri = parse_uri(text)
+        check_address("--metrics", uri, is_insecure=self.options.are_metrics_public)
+        async with listening(uri) as listener:
+            yield listener
+
+    async def _serve_web(self, uri: str, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with self._beside("the page is not shown", self._open_web(uri)) as self.web:
+            task_status.started()
+            if self.web is None:
                 with suppress(OSError):
                     token_path(self.options.control).unlink(missing_ok=True)  # the predecessor's, of no use any more
-                task_status.started()
                 return
             log.info("showing itself", page=self.web.address, token=str(self.web.token_path))
-            task_status.started()
             await self.web.run()
+
+    @asynccontextmanager
+    async def _open_web(self, text: str) -> AsyncIterator[Web]:
+        uri = parse_uri(text)
+        check_address("--web", uri, is_insecure=self.options.is_web_public)
+        async with listening(uri) as listener:
+            with Web(self, listener) as web:
+                yield web
 
     async def _serve_control(self, task_status: trio.TaskStatus[None]) -> None:
         with self._control_scope:
@@ -334,6 +366,7 @@ class Daemon:
 
     async def _show_size(self, served: ServedDisk) -> None:
         assert self.mount is not None
+        self.inheritance.keep_anyhow()
         await self.mount.invalidate(served.export, attributes_only=True)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from fusemig.daemon.served import ServedDisk
 from fusemig.errors import ConfigError
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from fusemig.daemon.serve_options import ServeOptions
     from fusemig.handover.state import State
     from fusemig.succession.fdstore import FdStore
+
+_N_KEPT: Final = 6
+"""What is kept beside the files of the disks: fuse, fuse-init, state, control, and where to listen for sources (of IPv4
+and IPv6). A file is the image, its map of what is written, an overlay's map; each may have a mark beside it."""
 
 
 class Estate:
@@ -84,6 +88,7 @@ class Estate:
         """
         if self._is_open:
             return
+        self._check_room()
         self._open_disks()
         self._compare()
         if self.found is not None and self.found.is_stopped:
@@ -122,6 +127,23 @@ class Estate:
             self.memory.close()
             self.memory = None
 
+    def _check_room(self) -> None:
+        """See that all that a successor needs can be kept, before there are guests who rely on it."""
+        n_files = sum(1 + (not disk.is_read_only) + (disk.base is not None) for disk in self.options.disks)
+        self.store.reserve(n_files)
+        room, needed = self.store.room, _N_KEPT + 2 * n_files
+        if room is None or room >= needed or not self.store.is_on or self.store.has_mount:
+            return
+        step = (
+            "serve fewer disks per daemon, or leave --resilient out"
+            if self.options.is_resilient
+            else f"set FileDescriptorStoreMax={needed} in the unit, or serve fewer disks per daemon"
+        )
+        raise ConfigError(
+            f"{len(self.options.disks)} disks are too many for a mount that outlives its daemon: they need {needed} "
+            f"descriptors kept, and there is room for {room}; {step}"
+        )
+
     def _open_disks(self) -> None:
         options = self.options
         if not options.disks:
@@ -133,6 +155,7 @@ class Estate:
                 options.state_dir,
                 is_incoming=options.incoming is not None,
                 store=self.store,
+                known_size=0 if self.found is None else self.found.sizes.get(spec.name, 0),
                 detect_zeroes=options.detect_zeroes,
             )
             self._images.callback(served.close)

@@ -12,7 +12,7 @@ import trio
 
 from fusemig.core.phase import MigrationPhase
 from fusemig.disk.room import Need, lack
-from fusemig.errors import FusemigError, PeerRefusedError, StateError
+from fusemig.errors import AuthenticationError, FusemigError, PeerRefusedError, StateError
 from fusemig.log_context import log_fields
 from fusemig.migration.arrival import greet
 from fusemig.migration.borrow import Loan
@@ -120,7 +120,12 @@ class Inbound:
             yield
             return
         uri = parse_uri(self._incoming)
-        self._security.check_listen(uri)
+        try:
+            self._security.check_listen(uri)
+        except AuthenticationError as exc:  # an object that is missing after a restart
+            if self._store is None or not self._store.has_mount:
+                raise
+            log.error("no source is admitted", reason=str(exc))  # `admit` sees to it
         async with listening(uri, self._store) as self.listener:
             yield
 

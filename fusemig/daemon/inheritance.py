@@ -66,6 +66,7 @@ class Inheritance:
         listener = daemon.inbound.listener
         return State(
             mount=self._estate.mount(),
+            sizes={name: served.disk.size for name, served in daemon.disks.items() if served.disk is not None},
             is_stopped=daemon.pause.is_on,
             parameters=Parameters(
                 max_bandwidth=parameters.max_bandwidth,

@@ -7,25 +7,34 @@
 
 The command line gives a destination its credentials and its list. QMP gives them as QEMU does: objects
 (``tls-creds-x509``, ``authz-simple``, ``authz-list``), named by migration parameters and looked up when needed.
+
+A successor has guests before it has credentials. Where files are missing then, or half written, it serves its disks,
+refuses migrations, in plain text too, and tries again.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 import structlog
+import trio
 
 from fusemig.errors import AuthenticationError, ConfigError, StateError
 from fusemig.migration.arrival import turn_away
-from fusemig.net.credentials import AccessList, Credentials, Endpoint, Rule
+from fusemig.net.credentials import AccessList, Credentials, Endpoint, Rule, load_own
 from fusemig.net.tls import has_tls_begun, secure_client, secure_server
 from fusemig.net.transport import is_private
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from pathlib import Path
 
     from fusemig.net.transport import ByteStream, SocketStream, Uri
     from fusemig.qmp.objects import ObjectAdd
+
+_RETRY_S: Final = 2.0
+"""How often it is tried to load what could not be loaded."""
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +48,8 @@ class Security:
         identities: Sequence[str] = (),
         *,
         client: Credentials | None = None,
+        unloaded: Path | None = None,
+        is_destination: bool = False,
         is_insecure: bool = False,
     ) -> None:
         """Take what the command line gave.
@@ -47,9 +58,14 @@ class Security:
             server: proves this destination; None: QMP's parameters may name others, else it takes plain text.
             identities: the sources that are admitted.
             client: proves this source where nothing else is given; the questions after a restart need it.
+            unloaded: where `load` gets both of these from; until it has, nobody is admitted or connected to by them.
+            is_destination: whether it needs the server's.
             is_insecure: plain text may cross the network.
         """
         self.is_insecure = is_insecure
+        self._unloaded = unloaded
+        self._is_destination = is_destination
+        self._why_not = ""
         self._server = server
         self._client = client
         self._listed = AccessList(Rule(identity) for identity in identities)
@@ -60,6 +76,34 @@ class Security:
         self.tls_creds = ""
         self.tls_hostname = ""
         self.tls_authz = ""
+
+    # Credentials of the command line
+
+    async def load(self) -> None:
+        """Load what is still to be loaded, unless it cannot be, which is logged."""
+        if self._unloaded is None:
+            return
+        load = partial(load_own, self._unloaded, is_destination=self._is_destination)
+        try:
+            self._server, self._client = await trio.to_thread.run_sync(load)
+        except (AuthenticationError, OSError) as exc:
+            if str(exc) != self._why_not:
+                log.error("no migration until the credentials can be loaded", reason=str(exc))
+            self._why_not = str(exc)
+            return
+        if self._why_not:
+            log.info("credentials loaded", directory=str(self._unloaded))
+        self._unloaded = None
+
+    async def load_later(self) -> None:
+        """Try until all is loaded."""
+        while self._unloaded is not None:
+            await trio.sleep(_RETRY_S)
+            await self.load()
+
+    def _check_loaded(self) -> None:
+        if self._unloaded is not None:
+            raise AuthenticationError(f"the credentials in {self._unloaded} are not loaded yet: {self._why_not}")
 
     # Objects
 
@@ -119,6 +163,7 @@ class Security:
         """
         credentials = given or self._credentials(Endpoint.CLIENT) or self._client
         if credentials is None:
+            self._check_loaded()
             may_leave = is_insecure or self.is_insecure
             if not may_leave and not is_private(uri):
                 raise ConfigError(_plain_text(uri))
@@ -144,7 +189,7 @@ class Security:
     @property
     def has_server_credentials(self) -> bool:
         """Whether sources must speak TLS."""
-        return self._server is not None or bool(self.tls_creds)
+        return self._server is not None or self._unloaded is not None or bool(self.tls_creds)
 
     def check_listen(self, uri: Uri) -> None:
         """See that nobody could reach ``uri`` who need not prove who he is.
@@ -153,7 +198,7 @@ class Security:
             ConfigError: somebody could.
             AuthenticationError: the parameters name no fitting credentials.
         """
-        if self._server is not None or self._credentials(Endpoint.SERVER) is not None:
+        if self._server or self._unloaded or self._credentials(Endpoint.SERVER):
             if not self._listed.rules and not self.tls_authz:
                 log.warning("no source is admitted yet: allow one with --tls-authz IDENTITY", uri=str(uri))
             return
@@ -167,9 +212,11 @@ class Security:
         """Return the stream to go on with; the caller closes that one too.
 
         Raises:
-            AuthenticationError: the source did not prove who it is, or may not come; it has been told.
+            AuthenticationError: the source did not prove who it is, or may not come; it has been told. Or we cannot
+                prove who we are, and it hears nothing, so that it may come again.
             ConnectionLostError: it was too slow, or has gone.
         """
+        self._check_loaded()
         credentials = self._server or self._credentials(Endpoint.SERVER)
         if credentials is None:
             if self.is_insecure or stream.is_private:

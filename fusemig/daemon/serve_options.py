@@ -39,6 +39,8 @@ class ServeOptions:
     """The sources that are admitted then."""
     tls_client: Credentials | None = None
     """What proves this source where a migration brings no credentials of its own."""
+    tls_unloaded: Path | None = None
+    """The directory that both are still to be loaded from, once guests are served; no migration before that."""
     is_insecure: bool = False
     """Plain text may cross the network."""
     detect_zeroes: DetectZeroes = DetectZeroes.OFF

@@ -91,14 +91,18 @@ class ServedDisk:
         *,
         is_incoming: bool,
         store: FdStore | None = None,
+        known_size: int = 0,
         detect_zeroes: DetectZeroes = DetectZeroes.OFF,
     ) -> None:
         """Open the image, unless it is still to come, and export it; ``store`` keeps its files for a successor.
+
+        ``known_size`` is that which guests of a predecessor know (`RawDisk`).
 
         Raises:
             ConfigError: the image, its epoch file or the name cannot be used as asked; nothing is left open.
         """
         self._store = store
+        self._known_size = known_size
         self.name = spec.name
         self.path = spec.path
         self.base = spec.base
@@ -280,11 +284,24 @@ class ServedDisk:
                     f" that (--disk {self.name}={self.path},base=BASE), or delete {self._map_path} if the image is"
                     " another one now"
                 )
-            return RawDisk(self.name, self.path, read_only=self.is_read_only, store=self._store, role="image")
+            return RawDisk(
+                self.name,
+                self.path,
+                read_only=self.is_read_only,
+                store=self._store,
+                role="image",
+                known_size=self._known_size,
+            )
         if not self.is_waiting and self.ownership is not None and not _exists(self.path):
             raise ConfigError(f"overlay {self.path} of disk '{self.name}' is missing: restore it, and its map with it")
         return OverlayFile(
-            self.name, self.path, self.base, self._map_path, read_only=self.is_read_only, store=self._store
+            self.name,
+            self.path,
+            self.base,
+            self._map_path,
+            read_only=self.is_read_only,
+            store=self._store,
+            known_size=self._known_size,
         )
 
     def check_offer(self, offer: DiskOffer) -> None:

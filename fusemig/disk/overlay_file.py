@@ -53,12 +53,15 @@ class OverlayFile(OverlayDisk):
         *,
         read_only: bool = False,
         store: FdStore | None = None,
+        known_size: int = 0,
     ) -> None:
         """Open and lock ``path`` over ``base_path``.
 
         An overlay that does not exist is made, as large as its base; so is the map of an image without any data
         (``truncate -s SIZE``), which may be larger than the base. May read all of the base; for a mount that lives on,
         only a base that was written or replaced.
+
+        ``store`` and ``known_size`` are as `RawDisk` has them.
 
         Raises:
             ConfigError: a file cannot be used, they do not belong together, or the base has changed.
@@ -75,7 +78,7 @@ class OverlayFile(OverlayDisk):
                     f"overlay {path} of disk '{name}' is missing and its map {map_path} is there: restore the image, "
                     "or delete the map too to begin anew"
                 )
-            image = RawDisk(name, path, read_only=read_only, store=store, role="image")
+            image = RawDisk(name, path, read_only=read_only, store=store, role="image", known_size=known_size)
             self._raw = opened.enter_context(image)
             if not self._raw.is_regular:
                 raise ConfigError(f"overlay {path} of disk '{name}' is a device: an overlay is a file")

@@ -29,7 +29,7 @@ from fusemig.core.units import BLOCK_SIZE, MAX_DISK_SIZE, SECTOR_SIZE
 from fusemig.disk.base import Disk, Extent
 from fusemig.errors import ConfigError, DiskError
 from fusemig.records.epoch import sync_directory
-from fusemig.succession.fdstore import identity
+from fusemig.succession.fdstore import FAILED, identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,16 +51,24 @@ class RawDisk(Disk):
     """An open, locked image."""
 
     def __init__(
-        self, name: str, path: Path, *, read_only: bool = False, store: FdStore | None = None, role: str = "file"
+        self,
+        name: str,
+        path: Path,
+        *,
+        read_only: bool = False,
+        store: FdStore | None = None,
+        role: str = "file",
+        known_size: int = 0,
     ) -> None:
         """Open and lock ``path``.
 
         With a ``store`` the lock outlives this process, as ``role``, until the disk is closed in order: nobody else
-        gets the image while a successor of ours may come for it. A descriptor that a predecessor left so is used.
+        gets the image while a successor of ours may come for it. A descriptor that a predecessor left so is used, and
+        the size that it had then, ``known_size`` (0: not known), stays that of a file which was cut since.
 
         Raises:
             ConfigError: it does not exist, is no file or block device, is a link, has a size that is no multiple of
-                512 bytes or above 16 TiB, or is in use by another process.
+                512 bytes or above 16 TiB, is in use by another process, or ``store`` is full.
         """
         self.name = name
         self.path = path
@@ -71,7 +79,7 @@ class RawDisk(Disk):
         """Whether a predecessor left it: nobody has locked it meanwhile, and its inode is the one that it served."""
         self._fd = _open_image(name, path, read_only=read_only) if inherited is None else inherited
         self._kept_as = f"{role}-{identity(self._fd)}"
-        self._kept_failed = f"failed-{self._kept_as}"
+        self._kept_failed = f"{FAILED}{self._kept_as}"
         self._syncing = threading.Condition()
         # Guarded by _syncing:
         self._is_syncing = False
@@ -84,9 +92,10 @@ class RawDisk(Disk):
         self._own_fd: int | None = None
         self._close_lock = threading.Lock()
         try:
-            self.size = _image_size(name, path, self._fd)
-            _lock_image(name, path, self._fd, read_only=read_only)
             self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+            is_cut = inherited is not None and self.is_regular and os.fstat(self._fd).st_size < known_size
+            self.size = known_size if is_cut else _image_size(name, path, self._fd)
+            _lock_image(name, path, self._fd, read_only=read_only)
             self._is_memory = file_system_of(self._fd) in _MEMORY_FILE_SYSTEMS
             self._has_nowait = self._probe_nowait()
             if store is not None and inherited is None:

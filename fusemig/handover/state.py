@@ -129,6 +129,8 @@ class State(_Record, frozen=True, kw_only=True):
     software: str = __version__
     """Who wrote it, for people."""
     mount: Mount
+    sizes: dict[str, Natural] = {}
+    """Bytes of the disks that have an image, by name, as guests know them: a cut image is not a smaller disk."""
     is_stopped: bool = False
     """QMP's `stop`."""
     parameters: Parameters = Parameters()

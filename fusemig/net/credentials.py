@@ -85,6 +85,19 @@ def load_credentials(directory: Path, endpoint: Endpoint) -> Credentials:
     return Credentials(directory, endpoint, context)
 
 
+def load_own(directory: Path, *, is_destination: bool) -> tuple[Credentials | None, Credentials | None]:
+    """Return what proves a daemon as a destination, and as a source; may sleep.
+
+    A destination may have no client's files; what is no destination needs no server's.
+
+    Raises:
+        AuthenticationError: a file cannot be read or used.
+    """
+    server = load_credentials(directory, Endpoint.SERVER) if is_destination else None
+    has_client = not is_destination or (directory / f"{Endpoint.CLIENT}-cert.pem").exists()
+    return server, load_credentials(directory, Endpoint.CLIENT) if has_client else None
+
+
 def _load_authority(context: ssl.SSLContext, path: Path) -> None:
     _load(context, path, _CERTIFICATE, "certificate")
     if not context.cert_store_stats()["x509_ca"]:

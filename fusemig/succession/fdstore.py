@@ -19,6 +19,8 @@ Rules:
 2. `release` forgets what was inherited only when the daemon ends in order, or when it has no mount that outlives it: a
    successor that fails while it starts must not take away what the next one needs, and leaves nothing of its own.
 3. Without a store everything here does nothing, and says so by `is_on`.
+4. A full store drops what it is sent and tells nobody, so what it has room for is counted here (``$FDSTORE``), and the
+   marks of failed syncs have places of their own: nothing else takes them.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
+from fusemig.errors import ConfigError
 from fusemig.notify import Notifier, open_notifier
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ STANDBY: Final = "FUSEMIG_STANDBY"
 """In the environment of a successor that waits: the number of the socket on which it is told to go on."""
 HOLDER: Final = "FUSEMIG_HOLDER"
 """In the environment of a daemon that our own holder started: the holder's process id."""
+
+FAILED: Final = "failed-"
+"""What the names of the marks begin with."""
 
 _FIRST: Final = 3  # SD_LISTEN_FDS_START
 _MAX_MESSAGE: Final = 4096
@@ -60,11 +66,22 @@ def identity(descriptor: int) -> str:
 class FdStore:
     """What a predecessor left, and the way to leave something."""
 
-    def __init__(self, inherited: Mapping[str, int] | None = None, notifier: Notifier | None = None) -> None:
-        """Own the ``inherited`` descriptors and the ``notifier``, the way to whoever keeps some."""
+    def __init__(
+        self, inherited: Mapping[str, int] | None = None, notifier: Notifier | None = None, room: int | None = None
+    ) -> None:
+        """Own the ``inherited`` descriptors and the ``notifier``, the way to whoever keeps some.
+
+        Args:
+            inherited: what a predecessor left, by name.
+            notifier: the way to the store.
+            room: how many descriptors it keeps; None: it did not say.
+        """
         self._inherited = dict(inherited or {})
         self.notifier = Notifier() if notifier is None else notifier
         self._own: set[str] = set()
+        self.room = room
+        self._kept = set(self._inherited)
+        self._n_reserved = 0
         self._is_ending = False
         self.has_mount = "fuse" in self._inherited
         """Whether there is a mount that outlives this process, inherited or our own."""
@@ -88,12 +105,29 @@ class FdStore:
         return [name for name in self._inherited if name.startswith(prefix)]
 
     def keep(self, name: str, descriptor: int) -> None:
-        """Have a duplicate of ``descriptor`` outlive this process under ``name``, which must not be kept already."""
+        """Have a duplicate of ``descriptor`` outlive this process under ``name``, which must not be kept already.
+
+        Raises:
+            ConfigError: there is no room for it; never of a mark that a place was reserved for.
+        """
+        n_others = sum(not kept.startswith(FAILED) for kept in self._kept)
+        is_full = self.room is not None and n_others >= self.room - self._n_reserved
+        if is_full and self.is_on and not name.startswith(FAILED):
+            raise ConfigError(
+                f"no room to keep '{name}' for a successor of this daemon: the descriptor store holds {self.room}; "
+                "serve fewer disks per daemon, or raise the unit's FileDescriptorStoreMax="
+            )
         self._own.add(name)
+        self._kept.add(name)
         self.notifier.send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [descriptor])
+
+    def reserve(self, n_marks: int) -> None:
+        """Leave places to as many marks, whatever else is to be kept."""
+        self._n_reserved = n_marks
 
     def forget(self, name: str) -> None:
         """Have what is kept under ``name`` closed."""
+        self._kept.discard(name)
         self.notifier.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
     @property
@@ -154,9 +188,10 @@ def open_store(environment: MutableMapping[str, str]) -> FdStore:
     """
     turn = environment.pop(STANDBY, "")
     inherited = wait_for_turn(int(turn)) if turn else _inherited(environment)
-    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "FDSTORE"):
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         environment.pop(name, None)
-    return FdStore(inherited, open_notifier(environment))
+    room = environment.pop("FDSTORE", "")  # systemd 254 or later, and our holder
+    return FdStore(inherited, open_notifier(environment), int(room) if room.isdecimal() else None)
 
 
 def wait_for_turn(descriptor: int) -> dict[str, int]:

@@ -53,6 +53,7 @@ LOOK_S = 0.25
 _KILLED = 128 + int(signal.SIGKILL)
 _FIRST = 3  # SD_LISTEN_FDS_START
 _MAX_STORED = 253
+"""A standby gets all in one message, and the kernel takes no more (SCM_MAX_FD). Daemons count (``$FDSTORE``)."""
 _CREDENTIALS = struct.Struct("3i")
 _STANDBY = "FUSEMIG_STANDBY"  # as in fdstore
 _UPGRADE = "FUSEMIG_UPGRADE"  # as in fusemig.handover.agreement

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from support.certificates import Authority
 from support.hosts import DEADLINE_S, pread, wait_until
 from support.resilient import kill_daemon, n_served, start
 
@@ -54,12 +55,14 @@ def trigger(place: Path) -> Path:
     return place / "trigger"
 
 
-def serve_late(hosts: Hosts, trigger: Path, *, is_forgetful: bool = False, is_too_much: bool = False) -> Host:
+def serve_late(
+    hosts: Hosts, trigger: Path, *options: str, is_forgetful: bool = False, is_too_much: bool = False
+) -> Host:
     """Serve with successors that the trigger holds up; the twins forget `stop`, or load too much at first."""
     script = trigger.with_name("late.py")
     late = (*LATE, EARLY) if is_too_much else LATE
     script.write_text(_LATE.format(trigger=str(trigger), is_forgetful=is_forgetful, late=late))
-    return start(hosts, prefix=[sys.executable, script])
+    return start(hosts, *options, prefix=[sys.executable, script])
 
 
 @contextmanager
@@ -113,7 +116,7 @@ def test_what_is_loaded_at_first_is_named() -> None:
 
 def test_guests_are_answered_while_the_rest_is_not_loaded(hosts: Hosts, trigger: Path) -> None:
     """Data, attributes and closes of files that are open; what is asked of names waits for the rest."""
-    host = serve_late(hosts, trigger)
+    host = serve_late(hosts, trigger, "--tls-creds", str(Authority(trigger.parent).client()))
     size = host.images["vda"].stat().st_size
     with closing(Disk(host.file())) as disk:
         with waiting(trigger):

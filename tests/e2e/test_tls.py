@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 
+from support import resilient
 from support.certificates import HOST, SOURCE_IDENTITY, Authority
 from support.hosts import (
     MIB,
@@ -642,3 +643,24 @@ def test_both_sides_restart_and_settle_it_in_plain_text(hosts: Hosts) -> None:
     refused = asking.migrate(uri, "--disk", "other")
     assert refused.exit_code == 2
     assert "in plain text" in refused.stderr
+
+
+def test_credentials_that_are_missing_keep_no_successor_from_its_guests(hosts: Hosts, authority: Authority) -> None:
+    """It serves its disks and refuses migrations, until the files are there again; a first start is refused."""
+    credentials = authority.client()
+    here = resilient.start(hosts, "--tls-creds", str(credentials))
+    certificate = credentials / "client-cert.pem"
+    content = certificate.read_bytes()
+    certificate.write_bytes(content[:100])
+    resilient.kill_and_wait(here)
+    pwrite(here.file(), b"written", 4096)
+    done = here.migrate("tcp:127.0.0.1:1")
+    assert (done.exit_code, "are not loaded yet" in done.stderr) == (4, True)
+    certificate.write_bytes(content)
+    wait_until(lambda: "credentials loaded" in here.log(), "the credentials")
+    assert "are not loaded yet" not in here.migrate("tcp:127.0.0.1:1").stderr
+    certificate.unlink()
+    image = write_random(hosts.directory / "first.img", MIB)
+    first = hosts.make("first", {"vda": image}, options=["--tls-creds", credentials])
+    first.launch()
+    assert (first.wait(), "cannot read the certificate" in first.log()) == (4, True)

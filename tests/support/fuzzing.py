@@ -272,6 +272,7 @@ def seeds() -> dict[str, list[bytes]]:
         State(
             software="1",
             mount=Mount(mountpoint="/mnt", files=(ServedFile(name="vda", inode=2, path="/a.img"),)),
+            sizes={"vda": 1 << 30},
             objects=(ObjectAdd(qom_type=ObjectType.AUTHZ_SIMPLE, id="z", identity="CN=a"),),
             outgoing=Outgoing(request=Request(uri="unix:/there", disks=("vda",)), session="0" * 32, began_s=1.5),
         )

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 from cryptography.hazmat.primitives import serialization as s
 
+from fusemig.daemon.daemon import Daemon
+from fusemig.daemon.security import Security
+from fusemig.daemon.serve_options import ServeOptions
 from fusemig.errors import AuthenticationError
 from fusemig.net.credentials import AccessList, Endpoint, Rule, load_credentials, names_of
+from fusemig.net.transport import SocketStream, parse_uri
 from support.certificates import Authority
 
 if TYPE_CHECKING:
@@ -134,3 +140,50 @@ def test_the_first_rule_decides() -> None:
     assert not AccessList(rules).admits(names)
     assert AccessList(reversed(rules)).admits(names)
     assert AccessList([], is_admitted_otherwise=True).admits(names)
+
+
+async def test_what_cannot_be_loaded_yet_admits_nobody_and_sends_nothing_in_plain_text(tmp_path: Path) -> None:
+    """Not even where --insecure or one's own host would allow that; twin: without --tls-creds it is allowed."""
+    directory = Authority(tmp_path).server()
+    key = directory / "server-key.pem"
+    content = key.read_bytes()
+    key.write_bytes(content[:100])
+    security = Security(unloaded=directory, is_destination=True, is_insecure=True)
+    near, far = (trio.socket.from_stdlib_socket(one) for one in socket.socketpair())
+    stream = SocketStream(near, "peer")
+    try:
+        await security.load()
+        assert security.has_server_credentials
+        security.check_listen(parse_uri("tcp:0.0.0.0:0"))
+        with pytest.raises(AuthenticationError, match=f"not loaded yet.*{key}"):
+            await security.admit(stream)
+        with pytest.raises(AuthenticationError, match="not loaded yet"):
+            security.outgoing(parse_uri("unix:/nowhere"))
+        assert await Security(is_insecure=True).admit(stream) is stream
+
+        key.write_bytes(content)
+        await security.load()
+        await security.load_later()  # there is nothing left
+        security.outgoing(parse_uri("unix:/nowhere"))
+        await far.send(b"plain text")
+        with pytest.raises(AuthenticationError, match="speaks no TLS"):
+            await security.admit(stream)
+    finally:
+        await stream.aclose()
+        far.close()
+
+
+async def test_an_object_that_is_missing_keeps_no_successor_from_its_guests(tmp_path: Path) -> None:
+    """Its port admits nobody, for the parameter names something; a first start is refused."""
+    daemon = Daemon(ServeOptions(tmp_path, (), tmp_path / "control", f"unix:{tmp_path}/incoming"))
+    daemon.security.tls_creds = "gone"
+    near, far = (trio.socket.from_stdlib_socket(one) for one in socket.socketpair())
+    stream = SocketStream(near, "peer")
+    with far, pytest.raises(AuthenticationError, match="No TLS credentials with id 'gone'"):
+        async with daemon.inbound.listening():
+            pass
+    daemon.store.mounted()
+    async with daemon.inbound.listening():
+        with pytest.raises(AuthenticationError, match="No TLS credentials with id 'gone'"):
+            await daemon.security.admit(stream)
+    await stream.aclose()

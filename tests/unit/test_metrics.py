@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
+from fusemig.daemon.daemon import Daemon
 from fusemig.daemon.metrics import Metrics
 from fusemig.daemon.security import check_address
-from fusemig.errors import ConfigError
+from fusemig.daemon.serve_options import ServeOptions
+from fusemig.errors import ConfigError, FusemigError
 from fusemig.net.http_server import Request
+from fusemig.net.listener import listening
 from fusemig.net.transport import parse_uri
 from fusemig.qmp import block, schema
 from support.promlint import problems, value
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def make_status(**members: Any) -> schema.DaemonStatus:
@@ -143,3 +149,23 @@ def test_metrics_stay_on_this_host_unless_told_otherwise() -> None:
     check_address("--metrics", parse_uri("tcp:0.0.0.0:9199"), is_insecure=True)
     with pytest.raises(ConfigError, match="--metrics-insecure"):
         check_address("--metrics", parse_uri("tcp:0.0.0.0:9199"), is_insecure=False)
+
+
+@pytest.mark.parametrize("option", ["metrics", "web"])
+@pytest.mark.parametrize("address", ["taken", "tcp:0.0.0.0:0"])
+async def test_an_address_that_cannot_be_had_keeps_no_successor_from_its_guests(
+    tmp_path: Path, option: str, address: str
+) -> None:
+    """Somebody took the port meanwhile, or the file with the options was changed; a first start is refused."""
+    async with listening(parse_uri("tcp:127.0.0.1:0")) as other:
+        uri = str(other.uri) if address == "taken" else address
+        is_web = option == "web"
+        where = {True: uri, False: None}
+        options = ServeOptions(tmp_path, (), tmp_path / "control", metrics=where[not is_web], web=where[is_web])
+        daemon = Daemon(options)
+        serve = daemon._serve_web if is_web else daemon._serve_metrics
+        with pytest.raises(FusemigError):
+            await serve(uri)
+        daemon.store.mounted()
+        await serve(uri)
+        assert (daemon.metrics, daemon.web) == (None, None)

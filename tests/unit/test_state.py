@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 MOUNT = Mount(mountpoint="/mnt", files=(ServedFile(name="vda", inode=2, path="/a.img", base="/b.img"),))
 FULL = State(
     mount=MOUNT,
+    sizes={"vda": 1 << 30},
     is_stopped=True,
     parameters=Parameters(max_bandwidth=1 << 20, downtime_limit_s=0.2, tls_creds="t", tls_hostname="h", tls_authz="z"),
     capabilities=(MigrationCapability.EVENTS, MigrationCapability.BLOCK),

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import signal
 import socket
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
-from fusemig.errors import FuseUnavailableError
+from fusemig.daemon.daemon import Daemon
+from fusemig.daemon.estate import Estate
+from fusemig.daemon.serve_options import ServeOptions
+from fusemig.daemon.served import DiskSpec
+from fusemig.errors import ConfigError, DiskError, FuseUnavailableError
+from fusemig.handover.state_memory import StateMemory
 from fusemig.notify import Notifier
 from fusemig.succession.dying import waits_only_for_us
-from fusemig.succession.fdstore import FdStore, open_store, read_memory, write_memory
+from fusemig.succession.fdstore import FdStore, identity, open_store, read_memory, write_memory
 from fusemig.succession.holder import STANDBY_PAUSE_S, Holder
 from fusemig.succession.mount import KeptMount, why_not
 
@@ -93,6 +101,7 @@ def test_what_is_kept_is_sent_as_systemd_takes_it(tmp_path: Path) -> None:
             environment = {"NOTIFY_SOCKET": address, "FDSTORE": "9", "HOME": "/"}
             with closing(open_store(environment)) as store:
                 assert environment == {"HOME": "/"}
+                assert store.room == 9
                 assert store.is_on
                 memory = write_memory("test", b"content")
                 store.keep("state", memory)
@@ -150,6 +159,75 @@ def test_a_holder_that_is_gone_makes_a_daemon_an_ordinary_one() -> None:
         store.ready()
         assert not store.is_on
         assert store.is_last
+
+
+def test_a_full_store_is_noticed_and_its_marks_have_places_of_their_own() -> None:
+    """It would drop what it is sent without a word: the mount, or that a sync has failed."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with theirs, closing(FdStore({}, Notifier(ours), room=3)) as store:
+        store.reserve(1)
+        store.keep("image-1", 0)
+        store.keep("image-2", 0)
+        with pytest.raises(ConfigError, match="no room to keep 'fuse'"):
+            store.keep("fuse", 0)
+        store.keep("failed-image-1", 0)
+        store.forget("image-2")
+        store.keep("fuse", 0)
+        kept = [receive(theirs) for _ in range(5)]
+        for descriptor in (one for _, descriptors in kept for one in descriptors):
+            os.close(descriptor)
+        assert [text.split("FDNAME=")[1].split()[0] for text, _ in kept] == [
+            *("image-1", "image-2", "failed-image-1", "image-2", "fuse")
+        ]
+    with closing(FdStore({}, room=0)) as store:
+        store.keep("fuse", 0)  # nobody keeps anything
+
+
+@pytest.mark.parametrize(
+    ("n_disks", "is_resilient", "step"),
+    [(1, True, ""), (2, True, "fewer disks per daemon"), (2, False, "FileDescriptorStoreMax=14 in the unit")],
+)
+def test_disks_that_could_not_all_be_kept_are_refused_before_there_is_a_mount(
+    tmp_path: Path, n_disks: int, *, is_resilient: bool, step: str
+) -> None:
+    """Each has an image, a map, and a place for a mark beside either."""
+    disks = [DiskSpec(f"vd{number}", tmp_path / f"{number}.img") for number in range(n_disks)]
+    for disk in disks:
+        disk.path.write_bytes(bytes(512))
+    options = ServeOptions(tmp_path, tuple(disks), tmp_path / "control", is_resilient=is_resilient)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    refusal = pytest.raises(ConfigError, match=step) if step else nullcontext()
+    with theirs, closing(FdStore({}, Notifier(ours), room=10)) as store, refusal, Estate(options, store) as estate:
+        assert len(estate.disks) == n_disks
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["", "twin"])
+def test_an_image_that_was_cut_is_no_smaller_disk_for_a_successor(tmp_path: Path, *, is_known: bool) -> None:
+    """What was lost stays an error, and a sync one too; where no size was left a successor cannot tell."""
+    disk = DiskSpec("vda", tmp_path / "vda.img")
+    disk.path.write_bytes(bytes(8192))
+    options = ServeOptions(tmp_path, (disk,), tmp_path / "control")
+    with Estate(options, FdStore()) as estate:
+        state = Daemon(options, estate).inheritance.state()
+    assert state.sizes == {"vda": 8192}
+    memory = StateMemory.create()
+    memory.write(state if is_known else msgspec.structs.replace(state, sizes={}))
+    image = os.open(disk.path, os.O_RDWR)
+    os.truncate(disk.path, 4096)
+    with (
+        closing(FdStore({"state": memory.fd, f"image-{identity(image)}": image})) as store,
+        Estate(options, store) as estate,
+    ):
+        found = estate.disks["vda"].image
+        assert found is not None
+        assert found.size == (8192 if is_known else 4096)
+        if is_known:
+            for call in (found.flush, partial(found.pread, 4096, 4096), lambda: list(found.extents(0, 8192))):
+                with pytest.raises(DiskError) as caught:
+                    call()
+                assert caught.value.errno == errno.EIO
+            os.truncate(disk.path, 8192)
+        found.flush()
 
 
 # The kernel
