@@ -9,6 +9,7 @@ What is asked for in advance is bounded by time, not by size: a guest's own requ
 from __future__ import annotations
 
 import struct
+import time
 from collections import deque
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -20,7 +21,7 @@ import trio
 from fusemig.core.convergence import Throughput
 from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, n_blocks
 from fusemig.errors import FusemigError, PeerRefusedError, RemoteProtocolError
-from fusemig.migration.link import Need
+from fusemig.migration.link import SLICE_S, Need
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -326,6 +327,7 @@ class Borrowing:
         It comes back after half of what is asked for in advance, so that more is asked for meanwhile.
         """
         done = 0
+        until = time.monotonic() + SLICE_S
         while done < self._ahead_bytes // 2:
             try:
                 event = self._link.receive_shortly()
@@ -340,6 +342,8 @@ class Borrowing:
             self._fill(event)
             self._n_filled += 1
             done += (request.stop - request.first) * BLOCK_SIZE
+            if time.monotonic() >= until:
+                break
         return Need.SLICE
 
     def _count(self, n_bytes: int) -> None:
