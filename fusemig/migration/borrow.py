@@ -271,7 +271,7 @@ class Borrowing:
             await _run_beside(self._ask, self._receive, self._keep)
         finally:
             for disk in self._disks:
-                disk.wants.listen(None)
+                disk.wants.ignore(alarm)
 
     def _ring(self) -> None:
         self._wake.set()

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from fusemig.migration.link import Offload
+
 SIZE = 150 * BLOCK_SIZE + 1536
 N_RUNS = 40
 """And fifty times as many with ``--nightly``."""
@@ -350,3 +352,36 @@ async def test_a_slow_store_does_not_cost_the_connection(what: str, autojump_clo
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lend)
         await Borrowing(link, [loan], pool, offload).run()
+
+
+async def test_a_connection_that_ends_late_leaves_the_next_one_its_alarm(autojump_clock: object) -> None:
+    """The thread of a lost connection comes back when the next one has begun; that hears of what guests wait for."""
+    image, store = MemoryDisk("d", SIZE), MemoryDisk("d", map_size(SIZE))
+    disk = BorrowedDisk(image, new_map(store, image, [(8, 20)], "boot"), Wants("d"))
+    may_return = trio.Event()
+
+    async def late(function: Callable[..., object], *args: object) -> object:
+        with trio.CancelScope(shield=True):  # as a thread cannot be cancelled
+            await may_return.wait()
+        return await inline(function, *args)
+
+    async def fetch(offload: Offload, scope: trio.CancelScope) -> None:
+        there, back = Pipe(), Pipe()
+        pool = BufferPool()
+        link = NativeLink(FaultyStream("source", back, there), native.Decoder(native.FROM_SOURCE, preface=False), pool)
+        with scope:
+            await Borrowing(link, [Loan(disk, lambda: None)], pool, offload).run()
+
+    first, second = trio.CancelScope(), trio.CancelScope()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetch, late, first)
+        await trio.testing.wait_all_tasks_blocked()
+        first.cancel()
+        nursery.start_soon(fetch, inline, second)
+        await trio.testing.wait_all_tasks_blocked()
+        alarm = disk.wants._alarm
+        may_return.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert disk.wants._alarm is alarm is not None
+        second.cancel()
+    assert disk.wants._alarm is None

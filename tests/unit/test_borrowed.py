@@ -84,7 +84,6 @@ def test_what_waits_is_wanted_again_by_the_next_connection() -> None:
     read = Later(lambda: disk.pread(1, 3 * BLOCK_SIZE))
     wait_until(lambda: disk.wants.n_waiting == 1, "the read")
     assert disk.wants.take() == (0, 16)
-    disk.wants.listen(None)
     disk.wants.listen(lambda: None)
     assert disk.wants.take() == (0, 16)
     disk.fill(None, 3 * BLOCK_SIZE, BLOCK_SIZE)
