@@ -71,7 +71,7 @@ def block_stats(served: ServedDisk) -> block.BlockStats:
 
 def served_disk(served: ServedDisk) -> schema.ServedDisk:
     """Return a disk as `x-fusemig-status` shows it."""
-    disk, record = served.disk, served.epoch_file.record
+    disk, record, loan = served.disk, served.epoch_file.record, served.loan  # which a thread may end meanwhile
     return schema.ServedDisk(
         name=served.name,
         size=0 if disk is None else disk.size,
@@ -84,8 +84,8 @@ def served_disk(served: ServedDisk) -> schema.ServedDisk:
         gate=Gate.READ_ONLY.value if disk is None else disk.gate.value,
         parked_writes=0 if disk is None else disk.parked_writes,
         read_only=served.is_read_only,
-        missing_bytes=0 if served.loan is None else served.loan.missing_bytes,
-        waiting_requests=0 if served.loan is None else served.loan.wants.n_waiting,
+        missing_bytes=0 if loan is None else loan.missing_bytes,
+        waiting_requests=0 if loan is None else loan.wants.n_waiting,
         io_error=served.image is not None and served.image.io_error is not None,
         dirty_bytes=0 if disk is None else min(disk.written_chunks * CHUNK_SIZE, disk.size),
         epoch=UNSET if record is None else record.epoch,

@@ -18,6 +18,7 @@ made (`fusemig.disk.overlay_file`). An overlay is never served without its base.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,6 +123,8 @@ class ServedDisk:
         self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in _RECEIVABLE
         """Whether a source may fill this disk."""
         self._is_held = False
+        self._ending_loan = threading.Lock()
+        """Held by whoever ends the loan: the thread of a lost connection may be at it when that of the next one is."""
         self._past_loans: list[BorrowedDisk] = []
         self.image: RawDisk | OverlayFile | None = None
         self.disk: TrackedDisk | None = None
@@ -234,6 +237,10 @@ class ServedDisk:
 
     def end_loan(self) -> None:
         """Be an ordinary image again (`IncomingDisk.end_loan`), whatever is missing."""
+        with self._ending_loan:
+            self._end_loan()
+
+    def _end_loan(self) -> None:
         if self.loan is None:
             return
         assert self.disk is not None
@@ -248,17 +255,20 @@ class ServedDisk:
     def repay(self) -> None:
         """Make a disk of which everything has come an ordinary one, durably (`Loan.repay`); may sleep.
 
+        One that is ordinary by now, or may even be on its way to another host, is left as it is.
+
         Raises:
             DiskError: the store failed.
             StateError: the epoch file cannot be written.
         """
-        record = self.epoch_file.record
-        if self.loan is None or record is None or record.state is not Ownership.BORROWING:
-            return
-        assert not self.loan.missing_bytes
-        self.loan.flush()
-        self.epoch_file.write(msgspec.structs.replace(record, state=Ownership.OWNER, is_loan=False))
-        self.end_loan()
+        with self._ending_loan:
+            record = self.epoch_file.record
+            if self.loan is None or record is None or record.state is not Ownership.BORROWING:
+                return
+            assert not self.loan.missing_bytes
+            self.loan.flush()
+            self.epoch_file.write(msgspec.structs.replace(record, state=Ownership.OWNER, is_loan=False))
+            self._end_loan()
 
     def _open_dirty_file(self, image: RawDisk | OverlayFile, disk: TrackedDisk) -> DirtyFile | None:
         try:

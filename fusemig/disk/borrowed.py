@@ -91,14 +91,20 @@ class Wants:
         with self._changed:
             return self._wanted.popleft() if self._wanted else None
 
-    def listen(self, alarm: Callable[[], None] | None) -> None:
-        """Have ``alarm`` called, from any thread, whenever something is wanted; None: nobody fetches any more.
+    def listen(self, alarm: Callable[[], None]) -> None:
+        """Have ``alarm``, and no other, called from any thread whenever something is wanted.
 
         What waits already is wanted again: whoever fetched before may have asked for it and be gone.
         """
         with self._changed:
             self._alarm = alarm
             self._wanted = deque(self._waiting.values())
+
+    def ignore(self, alarm: Callable[[], None]) -> None:
+        """Have ``alarm`` called no more; that of a later `listen` stays."""
+        with self._changed:
+            if self._alarm is alarm:
+                self._alarm = None
 
     def arrived(self) -> None:
         """Have every waiting request look again."""

@@ -9,6 +9,7 @@ What is asked for in advance is bounded by time, not by size: a guest's own requ
 from __future__ import annotations
 
 import struct
+import time
 from collections import deque
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -20,7 +21,7 @@ import trio
 from fusemig.core.convergence import Throughput
 from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, n_blocks
 from fusemig.errors import FusemigError, PeerRefusedError, RemoteProtocolError
-from fusemig.migration.link import Need
+from fusemig.migration.link import SLICE_S, Need
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -223,8 +224,6 @@ class Borrowing:
         self._throughput = Throughput()
         self._busy_since = 0.0
         self._wake = trio.Event()
-        self._scope = trio.CancelScope()
-        self._failure: FusemigError | None = None
         self._n_filled = 0
         """Answers that are filled in and not yet taken off what is asked for."""
         self.received_bytes = 0
@@ -250,10 +249,14 @@ class Borrowing:
         """
         if self._disks:
             await self._link.send_message(native.Welcome(native.VERSION, [native.POSTCOPY]))
-            await self._fetch_all()
+            # A store may take longer to flush than the source waits for a word.
+            await _run_beside(self._fetch_and_repay, self._stay_alive)
+        await self._link.send_message(native.Whole())
+
+    async def _fetch_and_repay(self) -> None:
+        await self._fetch_all()
         for loan in self._loans:
             await self._offload(loan.repay)
-        await self._link.send_message(native.Whole())
 
     async def _fetch_all(self) -> None:
         token = trio.lowlevel.current_trio_token()
@@ -265,27 +268,10 @@ class Borrowing:
         for disk in self._disks:
             disk.wants.listen(alarm)
         try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._guard, self._receive)
-                    nursery.start_soon(self._guard, self._keep)
-                    nursery.start_soon(self._guard, self._stay_alive)
-                    await self._guard(self._ask)
-                    nursery.cancel_scope.cancel()
+            await _run_beside(self._ask, self._receive, self._keep)
         finally:
             for disk in self._disks:
-                disk.wants.listen(None)
-        if self._failure is not None:
-            raise self._failure
-
-    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Run a task of the nursery; its failure ends the fetching with this error rather than with a group of them."""
-        try:
-            await task()
-        except FusemigError as exc:
-            if self._failure is None:
-                self._failure = exc
-            self._scope.cancel()
+                disk.wants.ignore(alarm)
 
     def _ring(self) -> None:
         self._wake.set()
@@ -326,6 +312,7 @@ class Borrowing:
         It comes back after half of what is asked for in advance, so that more is asked for meanwhile.
         """
         done = 0
+        until = time.monotonic() + SLICE_S
         while done < self._ahead_bytes // 2:
             try:
                 event = self._link.receive_shortly()
@@ -340,6 +327,8 @@ class Borrowing:
             self._fill(event)
             self._n_filled += 1
             done += (request.stop - request.first) * BLOCK_SIZE
+            if time.monotonic() >= until:
+                break
         return Need.SLICE
 
     def _count(self, n_bytes: int) -> None:
@@ -373,3 +362,23 @@ class Borrowing:
         while True:
             await trio.sleep(ALIVE_INTERVAL_S)
             await self._link.send([native.encode_ack(0)])
+
+
+async def _run_beside(main: Callable[[], Awaitable[None]], *others: Callable[[], Awaitable[None]]) -> None:
+    """Run ``main``, and ``others`` until it ends; the first failure ends them all, and is raised, not a group."""
+    failures: list[FusemigError] = []
+    async with trio.open_nursery() as nursery:
+
+        async def guard(task: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await task()
+            except FusemigError as exc:
+                failures.append(exc)
+                nursery.cancel_scope.cancel()
+
+        for other in others:
+            nursery.start_soon(guard, other)
+        await guard(main)
+        nursery.cancel_scope.cancel()
+    if failures:
+        raise failures[0]

@@ -9,13 +9,14 @@ the destination says is little, and goes over the first connection. The end of o
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fusemig.errors import ConnectionLostError
 from fusemig.migration.link import first_bytes
-from fusemig.net.transport import SocketStream
+from fusemig.net.transport import SHORTLY_S, SocketStream
 from fusemig.wire.native.stripes import STRIPE_BYTES, STRIPE_HEAD_SIZE, StripeOrder, encode_stripe
 
 if TYPE_CHECKING:
@@ -163,18 +164,19 @@ class JoinedStream(_Bundle):
     def receive_shortly(self, buffer: memoryview) -> int:
         """Receive what is due, and wait for moments for more of it (`ByteStream.receive_shortly`)."""
         done = 0
+        until = time.monotonic() + SHORTLY_S
         while done < len(buffer):
             try:
                 n = self._receive(buffer[done:], is_patient=True)
             except trio.WouldBlock:
-                if self.poll_readable(_MOMENT_S):
+                if time.monotonic() < until and self.poll_readable(_MOMENT_S):
                     continue
                 if done:
                     break
                 raise
-            if not n:
-                break
             done += n
+            if not n or time.monotonic() >= until:
+                break
         return done
 
     def _receive(self, buffer: memoryview, *, is_patient: bool) -> int:

@@ -16,6 +16,7 @@ next. Nothing but WHOLE ends it: until then both hosts are needed.
 from __future__ import annotations
 
 import struct
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -28,7 +29,7 @@ from fusemig.core.backoff import Backoff
 from fusemig.core.units import BLOCK_SIZE, n_blocks
 from fusemig.disk.zeroes import is_zero
 from fusemig.errors import DiskError, FusemigError, MigrationError, PeerRefusedError, RemoteProtocolError
-from fusemig.migration.link import HANDSHAKE_DEADLINE_S, BufferPool, NativeLink, Need, drop_sent
+from fusemig.migration.link import HANDSHAKE_DEADLINE_S, SLICE_S, BufferPool, NativeLink, Need, drop_sent
 from fusemig.records.epoch import Ownership
 from fusemig.wire import native
 
@@ -162,6 +163,7 @@ class Lending:
         Returns STREAM with something in `_unsent`: the stream is full; with nothing: it is empty.
         """
         done = 0
+        until = time.monotonic() + SLICE_S
         while True:
             payload = self._unsent[-1].obj if self._unsent else None
             while self._unsent:
@@ -173,7 +175,7 @@ class Lending:
                 drop_sent(self._unsent, n)
             if isinstance(payload, bytearray):
                 self._pool.give_back(payload)
-            if done >= SLICE_BYTES:
+            if done >= SLICE_BYTES or time.monotonic() >= until:
                 return Need.SLICE
             try:
                 event = link.receive_shortly()

@@ -11,6 +11,7 @@ checked and written, while it is warm in the cache. A slice comes back with a `N
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from contextlib import asynccontextmanager
 from enum import Enum
@@ -20,6 +21,7 @@ import trio
 
 from fusemig.core.units import CHUNK_SIZE
 from fusemig.errors import ConnectionLostError, MigrationError, RemoteProtocolError
+from fusemig.net.transport import SHORTLY_S
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ class Need(Enum):
 
 SLICE_BYTES: Final = 32 << 20
 """Disk bytes that one slice moves: long enough that the thread hop does not count, short enough to be cancelled."""
+SLICE_S: Final = 1.0
+"""How long a slice receives at most, so that a peer cannot keep a thread: between slices `Pace` is judged."""
 POLL_S: Final = 0.002
 """How long a slice waits for the next frame by itself, which is cheaper than coming back."""
 
@@ -228,7 +232,8 @@ class NativeLink:
         """Return the next event; may be called from any thread.
 
         Raises:
-            trio.WouldBlock: it has not come yet, or not all of it.
+            trio.WouldBlock: it has not come yet, or not all of it; bytes may be there all the same, so the caller goes
+                on only after `wait_readable`, which judges the pace, or for `SLICE_S` at most.
             ConnectionLostError: the stream ended or broke.
             RemoteProtocolError: the peer's bytes are wrong.
         """
@@ -240,6 +245,7 @@ class NativeLink:
 
     def _receive(self, receive_in_frame: Callable[[memoryview], int]) -> native.Event:
         decoder = self._decoder
+        until = time.monotonic() + SHORTLY_S
         while True:
             if decoder.needs_buffer:
                 decoder.give_buffer(self._pool.take())
@@ -253,6 +259,8 @@ class NativeLink:
             if event is not None:
                 self._n_frames += 1
                 return event
+            if time.monotonic() >= until:
+                raise trio.WouldBlock
 
     async def wait_readable(self, deadline_s: float = IDLE_DEADLINE_S) -> None:
         """Wait for bytes from the peer.

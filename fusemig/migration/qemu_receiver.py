@@ -6,13 +6,14 @@ events of the container, the progress, and the end of a `block` section.
 
 from __future__ import annotations
 
+import time
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fusemig.core.units import CHUNK_SIZE
-from fusemig.migration.link import POLL_S, SLICE_BYTES, Need
+from fusemig.migration.link import POLL_S, SLICE_BYTES, SLICE_S, Need
 from fusemig.wire import qemu_block, savevm
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class QemuReceiver:
     def run_slice(self) -> Event:
         """Receive and apply; return an event, STREAM when nothing more is there, or SLICE.
 
+        STREAM is also said when it took long: the pace is to be judged.
+
         Raises:
             RemoteProtocolError: the source's bytes are wrong, or end too early.
             ConnectionLostError: it is gone.
@@ -76,11 +79,12 @@ class QemuReceiver:
             self._apply(self._kept)
             self._kept = None
         done = 0
+        until = time.monotonic() + SLICE_S
         while done < SLICE_BYTES:
             try:
                 n = self._receive()
             except trio.WouldBlock:
-                if self._stream.poll_readable(POLL_S):
+                if time.monotonic() < until and self._stream.poll_readable(POLL_S):
                     continue
                 return Need.STREAM
             if not n:
@@ -90,6 +94,8 @@ class QemuReceiver:
             self.n_bytes += n
             event = self._decoder.advance(n)
             if event is None:
+                if time.monotonic() >= until:
+                    return Need.STREAM
                 continue
             self.n_events += 1
             self.completeness.observe(event)
@@ -99,6 +105,8 @@ class QemuReceiver:
                 self._kept = event
                 return Turn.DISKS
             self._apply(event)
+            if time.monotonic() >= until:
+                break
         return Need.SLICE
 
     def _receive(self) -> int:

@@ -7,12 +7,13 @@ comes for a moment: seldom enough to cost nothing, often enough that the source,
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fusemig.core.units import BLOCK_SIZE
-from fusemig.migration.link import POLL_S, SLICE_BYTES, Need
+from fusemig.migration.link import POLL_S, SLICE_BYTES, SLICE_S, Need
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class FrameReceiver:
     def run_slice(self) -> native.Event | Need:
         """Receive and apply; return a control message, STREAM when nothing more is there, or SLICE.
 
+        STREAM is also said of a frame that is too long under way: its pace is to be judged, by waiting for the stream.
         When `applied` is ahead of `acknowledged` the caller owes the source an acknowledgement.
 
         Raises:
@@ -46,11 +48,12 @@ class FrameReceiver:
             DiskError: the store failed.
         """
         done = unsaid = 0
+        until = time.monotonic() + SLICE_S
         while done < SLICE_BYTES:
             try:
                 event = self._link.receive_shortly()
             except trio.WouldBlock:
-                if self._link.stream.poll_readable(POLL_S):
+                if time.monotonic() < until and self._link.stream.poll_readable(POLL_S):
                     continue
                 return Need.STREAM
             if not isinstance(event, native.Frame):
@@ -62,4 +65,6 @@ class FrameReceiver:
             if unsaid >= ACK_BYTES and self._link.try_send(native.encode_ack(event.sequence)):
                 self.acknowledged = event.sequence
                 unsaid = 0
+            if time.monotonic() >= until:
+                break
         return Need.SLICE

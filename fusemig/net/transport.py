@@ -13,6 +13,7 @@ import ipaddress
 import select
 import socket
 import struct
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
@@ -34,7 +35,9 @@ _FIRST_WATER_BYTES: Final = 64 * 1024
 """A thread that waits for whatever comes is woken for this much at once, and after `_FIRST_S` for anything."""
 _FIRST_S: Final = 0.001
 _MOMENT_S: Final = 0.02
-"""How long the ``_shortly`` calls block."""
+"""How long the ``_shortly`` calls block for the next bytes."""
+SHORTLY_S: Final = 0.25
+"""And how long at most, however steadily a few bytes come: a thread inside cannot be cancelled."""
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 """After 10 s of silence the other host's kernel is asked every 5 s, four times: one that is gone is found in 30 s, one
 whose program is merely silent is not."""
@@ -176,6 +179,7 @@ class SocketStream:
     def receive_shortly(self, buffer: memoryview) -> int:
         """Receive what is there or comes in a moment, until ``buffer`` is full (`ByteStream.receive_shortly`)."""
         done, length = 0, len(buffer)
+        until = time.monotonic() + SHORTLY_S
         while True:
             try:
                 n = self.receive_nowait(buffer[done:] if done else buffer)
@@ -186,7 +190,7 @@ class SocketStream:
                     return done
                 raise
             done += n
-            if not n or done == length:
+            if not n or done == length or time.monotonic() >= until:
                 return done
 
     def poll_readable(self, timeout_s: float) -> bool:

@@ -9,25 +9,37 @@ import random
 import socket
 import threading
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from fusemig.core.phase import MigrationPhase as P
+from fusemig.core.units import CHUNK_SIZE
+from fusemig.disk.memory import MemoryDisk
 from fusemig.errors import ConnectionLostError, PeerRefusedError, RemoteProtocolError
+from fusemig.migration.borrow import Borrowing
 from fusemig.migration.bundle import JoinedStream, SplitStream
+from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.joining import Gatherings
-from fusemig.migration.link import BufferPool, NativeLink
+from fusemig.migration.lend import Lending, LentDisk
+from fusemig.migration.link import BufferPool, NativeLink, Need
+from fusemig.migration.qemu_receiver import QemuReceiver
+from fusemig.migration.receiver import FrameReceiver
+from fusemig.migration.writer import FrameWriter
 from fusemig.net.transport import SocketStream
-from fusemig.wire import native
-from fusemig.wire.native.stripes import StripeOrder, encode_stripe
+from fusemig.records.epoch import EpochRecord, Ownership
+from fusemig.wire import native, qemu_block, savevm
+from fusemig.wire.native.stripes import STRIPE_BYTES, StripeOrder, encode_stripe
 from support.streams import memory_connection
 from support.world import run
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from fusemig.net.transport import ByteStream
     from support.faults import FaultyStream
     from support.streams import MemoryStream
     from support.world import World
@@ -241,6 +253,101 @@ async def test_over_sockets(family: socket.AddressFamily) -> None:
     await joined.wait_readable()
     assert joined.receive_nowait(memoryview(buffer)) == 0
     await joined.aclose()
+
+
+async def receive_frames(stream: ByteStream) -> object:
+    """Receive for a destination."""
+    link = NativeLink(stream, native.Decoder(native.FROM_SOURCE, preface=False), BufferPool())
+    writer = FrameWriter([], BufferPool())
+    return await trio.to_thread.run_sync(FrameReceiver(link, writer).run_slice)
+
+
+async def receive_from_qemu(stream: ByteStream) -> object:
+    """Receive for a destination of QEMU's."""
+    receiver = QemuReceiver(stream, [AwaitedDisk("vda", CHUNK_SIZE)], b"")
+    while not isinstance(event := await trio.to_thread.run_sync(receiver.run_slice), Need):
+        pass
+    return event
+
+
+async def receive_fetched(stream: ByteStream) -> object:
+    """Receive for one that fetches."""
+    pool = BufferPool()
+    link = NativeLink(stream, native.Decoder(native.FROM_SOURCE, preface=False), pool)
+    return await trio.to_thread.run_sync(Borrowing(link, [], pool, trio.to_thread.run_sync)._take_in)
+
+
+async def receive_asked(stream: ByteStream) -> object:
+    """Receive for a source that lends."""
+    link = NativeLink(stream, native.Decoder(native.FROM_DESTINATION, preface=False), BufferPool())
+    record = EpochRecord(state=Ownership.LENDING, image_id="i", epoch=0, session="5e55")
+    lent = LentDisk("d", MemoryDisk("d", 1 << 20), SimpleNamespace(record=record))  # type: ignore[arg-type]
+    lending = Lending([lent], trio.sleep_forever, trio.to_thread.run_sync)
+    return await trio.to_thread.run_sync(lending._answer, link)
+
+
+def data_frame() -> bytes:
+    """Return the head of a frame of data, the payload of which is to come."""
+    return native.encode_data(0, 1, [(0, CHUNK_SIZE)], 0, CHUNK_SIZE)
+
+
+def long_message() -> bytes:
+    """Return the begin of a message."""
+    return native.encode_message(native.Abort("x" * 40_000))[:1000]
+
+
+def qemu_block_head() -> bytes:
+    """Return a stream of QEMU's as far as the first block's payload."""
+    encoder = qemu_block.Encoder([qemu_block.Device("vda", CHUNK_SIZE)])
+    start = savevm.encode_header("pc") + savevm.encode_start(1, qemu_block.SECTION, qemu_block.VERSION)
+    return start + b"".join(encoder.data(0, 0, bytes(CHUNK_SIZE))[:-1])
+
+
+@pytest.mark.parametrize(
+    ("family", "is_joined", "receive", "begin"),
+    [
+        (socket.AF_UNIX, False, receive_frames, data_frame()),
+        (socket.AF_INET, False, receive_frames, data_frame()),
+        (socket.AF_UNIX, True, receive_frames, data_frame()),
+        (socket.AF_UNIX, False, receive_fetched, data_frame()),
+        (socket.AF_UNIX, False, receive_asked, long_message()),
+        (socket.AF_UNIX, False, receive_from_qemu, qemu_block_head()),
+    ],
+    ids=["frames", "frames-tcp", "frames-joined", "fetched", "asked", "qemu"],
+)
+async def test_a_dribbled_frame_keeps_no_thread(
+    family: socket.AddressFamily, receive: Callable[[ByteStream], Awaitable[object]], begin: bytes, *, is_joined: bool
+) -> None:
+    """A thread that receives it comes back in time for the pace to be judged, though bytes never cease to come."""
+    ours, theirs = _socket_pair(family)
+    stream: ByteStream = SocketStream(trio.socket.from_stdlib_socket(theirs), "peer")
+    if is_joined:
+        begin = encode_stripe(0, STRIPE_BYTES) + begin
+        stream = JoinedStream([stream])
+    is_back = threading.Event()
+
+    def dribble() -> bool:
+        """Go on until told, or for a minute; return which."""
+        ours.sendall(begin)
+        for _ in range(60_000):
+            if is_back.wait(0.001):
+                return True
+            ours.send(b"x")
+        return False
+
+    async def come_back() -> None:
+        need = await receive(stream)
+        is_back.set()
+        assert need is Need.STREAM
+
+    try:
+        with ours:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(come_back)
+                is_told = await trio.to_thread.run_sync(dribble)
+            assert is_told
+    finally:
+        await stream.aclose()
 
 
 def _socket_pair(family: socket.AddressFamily) -> tuple[socket.socket, socket.socket]:

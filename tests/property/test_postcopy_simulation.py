@@ -30,7 +30,10 @@ from support.pair import inline
 from support.streams import Pipe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from fusemig.migration.link import Offload
 
 SIZE = 150 * BLOCK_SIZE + 1536
 N_RUNS = 40
@@ -314,3 +317,71 @@ def test_a_store_that_fails_ends_it_and_loses_nothing() -> None:
     assert list(disk.missing(0, 30)) == [(8, 20)]
     disk.fill(memoryview(bytearray(b"x" * 2 * BLOCK_SIZE)), 8 * BLOCK_SIZE, 2 * BLOCK_SIZE)
     assert list(disk.missing(0, 30)) == [(10, 20)]
+
+
+@pytest.mark.parametrize("what", ["the flush of what came", "the repaying"])
+async def test_a_slow_store_does_not_cost_the_connection(what: str, autojump_clock: object) -> None:
+    """The source hears that the destination lives while a store takes long, until WHOLE."""
+    image, store = MemoryDisk("d", SIZE), MemoryDisk("d", map_size(SIZE))
+    disk = BorrowedDisk(image, new_map(store, image, [(8, 20)], "boot"), Wants("d"))
+    loan = Loan(disk, lambda: None)
+    slow = loan.repay if what == "the repaying" else disk.flush
+    there, back = Pipe(), Pipe()
+    ours, theirs = FaultyStream("destination", there, back), FaultyStream("source", back, there)
+    source = NativeLink(ours, native.Decoder(native.FROM_DESTINATION, preface=False), BufferPool())
+    pool = BufferPool()
+    link = NativeLink(theirs, native.Decoder(native.FROM_SOURCE, preface=False), pool)
+
+    async def offload(function: Callable[..., object], *args: object) -> object:
+        if function == slow:
+            with trio.CancelScope(shield=True):  # as a thread cannot be cancelled
+                await trio.sleep(200)
+        return await inline(function, *args)
+
+    async def lend() -> None:
+        assert isinstance(await source.receive(), native.Welcome)
+        assert await source.receive() == native.Fetch(0, 8, 20)
+        with trio.move_on_after(7):  # what came is flushed from the fifth second on
+            while True:
+                assert await source.receive() == native.Ack(0)
+        await source.send([native.encode_zero(0, 1, [(8 * BLOCK_SIZE, 12 * BLOCK_SIZE)])])
+        while isinstance(event := await source.receive(), native.Ack):
+            pass
+        assert isinstance(event, native.Whole)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lend)
+        await Borrowing(link, [loan], pool, offload).run()
+
+
+async def test_a_connection_that_ends_late_leaves_the_next_one_its_alarm(autojump_clock: object) -> None:
+    """The thread of a lost connection comes back when the next one has begun; that hears of what guests wait for."""
+    image, store = MemoryDisk("d", SIZE), MemoryDisk("d", map_size(SIZE))
+    disk = BorrowedDisk(image, new_map(store, image, [(8, 20)], "boot"), Wants("d"))
+    may_return = trio.Event()
+
+    async def late(function: Callable[..., object], *args: object) -> object:
+        with trio.CancelScope(shield=True):  # as a thread cannot be cancelled
+            await may_return.wait()
+        return await inline(function, *args)
+
+    async def fetch(offload: Offload, scope: trio.CancelScope) -> None:
+        there, back = Pipe(), Pipe()
+        pool = BufferPool()
+        link = NativeLink(FaultyStream("source", back, there), native.Decoder(native.FROM_SOURCE, preface=False), pool)
+        with scope:
+            await Borrowing(link, [Loan(disk, lambda: None)], pool, offload).run()
+
+    first, second = trio.CancelScope(), trio.CancelScope()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetch, late, first)
+        await trio.testing.wait_all_tasks_blocked()
+        first.cancel()
+        nursery.start_soon(fetch, inline, second)
+        await trio.testing.wait_all_tasks_blocked()
+        alarm = disk.wants._alarm
+        may_return.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert disk.wants._alarm is alarm is not None
+        second.cancel()
+    assert disk.wants._alarm is None

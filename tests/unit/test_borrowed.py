@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import struct
 import threading
 from typing import TYPE_CHECKING
@@ -12,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
+from fusemig.daemon.served import DiskSpec, ServedDisk
 from fusemig.disk.allocation import map_size
 from fusemig.disk.borrowed import BorrowedDisk, Wants, borrow, new_map, reopen
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import DiskError, RemoteProtocolError
+from fusemig.fuse.export import Exports
 from fusemig.migration.borrow import PIECE_BLOCKS, FetchPlan, Loan, Request, hot_requests
+from fusemig.records.epoch import EpochRecord, Ownership
 from fusemig.wire import native
 from support.hosts import wait_until
 from support.keeper import Keeper
@@ -83,7 +87,6 @@ def test_what_waits_is_wanted_again_by_the_next_connection() -> None:
     read = Later(lambda: disk.pread(1, 3 * BLOCK_SIZE))
     wait_until(lambda: disk.wants.n_waiting == 1, "the read")
     assert disk.wants.take() == (0, 16)
-    disk.wants.listen(None)
     disk.wants.listen(lambda: None)
     assert disk.wants.take() == (0, 16)
     disk.fill(None, 3 * BLOCK_SIZE, BLOCK_SIZE)
@@ -329,3 +332,46 @@ def test_what_is_not_due_is_refused() -> None:
     ):
         with pytest.raises(RemoteProtocolError, match="was due"):
             plan.expect(wrong)
+
+
+def test_a_loan_is_repaid_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two connections' threads may be at it; the later one undoes nothing of what was done with the disk since."""
+    served = ServedDisk(DiskSpec("d", tmp_path / "d.img"), Exports(), None, is_incoming=True)
+    served.receive(native.DiskOffer("d", 1 << 20, "i", 0), "5e55", "peer")
+    served.borrow([])
+    record = EpochRecord(state=Ownership.BORROWING, image_id="i", epoch=1, session="5e55", is_loan=True)
+    served.epoch_file.write(record)
+    loan = served.loan
+    assert loan is not None
+    count = itertools.count()
+    is_inside, may_go = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+
+    def flush() -> None:
+        n = next(count)
+        is_inside[n].set()
+        assert may_go[n].wait(60)
+
+    monkeypatch.setattr(loan, "flush", flush)
+    errors: list[Exception] = []
+
+    def repay() -> None:
+        try:
+            served.repay()
+        except Exception as exc:
+            errors.append(exc)
+
+    threads = [threading.Thread(target=repay) for _ in range(2)]
+    threads[0].start()
+    assert is_inside[0].wait(60)
+    threads[1].start()
+    is_inside[1].wait(0.3)  # where it does not get
+    may_go[0].set()
+    threads[0].join()
+    assert (served.ownership, served.loan) == (Ownership.OWNER, None)
+    served.epoch_file.write(EpochRecord(state=Ownership.RELEASED, image_id="i", epoch=1, session="0the4"))
+    may_go[1].set()
+    threads[1].join()
+    assert served.ownership is Ownership.RELEASED
+    assert next(count) == 1, "it was written out once"
+    assert not errors
+    served.close()
