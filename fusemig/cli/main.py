@@ -412,8 +412,8 @@ def resolve(target: Path, **options: Any) -> None:
     without an answer. Nothing checks what you say: first make sure that the other side cannot write the disk.
 
     \b
-    on the source       --owner source        handed-off, pledged, released: writable here again
-                        --owner destination   handed-off, pledged: released
+    on the source       --owner source        handed-off, pledged, released, lending: writable here again
+                        --owner destination   handed-off, pledged, lending: released
     on the destination  --owner destination   prepared: writable here
                         --owner source        prepared: waits for the source again
     """  # noqa: D301  (\b is click's mark for lines that stay as they are)

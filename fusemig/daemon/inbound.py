@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import trio
 
+from fusemig.core.handoff import Evidence
 from fusemig.core.phase import MigrationPhase
 from fusemig.disk.room import Need, lack
 from fusemig.errors import AuthenticationError, FusemigError, PeerRefusedError, StateError
@@ -22,7 +23,7 @@ from fusemig.migration.witness import RecalledDisk
 from fusemig.migration.writer import IncomingDisk
 from fusemig.net.listener import listening
 from fusemig.net.transport import parse_uri
-from fusemig.records.epoch import Ownership
+from fusemig.records.epoch import Ownership, evidence_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from fusemig.net.transport import ByteStream, Uri
     from fusemig.succession.fdstore import FdStore
     from fusemig.wire.base import IncomingWire
-    from fusemig.wire.native import DiskOffer
+    from fusemig.wire.native import AskedDisk, DiskOffer
 
 _TAKEN: Final = frozenset({Ownership.OWNER, Ownership.BORROWING})
 DEFER: Final = "defer"
@@ -272,7 +273,7 @@ class Inbound:
             served.busy = ""
             served.is_waiting = not served.is_writable
 
-    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
+    def loans(self, session: str, lent: Sequence[AskedDisk], scope: trio.CancelScope) -> list[Loan]:
         """Return the disks of a migration that are to be fetched (`IncomingHost.loans`)."""
         taken = {
             record.image_id: served
@@ -280,12 +281,24 @@ class Inbound:
             for record in [served.epoch_file.record]
             if record is not None and record.session == session and record.state in _TAKEN
         }
-        if not image_ids or any(image_id not in taken for image_id in image_ids):
+        if not lent or not all(disk.image_id in taken or self._has_moved_on(session, disk) for disk in lent):
             raise PeerRefusedError("that migration did not bring these disks here")
+        if not any(disk.image_id in taken for disk in lent):
+            return []
         if session in self._fetching:
             self._fetching[session].cancel()  # its connection is dead, or about to be told
         self._fetching[session] = scope
-        return [Loan(served.loan, served.repay) for served in map(taken.__getitem__, image_ids)]
+        here = [taken.get(disk.image_id) for disk in lent]
+        return [Loan() if served is None else Loan(served.loan, served.repay) for served in here]
+
+    def _has_moved_on(self, session: str, lent: AskedDisk) -> bool:
+        """Tell whether a disk that was lent to us is known to have left again: only with all of it here could it."""
+        return any(
+            evidence_of(record, session=session, image_id=lent.image_id, epoch=lent.epoch) is Evidence.OWNED
+            for served in self._disks.values()
+            for record in [served.epoch_file.record]
+            if record is not None and record.state is not Ownership.BORROWING
+        )
 
     def recall(self, session: str, image_ids: Sequence[str], peer: str) -> list[RecalledDisk]:
         """Reserve every disk whose record names the migration or one of the images (`RecallHost.recall`)."""

@@ -3,7 +3,8 @@
     offset       what                                                  written
     0            header: sizes, which base the overlay lies over       once, before the map gets its name
     4 KiB        session: boot of the host, what the base was like     when the overlay is opened
-    8 KiB        durable map: a bit a block, lowest first              by `persist`, after the data was synced
+    8 KiB        durable map: a bit a block, lowest first              by `persist`, after the data was synced; the
+                                                                       first of a disk that is borrowed at once
     8 KiB + B    recent map: the same bits and those set since         by `add`, before the write is acknowledged
 
 B is a bit for each block, rounded up to 4 KiB. The file is sparse. Rules:
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -38,13 +40,16 @@ from fusemig.disk.page import PAGE_SIZE, decode_page, encode_page
 from fusemig.errors import ConfigError, DiskError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from fusemig.disk.base import Disk
 
 _PAGE: Final = PAGE_SIZE
 _BITS_PER_PAGE: Final = 8 * _PAGE
 _FULL_PAGE: Final = b"\xff" * _PAGE
+_STEP: Final = 64 * _PAGE
+"""Bytes of a map that are set, or written, at once."""
+_ONES: Final = b"\xff" * _STEP
 _WINDOW: Final = 4096
 """Blocks that a search looks at at once; divides `_BITS_PER_PAGE`."""
 _HEADER_AT: Final = 0
@@ -280,6 +285,52 @@ class AllocationMap:
             self.bits[low:high] = content
             self.n_allocated += (known | fresh).bit_count() - known.bit_count()
             self._pages.update(range(first_page, stop_page))
+
+    def hold_all_but(self, missing: Iterable[tuple[int, int]], sync_data: Callable[[], None]) -> None:
+        """Have a blank map that nobody uses yet say that the image holds all but some runs; `begin` makes it durable.
+
+        It takes no memory but the map's own, and writes each page of the durable map once: guests wait for it.
+
+        Args:
+            missing: ``(first, stop)`` of runs of blocks, in ascending order.
+            sync_data: makes what the image holds durable.
+
+        Raises:
+            DiskError: the store failed; any of the bits may be there.
+        """
+        used_from = used_to = at = 0
+        for first, stop in chain(missing, ((self.n_blocks, self.n_blocks),)):
+            if first > at:
+                self._set(at, first)
+                page = at // _BITS_PER_PAGE
+                if page > used_to:
+                    self._used.set_range(used_from, used_to)
+                    used_from = page
+                used_to = -(-first // _BITS_PER_PAGE)
+            at = stop
+        self._used.set_range(used_from, used_to)
+        sync_data()
+        with memoryview(self.bits) as bits:
+            for page, stop in self._used.runs():
+                for low in range(page * _PAGE, stop * _PAGE, _STEP):
+                    with bits[low : min(low + _STEP, stop * _PAGE)] as part:
+                        self._store.pwrite(part, _DURABLE_AT + low)
+
+    def _set(self, first: int, stop: int) -> None:
+        """Set the bits ``first`` to ``stop - 1``, of which none is set, in memory alone."""
+        self.n_allocated += stop - first
+        low, high = first >> 3, stop >> 3
+        if low == high:
+            self.bits[low] |= (1 << (stop & 7)) - (1 << (first & 7))
+            return
+        if first & 7:
+            self.bits[low] |= 0x100 - (1 << (first & 7))
+            low += 1
+        if stop & 7:
+            self.bits[high] |= (1 << (stop & 7)) - 1
+        for at in range(low, high, _STEP):
+            n = min(_STEP, high - at)
+            self.bits[at : at + n] = _ONES if n == _STEP else b"\xff" * n
 
     def persist(self, sync_data: Callable[[], None]) -> None:
         """Make the data, by ``sync_data``, and then every bit that is set by now durable.

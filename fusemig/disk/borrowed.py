@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 from fusemig.core.units import BLOCK_SIZE, n_blocks
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, boot_id, map_size, write_header
 from fusemig.disk.base import Disk, Extent
-from fusemig.disk.overlay import OverlayDisk
+from fusemig.disk.overlay import ZERO_STEP, OverlayDisk
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError
 from fusemig.records.epoch import sync_directory
@@ -192,6 +192,12 @@ class BorrowedDisk(OverlayDisk):
         Raises:
             DiskError: the store failed; nothing counts as here that was not.
         """
+        for at in range(offset, offset + length, ZERO_STEP):  # zeros may be told of all that is left of a disk
+            n = min(ZERO_STEP, offset + length - at)
+            self._fill(None if data is None else data[at - offset : at - offset + n], at, n)
+            self.wants.arrived()
+
+    def _fill(self, data: memoryview | None, offset: int, length: int) -> None:
         first, stop = offset >> _SHIFT, offset + length + BLOCK_SIZE - 1 >> _SHIFT
         with self._claimed(first, stop):
             for low, high in list(self.missing(first, stop)):
@@ -201,7 +207,6 @@ class BorrowedDisk(OverlayDisk):
                 else:
                     self.image.pwrite(data[start - offset : end - offset], start)
                 self._allocation.add(low, high)
-        self.wants.arrived()
 
     def missing(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield ``(first, stop)`` of each run of missing blocks in a range of blocks, in ascending order."""
@@ -283,13 +288,8 @@ def new_map(store: Disk, image: Disk, missing: Sequence[tuple[int, int]], boot: 
     """Make a blank store the map of an image of which the runs ``missing`` of blocks are elsewhere, durably."""
     write_header(store, image.size, BaseIdentity(size=image.size, digest="at the source"))
     allocation = AllocationMap(store, image.size, boot)
+    allocation.hold_all_but(missing, image.flush)
     allocation.begin(image.flush, "")
-    at = 0
-    for first, stop in [*missing, (n_blocks(image.size), 0)]:
-        if first > at:
-            allocation.add(at, first)
-        at = stop
-    allocation.persist(image.flush)
     return allocation
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _SHIFT: Final = BLOCK_SIZE.bit_length() - 1
 _COPY_STEP: Final = 1 << 20
 """Bytes of the base that are copied at a time."""
-_ZERO_STEP: Final = 1 << 30
+ZERO_STEP: Final = 1 << 30
 """Bytes that are zeroed under one claim."""
 
 
@@ -152,7 +152,7 @@ class OverlayDisk(Disk):
         """Make the range the overlay's, and read as zeros."""
         end = offset + length
         while offset < end:
-            step = min(_ZERO_STEP - offset % _ZERO_STEP, end - offset)
+            step = min(ZERO_STEP - offset % ZERO_STEP, end - offset)
             self._zero(offset, step)
             offset += step
 

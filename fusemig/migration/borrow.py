@@ -47,9 +47,9 @@ log = structlog.get_logger(__name__)
 class Loan:
     """What the daemon lends of a disk that is not all here."""
 
-    disk: BorrowedDisk | None
-    """None: all of it is here already."""
-    repay: Callable[[], None]
+    disk: BorrowedDisk | None = None
+    """None: all of it is here already, or was and has moved on."""
+    repay: Callable[[], None] = lambda: None
     """Makes it an ordinary disk, durably, when all of it is here; may sleep."""
 
 

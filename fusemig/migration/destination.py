@@ -104,7 +104,7 @@ class DestinationMigration(IncomingMigration):
     async def run(self) -> None:
         """Receive (`IncomingMigration.run`), or answer a source that asks who owns its disks or how fast the way is.
 
-        A question leaves `phase` at NONE, or at COMPLETED if disks were taken over.
+        A question, or a loan of what has moved on, leaves `phase` at NONE, or at COMPLETED if disks were taken over.
         """
         try:
             self._first = await self._first_message()
@@ -169,8 +169,12 @@ class DestinationMigration(IncomingMigration):
             raise PeerRefusedError(self._refusal)
         try:
             with trio.CancelScope() as scope:
-                loans = self._host.loans(lend.session, [disk.image_id for disk in lend.disks], scope)
+                loans = self._host.loans(lend.session, lend.disks, scope)
                 self.session, self.is_loan = lend.session, True
+                if not loans:
+                    self.is_question = True  # nothing of it is a migration here any more, or to be told as one
+                    await self._link.send_message(native.Whole())
+                    return
                 self._log = self._log.bind(migration=self.session[:8])
                 self._enter(MigrationPhase.POSTCOPY)
                 self._borrowing = Borrowing(self._link, loans, self._pool, self._offload, lend.hot)

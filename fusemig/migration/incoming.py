@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fusemig.migration.link import Offload
     from fusemig.migration.writer import IncomingDisk
     from fusemig.net.transport import ByteStream
-    from fusemig.wire.native import DiskOffer
+    from fusemig.wire.native import AskedDisk, DiskOffer
 
 LINGER_S: Final = 2.0
 """How long a refused source is given to read why, in seconds."""
@@ -74,10 +74,11 @@ class IncomingHost(RecallHost, Protocol):
     def release(self, disks: Sequence[IncomingDisk]) -> None:
         """End the reservation; whoever owns the disks is written in their epoch files."""
 
-    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
+    def loans(self, session: str, lent: Sequence[AskedDisk], scope: trio.CancelScope) -> list[Loan]:
         """Return the disks of a migration that are to be fetched; whoever fetched them before is cancelled.
 
-        ``scope`` is what a later call for the same migration cancels.
+        None where all of them have moved on, which none does before all of it was here. ``scope`` is what a later call
+        for the same migration cancels.
 
         Raises:
             PeerRefusedError: that migration did not bring one of these disks here.

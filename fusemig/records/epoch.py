@@ -303,6 +303,7 @@ def resolved(record: EpochRecord | None, owner: Side) -> EpochRecord:
             (Ownership.HANDED_OFF, Side.DESTINATION): (Ownership.RELEASED, 0),
             (Ownership.RELEASED, Side.SOURCE): (Ownership.OWNER, 2),
             (Ownership.LENDING, Side.SOURCE): (Ownership.OWNER, 2),
+            (Ownership.LENDING, Side.DESTINATION): (Ownership.RELEASED, 0),
             (Ownership.PREPARED, Side.SOURCE): (Ownership.INCOMING, 0),
             (Ownership.PREPARED, Side.DESTINATION): (Ownership.OWNER, 0),
         }.get((state, owner))
@@ -313,6 +314,8 @@ def resolved(record: EpochRecord | None, owner: Side) -> EpochRecord:
         raise StateError(f"there is nothing to resolve: {_UNDOUBTED[state]}")
     new_state, skipped = change
     record = msgspec.structs.replace(record, decision="")
+    if record.state is Ownership.LENDING:
+        record = msgspec.structs.replace(record, is_loan=False)  # the word is also that nothing is fetched any more
     if owner is Side.DESTINATION:
         return record.handed_over() if new_state is Ownership.RELEASED else record.taken()
     return msgspec.structs.replace(record, state=new_state, epoch=record.epoch + skipped, is_loan=False)
@@ -334,7 +337,7 @@ _UNDOUBTED: Final = {
     Ownership.PLEDGED: "the state is 'pledged'",
     Ownership.HANDED_OFF: "the state is 'handed-off'",
     Ownership.RELEASED: "the state is 'released': the destination owns the disk already",
-    Ownership.LENDING: "the state is 'lending': the destination owns the disk already, and fetches it from here",
+    Ownership.LENDING: "the state is 'lending'",
     Ownership.BORROWING: "the state is 'borrowing': this side owns the disk already, and fetches it from its source",
 }
 

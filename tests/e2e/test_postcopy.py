@@ -7,12 +7,17 @@ import filecmp
 import mmap
 import os
 import random
+import socket
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
 
+from fusemig.records.epoch import EpochFile, Ownership
+from fusemig.wire import native
 from fusemig.wire.native import FrameType
 from support.hosts import MIB, QmpRefusedError, pread, pwrite, wait_until, write_random
 from support.loops import check_ext4, loop_device, mounted, run
@@ -21,6 +26,7 @@ from support.proxy import Fault, FaultProxy
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fusemig.records.epoch import EpochRecord
     from support.hosts import Host, Hosts
 
 pytestmark = pytest.mark.fuse
@@ -33,6 +39,7 @@ def loan_map(host: Host) -> Path:
     return image.with_name(f"{image.name}.fusemig-loan")
 
 
+FENCED = "--i-have-fenced-the-other"
 HOT = b"hot".ljust(MIB, b"!")
 SECTOR = b"cut".ljust(512, b"!")
 
@@ -249,6 +256,66 @@ def test_what_is_hot_comes_first(hosts: Hosts, place: Path) -> None:
         assert reader.join() == source.images["vda"].read_bytes()[:512]
         assert destination.stop() == 0
         assert destination.images["vda"].read_bytes() == source.images["vda"].read_bytes()
+
+
+def answer_to_lend(host: Host, session: str, image_id: str, epoch: int) -> object:
+    """Return what a host answers a source that says that it lends a disk to it."""
+    address, port = host.uri.removeprefix("tcp:").rsplit(":", 1)
+    decoder = native.Decoder(native.FROM_DESTINATION, preface=False)
+    with socket.create_connection((address, int(port)), 20) as peer:
+        lend = native.Lend(native.VERSION, session, [native.AskedDisk(image_id, epoch)])
+        peer.sendall(native.PREFACE + native.encode_message(lend))
+        while received := peer.recv(4096):
+            if events := decoder.feed(received):
+                return events[0]
+    raise AssertionError("no answer")
+
+
+def record_of(host: Host) -> EpochRecord:
+    image = host.images["vda"]
+    record = EpochFile(image.with_name(f"{image.name}.fusemig")).record
+    assert record is not None
+    return record
+
+
+def test_a_disk_that_has_moved_on_is_whole(hosts: Hosts, place: Path) -> None:
+    """WHOLE was lost, and the disk is at a third host: the source hears of it all the same."""
+    middle = hosts.destination()
+    third = hosts.start("third", {"vda": place / "third.img"}, incoming="tcp:127.0.0.1:0")
+    image = write_random(place / "a.img", MIB)
+    source = hosts.start("source", {"vda": image})
+    with FaultProxy(middle.uri) as proxy:
+        proxy.arm(FrameType.WHOLE, Fault.LOSE)
+        source.start_migrate(proxy.uri, "--mode", "postcopy")
+        assert proxy.struck.wait(20)
+        proxy.is_barred = True
+        wait_until(lambda: middle.disk()["state"] == "owner", "the end of the loan")
+        wait_until(lambda: middle.migrate(third.uri).exit_code == 0, "a link that is known to be lost")
+        lent = record_of(source)
+        assert lent.state is Ownership.LENDING
+        # Its twins: an epoch that this host never owned the disk in, and another disk.
+        assert isinstance(answer_to_lend(middle, lent.session, lent.image_id, 1), native.Refuse)
+        assert isinstance(answer_to_lend(middle, lent.session, "other", 0), native.Refuse)
+        proxy.is_barred = False
+        assert source.wait_phase("completed")
+    assert source.disk()["state"] == "released"
+    assert middle.migration()["x-fusemig"]["role"] == "source", "what was asked is no migration"
+    assert record_of(source).is_loan is False
+
+
+def test_a_loan_that_is_left_is_ended_by_a_persons_word(hosts: Hosts, place: Path) -> None:
+    """Of a disk that is not all there nothing is proved by its epoch; `resolve` ends it on the source's image."""
+    destination = hosts.destination()
+    with FaultProxy(destination.uri) as proxy:
+        source = interrupted(hosts, place, proxy, destination)
+        lent = record_of(source)
+        assert isinstance(answer_to_lend(destination, "other", lent.image_id, 0), native.Refuse)
+        assert "is busy: " in source.command("resolve", "--disk", "vda", "--owner", "destination", FENCED).stderr
+        source.kill()
+        image = str(source.images["vda"])
+        command = [sys.executable, "-m", "fusemig", "resolve", image, "--owner", "destination", FENCED]
+        subprocess.run(command, check=True, timeout=40)
+    assert (record_of(source).state, record_of(source).is_loan) == (Ownership.RELEASED, False)
 
 
 def test_refusals(hosts: Hosts, place: Path) -> None:

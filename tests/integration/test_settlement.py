@@ -73,15 +73,17 @@ def test_what_a_person_may_say(state: Ownership | None, owner: Side) -> None:
         (O.HANDED_OFF, Side.SOURCE): (O.OWNER, 6),
         (O.RELEASED, Side.SOURCE): (O.OWNER, 6),
         (O.LENDING, Side.SOURCE): (O.OWNER, 6),
+        (O.LENDING, Side.DESTINATION): (O.RELEASED, 4),
         (O.HANDED_OFF, Side.DESTINATION): (O.RELEASED, 4),
         (O.PREPARED, Side.SOURCE): (O.INCOMING, 4),
         (O.PREPARED, Side.DESTINATION): (O.OWNER, 4),
     }
-    before = None if state is None else record(state, 4)
+    before = None if state is None else record(state, 4, is_loan=state in (O.LENDING, O.BORROWING))
     if state is not None and (state, owner) in expected:
         after = resolved(before, owner)
         assert (after.state, after.epoch) == expected[state, owner]
         assert (after.image_id, after.session) == ("d15c", "5e55")
+        assert not after.is_loan
     else:
         with pytest.raises(StateError, match=r"^there is nothing to resolve: "):
             resolved(before, owner)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fusemig.disk.base import Disk
     from fusemig.migration.borrow import Loan
     from fusemig.migration.resume import ResumePoint
-    from fusemig.wire.native import DiskOffer
+    from fusemig.wire.native import AskedDisk, DiskOffer
     from support.streams import MemoryStream
 
 
@@ -162,7 +162,7 @@ class Side:
             if record is not None and (record.session == session or record.image_id in image_ids)
         ]
 
-    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
+    def loans(self, session: str, lent: Sequence[AskedDisk], scope: trio.CancelScope) -> list[Loan]:
         raise PeerRefusedError("nothing is borrowed here")
 
     def let_go(self, disks: Sequence[RecalledDisk]) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fusemig.migration.incoming import AwaitedDisk
     from fusemig.net.transport import ByteStream
     from fusemig.records.epoch import EpochRecord, Ownership
-    from fusemig.wire.native import DiskOffer
+    from fusemig.wire.native import AskedDisk, DiskOffer
     from support.streams import Pipe
 
 LINK_BYTES_PER_S = 20e6
@@ -319,7 +319,7 @@ class SimHost:
             served.busy = f"{peer} asks who owns it"
         return [RecalledDisk(served.name, served.epoch_file, served.disk) for served in found]
 
-    def loans(self, session: str, image_ids: Sequence[str], scope: trio.CancelScope) -> list[Loan]:
+    def loans(self, session: str, lent: Sequence[AskedDisk], scope: trio.CancelScope) -> list[Loan]:
         """Lend nothing: post-copy has a simulation of its own."""
         raise PeerRefusedError("nothing is borrowed here")
 

@@ -6,6 +6,8 @@ import errno
 import itertools
 import struct
 import threading
+import tracemalloc
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 
 from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
 from fusemig.daemon.served import DiskSpec, ServedDisk
-from fusemig.disk.allocation import map_size
+from fusemig.disk.allocation import AllocationMap, map_size
+from fusemig.disk.base import Disk, Extent
 from fusemig.disk.borrowed import BorrowedDisk, Wants, borrow, new_map, reopen
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk, create_image
@@ -28,8 +31,10 @@ from support.keeper import Keeper
 from support.lost_pages import lost_pages
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from fusemig.disk.base import Buffer
 
 SIZE = 64 * BLOCK_SIZE + 512
 BLOCKS = n_blocks(SIZE)
@@ -375,3 +380,98 @@ def test_a_loan_is_repaid_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert next(count) == 1, "it was written out once"
     assert not errors
     served.close()
+
+
+class Vast(Disk):
+    """An image that holds nothing and takes note of what is zeroed."""
+
+    def __init__(self, size: int) -> None:
+        self.name = "d"
+        self.size = size
+        self.zeroed: list[tuple[int, int]] = []
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        raise AssertionError("it is not read")
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        raise AssertionError("it is not written")
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        self.zeroed.append((offset, length))
+
+    def flush(self) -> None:
+        pass
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        yield Extent(offset, length, is_data=True)
+
+
+class Written(RawDisk):
+    """A store that counts."""
+
+    n_writes = n_bytes = 0
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        self.n_writes += 1
+        self.n_bytes += len(data)
+        super().pwrite(data, offset)
+
+
+MANY = 3 * 32768 + 5
+"""Blocks whose map has three pages and a little."""
+bounds = st.one_of(
+    st.integers(0, MANY),
+    st.builds(lambda page, n: min(MANY, max(0, page * 32768 + n)), st.integers(0, 3), st.integers(-9, 9)),
+)
+
+
+@given(st.lists(bounds, max_size=40).map(sorted))
+def test_a_new_map_has_all_but_what_is_missing(edges: list[int]) -> None:
+    """Durably: also as another boot of the host sees it."""
+    missing = [(first, stop) for first, stop in zip(edges[::2], edges[1::2], strict=False) if first < stop]
+    image, store = Vast(MANY * BLOCK_SIZE), MemoryDisk("d", map_size(MANY * BLOCK_SIZE))
+    disk = BorrowedDisk(image, new_map(store, image, missing, "boot"), Wants("d"))
+    merged: list[tuple[int, int]] = []
+    for first, stop in missing:
+        merged[-1:] = [(merged[-1][0], stop)] if merged and merged[-1][1] == first else [*merged[-1:], (first, stop)]
+    assert list(disk.missing(0, MANY)) == merged
+    assert disk.missing_bytes == sum(stop - first for first, stop in missing) * BLOCK_SIZE
+    again = AllocationMap(store, image.size, "another boot")
+    assert again.bits[:] == disk._allocation.bits[:]
+    assert again.n_allocated == disk._allocation.n_allocated
+
+
+def test_a_new_map_is_written_once_and_takes_no_memory_but_its_own(tmp_path: Path) -> None:
+    """Guests wait for it: neither numbers as long as the map, nor a write for each run."""
+    size = 64 << 30
+    n = n_blocks(size)
+    missing = [(first, first + 1) for first in range(7, n // 2, 1024)]
+    create_image(tmp_path / "map", map_size(size))
+    with closing(Written("d", tmp_path / "map")) as store:
+        tracemalloc.start()
+        try:
+            allocation = new_map(store, Vast(size), missing, "boot")
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert allocation.n_allocated == n - len(missing)
+    assert store.n_bytes <= n // 8 + 2 * 4096
+    assert store.n_writes < 20
+    assert peak < n // 16
+
+
+def test_a_long_hole_is_filled_in_a_step_at_a_time() -> None:
+    """A ZERO may tell of all that is left of a disk; guests' writes there wait for one step."""
+    size = (5 << 30) + 512
+    image = Vast(size)
+    disk = BorrowedDisk(
+        image, new_map(MemoryDisk("d", map_size(size)), image, [(5, n_blocks(size))], "boot"), Wants("d")
+    )
+    disk.fill(None, 5 * BLOCK_SIZE, size - 5 * BLOCK_SIZE)
+    assert not disk.missing_bytes
+    assert max(length for _, length in image.zeroed) <= 1 << 30
+    at = 5 * BLOCK_SIZE
+    for offset, length in image.zeroed:
+        assert offset == at
+        at += length
+    assert at == size
