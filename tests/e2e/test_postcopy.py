@@ -127,10 +127,9 @@ def interrupted(
     if hot_at is not None:
         pwrite(source.file(), HOT, hot_at)
         options += ["--order", "heat"]
-    proxy.arm(FrameType.DATA, Fault.CUT, n_frames)
+    proxy.arm(FrameType.DATA, Fault.CUT, n_frames, bars=True)
     source.start_migrate(proxy.uri, *options)
     assert proxy.struck.wait(20)
-    proxy.is_barred = True
     wait_until(lambda: destination.disk()["state"] == "borrowing", "the hand-off")
     return source
 
@@ -285,10 +284,9 @@ def test_a_disk_that_has_moved_on_is_whole(hosts: Hosts, place: Path) -> None:
     image = write_random(place / "a.img", MIB)
     source = hosts.start("source", {"vda": image})
     with FaultProxy(middle.uri) as proxy:
-        proxy.arm(FrameType.WHOLE, Fault.LOSE)
+        proxy.arm(FrameType.WHOLE, Fault.LOSE, bars=True)
         source.start_migrate(proxy.uri, "--mode", "postcopy")
         assert proxy.struck.wait(20)
-        proxy.is_barred = True
         wait_until(lambda: middle.disk()["state"] == "owner", "the end of the loan")
         wait_until(lambda: middle.migrate(third.uri).exit_code == 0, "a link that is known to be lost")
         lent = record_of(source)

@@ -51,16 +51,17 @@ class FaultProxy:
         self._lock = threading.Lock()
         self._armed: tuple[FrameType, Fault] | None = None
         self._left = 0
+        self._bars = False
         self.is_barred = False
         """Whether new connections are closed at once."""
         self._closing = threading.Event()
         self._sockets: list[socket.socket] = [self._listener]
         self._threads: list[threading.Thread] = []
 
-    def arm(self, frame: FrameType, fault: Fault, nth: int = 1) -> None:
-        """Have ``fault`` strike at the ``nth`` frame of this type from now on, once."""
+    def arm(self, frame: FrameType, fault: Fault, nth: int = 1, *, bars: bool = False) -> None:
+        """Have ``fault`` strike at the ``nth`` frame of this type from now on, once; then perhaps ``bars`` the way."""
         with self._lock:
-            self._armed, self._left = (frame, fault), nth
+            self._armed, self._left, self._bars = (frame, fault), nth, bars
             self.struck.clear()
 
     def __enter__(self) -> Self:
@@ -133,6 +134,7 @@ class FaultProxy:
                 return None
             fault = self._armed[1]
             self._armed = None
+            self.is_barred = self.is_barred or self._bars
             return fault
 
     def _strike(self, connection: _Connection, go: socket.socket, frame: bytes, fault: Fault) -> None:
