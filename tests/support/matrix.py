@@ -134,7 +134,8 @@ MATRIX: Final[dict[Fault, dict[Moment, Cell]]] = {
     Fault.SOURCE_STATE: _row(_R, NEVER, NEVER, NEVER, _cell("RB"), NEVER, _T),
     Fault.DESTINATION_STATE: _row(_R, NEVER, NEVER, _R, NEVER, _cell("BT"), NEVER),
     Fault.FLIPPED: _row(_AGAIN, _BACK, _BACK, _AGAIN, _cell("RBC", "RB"), _DOUBT, _T),
-    Fault.MANGLED: _row(_cell("RC"), _cell("RC"), _cell("RC"), _cell("RBC"), _cell("RBTC"), _DOUBT, _T),
+    # One that lasts may spare everything up to the hand-off, and then double an answer there.
+    Fault.MANGLED: _row(*[_cell("RC", "RBTC")] * 3, _cell("RBC", "RBTC"), _cell("RBTC"), _DOUBT, _T),
     Fault.STRANGER: _row(*[_C] * 6, _T),
     Fault.RIVAL: _row(_C, _C, _C, _C, _C, _C, _T),
     Fault.MISMATCH: _row(_R, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER),
