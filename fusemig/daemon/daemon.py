@@ -22,7 +22,7 @@ import signal
 from collections import defaultdict
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 import trio
@@ -68,10 +68,6 @@ if TYPE_CHECKING:
     from fusemig.migration.incoming import IncomingMigration
     from fusemig.migration.outgoing import OutgoingMigration
     from fusemig.net.listener import Listener
-
-CONNECT_DEADLINE_S: Final = 10.0
-DEFER: Final = "defer"
-"""For a URI: listen when QMP's `migrate-incoming` says where."""
 
 Served = TypeVar("Served")
 

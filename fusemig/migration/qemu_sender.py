@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from fusemig.core.units import CHUNK_SIZE, chunk_length, n_chunks
+from fusemig.disk.zeroes import is_zero
 from fusemig.errors import DiskError, MigrationError
 from fusemig.migration.link import Need, drop_sent
 from fusemig.migration.sender import Politeness
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from fusemig.net.transport import ByteStream
 
 _SECTION_ID: Final = 1
-_ZEROS: Final = bytes(CHUNK_SIZE)
 _MAX_ZERO_RECORDS: Final = 1024
 """In one part of the section: some 20 KiB."""
 
@@ -165,7 +165,7 @@ class QemuSender:
         start = chunk * CHUNK_SIZE - offset
         own = self._buffer if not start and length == CHUNK_SIZE else bytes(view[start:])
         records: list[Buffer]
-        if own == _ZEROS[: length - start]:
+        if is_zero(own):
             records = [self._encoder.zero(disk.index, chunk)]
         else:
             records = list(self._encoder.data(disk.index, offset, view))
