@@ -453,49 +453,47 @@ def test_a_base_that_has_changed(tmp_path: Path) -> None:
     open_file(tmp_path).close()
 
 
+def counted_digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets the digest of each base that is read as a whole from now on."""
+    digests: list[str] = []
+
+    def count(disk: Disk) -> str:
+        digests.append(content_digest(disk))
+        return digests[-1]
+
+    monkeypatch.setattr(overlay_file, "content_digest", count)
+    return digests
+
+
 def test_an_unchanged_base_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its times and inode tell; once they differ, its contents do."""
     base = make_base(tmp_path)
     open_file(tmp_path).close()
-    n_digests = 0
-
-    def count(disk: Disk) -> str:
-        nonlocal n_digests
-        n_digests += 1
-        return content_digest(disk)
-
-    monkeypatch.setattr(overlay_file, "content_digest", count)
+    digests = counted_digests(monkeypatch)
     open_file(tmp_path).close()
-    assert n_digests == 0
+    assert len(digests) == 0
     os.utime(base)
     for _ in range(2):
         open_file(tmp_path).close()
-    assert n_digests == 1
+    assert len(digests) == 1
     monkeypatch.setattr(overlay_file, "_YOUNG_NS", 1 << 62)
     open_file(tmp_path).close()
-    assert n_digests == 2, "times that are too young are not trusted"
+    assert len(digests) == 2, "times that are too young are not trusted"
 
 
 def test_a_successor_does_not_read_a_base_that_nobody_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guests wait for it. Whoever opens the overlay anew does read it, and a successor whose base was written."""
     base = make_base(tmp_path)
-    n_digests = 0
-
-    def count(disk: Disk) -> str:
-        nonlocal n_digests
-        n_digests += 1
-        return content_digest(disk)
-
-    monkeypatch.setattr(overlay_file, "content_digest", count)
+    digests = counted_digests(monkeypatch)
     monkeypatch.setattr(overlay_file, "_YOUNG_NS", 1 << 62)
     stores = [Keeper()]
     disks = [open_file(tmp_path, store=stores[0])]
 
     def succeed() -> int:
-        before = n_digests
+        before = len(digests)
         stores.append(stores[-1].successor())
         disks.append(open_file(tmp_path, store=stores[-1]))
-        return n_digests - before
+        return len(digests) - before
 
     assert succeed() == 0, "times that were too young"
     monkeypatch.setattr(overlay_file, "_YOUNG_NS", 0)
@@ -522,7 +520,7 @@ def test_a_successor_does_not_read_a_base_that_nobody_wrote(tmp_path: Path, monk
         disk.close()
         # That one is kept still which was moved away.
         assert all(os.path.samestat(os.fstat(fd), found) for fd in store.kept.values())
-    before = n_digests
+    before = len(digests)
     first = Keeper()
     first.has_mount = False
     open_file(tmp_path, store=first)  # and it is killed before it has a mount
@@ -530,7 +528,7 @@ def test_a_successor_does_not_read_a_base_that_nobody_wrote(tmp_path: Path, monk
     base.chmod(0o600)
     second.has_mount = False
     with open_file(tmp_path, store=second):
-        assert n_digests == before + 2, "nobody was served"
+        assert len(digests) == before + 2, "nobody was served"
     second.ending()
 
 
