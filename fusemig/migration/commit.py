@@ -16,6 +16,7 @@ The order of states is `fusemig.core.handoff`'s; here is what has to happen on t
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -362,12 +363,20 @@ class OutgoingHandoff:
                 self._log.warning("could not note the end of the hand-off", reason=str(exc))
 
     async def say_abort(self, link: NativeLink, reason: str) -> None:
-        """Tell the destination that it is over; the guests are served again by now and do not wait for this."""
+        """Tell the destination that it is over; the guests are served again by now and do not wait for this.
+
+        It says so too when it has read everything before it. To close earlier, with its acknowledgements unread, would
+        reset the connection, and it might never see the reason.
+        """
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
             try:
                 await link.send_message(native.Abort(reason))
             except FusemigError as exc:
                 self._log.info("the destination could not be told", reason=str(exc))
+                return
+            with suppress(FusemigError):
+                while not link.has_aborted:
+                    await link.receive()
 
     def _difference(self, ours: Sequence[native.DiskProof], theirs: Sequence[native.DiskProof]) -> str:
         if len(ours) != len(theirs):

@@ -153,6 +153,8 @@ class NativeLink:
         self._decoder = decoder
         self._pool = pool
         self._is_broken = False
+        self.has_aborted = False
+        """Whether the peer has said that it is over; it waits until we close."""
         self._pace = Pace(stream.peer)
         self._n_received = self._n_frames = 0
         self._unsent: list[memoryview] = []
@@ -214,7 +216,7 @@ class NativeLink:
 
     @asynccontextmanager
     async def frame(self) -> AsyncIterator[None]:
-        """Guard whole frames: a block that does not end leaves a link that refuses to send.
+        """Guard whole frames: a block that fails before `end_frame` leaves a link that refuses to send.
 
         Raises:
             ConnectionLostError: an earlier block did not end.
@@ -222,6 +224,10 @@ class NativeLink:
         self._check_whole()
         self._is_broken = True
         yield
+        self.end_frame()
+
+    def end_frame(self) -> None:
+        """Say that the frames of the present block are whole, although it may not end."""
         self._is_broken = False
 
     def _check_whole(self) -> None:
@@ -258,6 +264,7 @@ class NativeLink:
             event = decoder.advance(n)
             if event is not None:
                 self._n_frames += 1
+                self.has_aborted = self.has_aborted or isinstance(event, native.Abort)
                 return event
             if time.monotonic() >= until:
                 raise trio.WouldBlock

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 import uuid
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -79,6 +80,8 @@ MAX_RETRY_S: Final = 10.0
 MAX_LOST_SWITCHOVERS: Final = 3
 """Connections that may be lost while guests' writes wait: each costs the guests a pause."""
 
+_LAST_FRAME_S: Final = 0.5
+"""How long a migration that ends may go on sending the frame that it was in."""
 _SENDING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
 
 _CONNECTION_ERRORS: Final = (TransportError, PeerBusyError, RemoteProtocolError)
@@ -513,10 +516,20 @@ class SourceMigration(OutgoingMigration):
             watch = PackingWatch(self._packer, sender.sent_bytes)
             async with link.sending, link.frame():
                 need = await self._offload(run_slice, self._limit.step_bytes(slice_bytes))
-                while need is Need.STREAM:
-                    with watch.waiting():
-                        await link.stream.wait_writable()
-                    need = await self._offload(run_slice, 0)
+                try:
+                    while need is Need.STREAM:
+                        with watch.waiting():
+                            await link.stream.wait_writable()
+                        need = await self._offload(run_slice, 0)
+                except trio.Cancelled:
+                    # Behind half a frame the destination could not be told why it ends.
+                    deadline = trio.current_time() + _LAST_FRAME_S
+                    with trio.CancelScope(shield=True, deadline=deadline), suppress(FusemigError):
+                        while need is Need.STREAM:
+                            await link.stream.wait_writable()
+                            need = await self._offload(run_slice, 0)
+                        link.end_frame()
+                    raise
             with watch.waiting():
                 await trio.sleep(self._limit.delay_s(sender.wire_bytes - wire_bytes, trio.current_time()))
             watch.end(sender.sent_bytes)

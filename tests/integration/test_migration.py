@@ -149,6 +149,27 @@ async def test_cancel_before_the_commit(tmp_path: Path, autojump_clock: trio.tes
         pair.outgoing.cancel()
 
 
+@pytest.mark.parametrize("n_sent", range(3, 20))
+async def test_the_destination_hears_why_the_source_ends(
+    tmp_path: Path, n_sent: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Cancelled at any piece of its bulk phase, with acknowledgements under way: it does not just lose the connection."""
+    pair = Pair(tmp_path, TWO_DISKS)
+    fill(pair)
+    pieces = iter(range(n_sent))
+
+    def cancel(data: bytes) -> bytes:
+        if next(pieces, None) == n_sent - 1:
+            pair.outgoing.cancel()
+        return data
+
+    pair.streams[0].on_send = cancel
+    await pair.migrate()
+    assert pair.outgoing.phase is Phase.CANCELLED
+    assert pair.incoming is not None
+    assert str(pair.incoming.error).endswith("called the migration off: cancelled at the source")
+
+
 async def test_a_damaged_frame_is_noticed(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     """One flipped bit in a payload ends the migration with an error that names the frame; nothing is taken over."""
     pair = Pair(tmp_path, TWO_DISKS)
