@@ -18,7 +18,7 @@ Rules:
    new, each time the gate has changed. No thread waits for it. It is answered EINTR if its caller is being killed,
    because the kernel lets nobody die while an answer is owed; a signal that does not kill changes nothing, for a disk's
    write is not interruptible. A migration's brake (`fusemig.core.admission`) refuses a write as a closed gate does, and
-   keeps the answer of one that was made: `TrackedDisk.hold_reply` calls back, on any thread, within a deadline.
+   keeps the answer of one that was made: `WriteGate.hold_reply` calls back, on any thread, within a deadline.
 5. A request is answered exactly once, on the descriptor that it was read from. `_held` decides who answers a held one:
    whoever takes it out.
 6. Nothing here outlives the process: a node id is an export's inode number, and file handles are not looked at. A
@@ -362,7 +362,8 @@ class DataLane:
                         export.mtime_ns = time_ns()
                         counters.written_bytes += size
                         answer = pack_written(24, 0, unique, size, 0)
-                        if disk.holds_replies and disk.hold_reply(offset, size, partial(self._give, unique, answer)):
+                        gate = disk.write_gate
+                        if gate.holds_replies and gate.hold_reply(offset, size, partial(self._give, unique, answer)):
                             continue
                         write(replies, answer)
                         continue
@@ -541,8 +542,8 @@ class DataLane:
         change.export.mtime_ns = time.time_ns()
         with self._lock:
             self._pool_bytes[1] += change.n_written
-        disk, finish = change.disk, partial(self._guard, change.unique, partial(self._finish, change))
-        if not disk.holds_replies or not disk.hold_reply(change.offset, change.length, finish):
+        gate, finish = change.disk.write_gate, partial(self._guard, change.unique, partial(self._finish, change))
+        if not gate.holds_replies or not gate.hold_reply(change.offset, change.length, finish):
             self._finish(change)
 
     def _finish(self, change: _Change) -> None:
@@ -569,7 +570,7 @@ class DataLane:
         if is_interrupted:
             self._answer_interrupted(change)
         try:
-            is_parked = change.disk.park(resume, refused)
+            is_parked = change.disk.write_gate.park(resume, refused)
         except DiskError:
             if self._take(change.unique) is None:
                 return True
@@ -579,7 +580,7 @@ class DataLane:
         with self._lock:
             is_held = self._held.get(change.unique) is change and change.resume is resume
         if not is_held:  # answered before it was parked, so that nobody has given the place back; or resumed
-            change.disk.unpark(resume)
+            change.disk.write_gate.unpark(resume)
         return True
 
     def _take(self, unique: int) -> _Change | None:
@@ -611,7 +612,7 @@ class DataLane:
     def _answer_held(self, change: _Change, code: int) -> None:
         """Answer a change that was taken out of the held ones, and give its place at the disk back."""
         if change.resume is not None:
-            change.disk.unpark(change.resume)
+            change.disk.write_gate.unpark(change.resume)
         self._answer_error(change.unique, code)
 
     # Answers

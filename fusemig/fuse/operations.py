@@ -419,7 +419,7 @@ class DiskOperations(pyfuse3.Operations):
             await self._write_once(fh, disk, data, off)
         except GateClosedError as refused:
             await self._write_parked(fh, disk, data, off, refused)
-        if disk.holds_replies:
+        if disk.write_gate.holds_replies:
             await _wait_answerable(disk, off, len(data))
         self._n_writes += 1
         self._n_written_bytes += len(data)
@@ -450,13 +450,13 @@ class DiskOperations(pyfuse3.Operations):
             if self._is_stopping:
                 raise FUSEError(errno.EIO)
             resume = partial(_wake, token, event)
-            if disk.park(resume, refused):
+            if disk.write_gate.park(resume, refused):
                 self._parked.add(event)
                 try:
                     await event.wait()
                 finally:
                     self._parked.discard(event)
-                    disk.unpark(resume)  # where it was not the gate that has changed
+                    disk.write_gate.unpark(resume)  # where it was not the gate that has changed
             try:
                 return await self._write_once(fh, disk, data, off)
             except GateClosedError as again:
@@ -467,7 +467,7 @@ class DiskOperations(pyfuse3.Operations):
 async def _wait_answerable(disk: TrackedDisk, offset: int, length: int) -> None:
     """Wait until a write that was made may be answered: whoever holds it owes that before a deadline."""
     event = trio.Event()
-    if disk.hold_reply(offset, length, partial(_wake, trio.lowlevel.current_trio_token(), event)):
+    if disk.write_gate.hold_reply(offset, length, partial(_wake, trio.lowlevel.current_trio_token(), event)):
         await event.wait()
 
 
