@@ -13,8 +13,8 @@ from fusemig.cli import checkup
 from fusemig.cli.checkup import Finding, Level, Machine
 from fusemig.cli.output import print_json
 from fusemig.control.client import open_control
+from fusemig.daemon.disk_spec import parse_disk
 from fusemig.daemon.security import Security
-from fusemig.daemon.served import parse_disk
 from fusemig.errors import AuthenticationError, ConfigError, FusemigError
 from fusemig.net.credentials import Endpoint, load_credentials
 from fusemig.net.transport import connect, is_private, parse_uri
