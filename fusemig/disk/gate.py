@@ -45,8 +45,6 @@ class WriteGate:
         """What the gate is where the disk is not held."""
         self._is_held = False
         self._parked: list[Callable[[], None]] = []
-        self._on_waiting: Callable[[], None] = lambda: None
-        """Called, without the lock, when a write or a reply begins to wait for the brake."""
         self.holds_replies = False
         """Whether `hold_reply` is to be asked before a write is answered; read without the lock."""
 
@@ -77,7 +75,7 @@ class WriteGate:
                 return False
             if not brake.wait(resume, refused.offset, refused.length):
                 return False
-        self._on_waiting()
+        self._admission.on_waiting()
         return True
 
     def unpark(self, resume: Callable[[], None]) -> None:
@@ -100,7 +98,7 @@ class WriteGate:
             brake = self._admission.brake
             if brake is None or not brake.hold(offset, length, answer):
                 return False
-        self._on_waiting()
+        self._admission.on_waiting()
         return True
 
     # For the migration and the daemon
@@ -156,6 +154,5 @@ class WriteGate:
     def lay_brake(self, brake: Brake | None, on_waiting: Callable[[], None] = lambda: None) -> None:
         """Have a brake decide from now on which writes are admitted, or none; the one before is to be released."""
         with self._lock:
-            self._on_waiting = on_waiting
-            self._admission.lay_brake(brake)
+            self._admission.lay_brake(brake, on_waiting)
             self.holds_replies = brake is not None and brake.is_blocking

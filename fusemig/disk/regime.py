@@ -38,7 +38,7 @@ from fusemig.disk.notes import Notes, has_noted
 from fusemig.errors import DiskError, GateClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from fusemig.core.admission import Brake
     from fusemig.core.tracker import ChunkTracker
@@ -90,6 +90,8 @@ class Admission:
         # Guarded by `lock`:
         self.marks = Marks()
         self.brake: Brake | None = None
+        self.on_waiting: Callable[[], None] = lambda: None
+        """Called, without the lock, when a write or a reply begins to wait for the brake."""
         self._gate = gate
         self._why_closed = "frozen"
         self._inside: deque[None] = deque()
@@ -194,13 +196,13 @@ class Admission:
         self._gate, self._why_closed = gate, why_closed
         self._replace()
 
-    def lay_brake(self, brake: Brake | None) -> None:
+    def lay_brake(self, brake: Brake | None, on_waiting: Callable[[], None]) -> None:
         """Have a brake decide which writes are admitted, or none; under the lock.
 
         While one lies here every write is admitted, and marked in the trackers, under the lock: what the brake counts
         is never behind.
         """
-        self.brake = brake
+        self.brake, self.on_waiting = brake, on_waiting
         self.absorb_all()
         self._replace()
 
