@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from fusemig.daemon.daemon import Daemon
+from fusemig.daemon.disk_spec import DiskSpec
 from fusemig.daemon.info import daemon_status
 from fusemig.daemon.serve_options import ServeOptions
-from fusemig.daemon.served import DiskSpec
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk
 from fusemig.disk.tracked import Gate, TrackedDisk

@@ -30,9 +30,9 @@ from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import DiskError, FuseUnavailableError, StateError
 from fusemig.fuse import abi, base
 from fusemig.fuse.export import Exports
-from fusemig.fuse.lane import FLUSH_THREADS
 from fusemig.fuse.lane_mount import open_data_lane_mount
 from fusemig.fuse.link import edited_init
+from fusemig.fuse.pool import FLUSH_THREADS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

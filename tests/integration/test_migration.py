@@ -69,7 +69,7 @@ async def test_writes_during_the_migration_arrive(tmp_path: Path, autojump_clock
                     model[name][offset : offset + length] = data
                 except GateClosedError as paused:
                     changed = trio.Event()
-                    if pair.source.disks[name].park(changed.set, paused):
+                    if pair.source.disks[name].write_gate.park(changed.set, paused):
                         await changed.wait()
                     continue
                 except DiskError as exc:

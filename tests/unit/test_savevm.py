@@ -396,7 +396,7 @@ def test_malformed(data: bytes, text: str) -> None:
 
 def test_device_state_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that never ends is refused at some point."""
-    monkeypatch.setattr(savevm, "MAX_DEVICE_STATE", 100_000)
+    monkeypatch.setattr("fusemig.wire.savevm.decoder.MAX_DEVICE_STATE", 100_000)
     decoder = new_decoder()
     decoder.feed(HEADER + BLOCK + DEVICE)
     decoder.feed(bytes(100_000))
