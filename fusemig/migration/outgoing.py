@@ -18,6 +18,7 @@ from __future__ import annotations
 import uuid
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 import structlog
@@ -32,6 +33,7 @@ from fusemig.migration.outlook import Outlook
 from fusemig.migration.pacer import Pacer
 from fusemig.migration.reader import OutgoingDisk
 from fusemig.migration.stats import DiskStatistics, MigrationStatistics
+from fusemig.tasks import run_all
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -114,10 +116,9 @@ class OutgoingMigration(ABC):
         self._outlook = Outlook(parameters)
         self._peer = ""
         self._log = log.bind(migration=self.session[:8])
-        # The whole run, and why a background task ended it:
+        # The whole run:
         self._scope = trio.CancelScope()
         self._is_cancel_requested = False
-        self._failure: FusemigError | None = None
         self._proceed = trio.Event()
         self._over = trio.Event()
         # Clocks and rates:
@@ -281,15 +282,13 @@ class OutgoingMigration(ABC):
             with self._scope:
                 await self.guest.prepare()
                 await self._migrate()
-            self._raise_outcome()
+            self._check_not_cancelled()
         except BaseException:
             self._thaw()
             await self.guest.fall_back()
             raise
 
-    def _raise_outcome(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    def _check_not_cancelled(self) -> None:
         if self._scope.cancelled_caught:
             raise self._cancelled_error()
 
@@ -350,16 +349,6 @@ class OutgoingMigration(ABC):
         if self.guest.is_moving:
             await self._stand_still()
         await self._freeze()
-
-    async def _guard(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
-        """Run a task of a nursery; its failure ends the migration with this error rather than with a group of them."""
-        try:
-            await task(*args)
-        except FusemigError as exc:
-            if self._failure is None:
-                self._failure = exc
-            self._pacer.release()
-            self._scope.cancel()
 
     async def _converge(self) -> None:
         """Make passes until a switchover is worth it and allowed."""
@@ -423,9 +412,7 @@ class OutgoingMigration(ABC):
             if passes.cancelled_caught:
                 raise self._freeze_deadline_error()
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._guard, bring)
-            nursery.start_soon(self._guard, keep_up)
+        await run_all(bring, keep_up, on_failure=self._pacer.release)
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def _keep_up(self, until: trio.Event) -> None:
@@ -442,10 +429,8 @@ class OutgoingMigration(ABC):
                 await lent.push_out_pages()
             is_out.set()
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._guard, push)
-            if self._pacer.is_mirroring:
-                nursery.start_soon(self._guard, self._keep_up, is_out)
+        passes = [partial(self._keep_up, is_out)] if self._pacer.is_mirroring else []
+        await run_all(push, *passes, on_failure=self._pacer.release)
         await trio.lowlevel.checkpoint_if_cancelled()
 
     def _is_postcopy(self) -> bool:
@@ -485,18 +470,13 @@ class OutgoingMigration(ABC):
                     raise MigrationError(
                         f"a write to disk '{disk.disk.name}' did not finish before the freeze deadline"
                     )
-            async with trio.open_nursery() as nursery:
-                for disk in self._disks:
-                    nursery.start_soon(self._guard, self._flush, disk)
-                nursery.start_soon(self._guard, self._last_pass)
+            flushes = [partial(self._flush, disk) for disk in self._disks]
+            await run_all(partial(self._run_pass, is_limited=False), *flushes, on_failure=self._pacer.release)
             if not self._is_postcopy() and not all(disk.tracking.is_clean for disk in self._disks):
                 raise MigrationError("blocks were dirtied behind the closed gate: this is a bug, please report it")
             self._count_dirtied(trio.current_time())
         if scope.cancelled_caught:
             raise self._freeze_deadline_error()
-
-    async def _last_pass(self) -> None:
-        await self._run_pass(is_limited=False)
 
     async def _flush(self, disk: OutgoingDisk) -> None:
         """Make a disk durable.

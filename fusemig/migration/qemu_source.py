@@ -24,6 +24,7 @@ from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.qemu_sender import QemuSender
 from fusemig.migration.stats import WindowStatistics
 from fusemig.records.epoch import Ownership
+from fusemig.tasks import run_beside
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -99,12 +100,7 @@ class QemuSource(OutgoingMigration):
                 disk.allocated_bytes = disk.tracking.dirty_chunks * CHUNK_SIZE
             self._sender = QemuSender(self._disks, self._machine_type, self._count_requests)
             self._pacer.start()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._guard, self._watch)
-                nursery.start_soon(self._tick)
-                nursery.start_soon(self._pacer.run)
-                await self._guard(self._send_all)
-                nursery.cancel_scope.cancel()
+            await run_beside(self._send_all, self._watch, self._tick, self._pacer.run, on_failure=self._pacer.release)
             await self._hand_off(self._sender)
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):

@@ -57,6 +57,7 @@ from fusemig.migration.resume import (
 from fusemig.migration.sender import WINDOW_BYTES, PassSender
 from fusemig.migration.stats import WindowStatistics
 from fusemig.records.epoch import Ownership
+from fusemig.tasks import run_beside
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -141,7 +142,6 @@ class SourceMigration(OutgoingMigration):
             self.group = str(group)
         self._route = route
         self._attempt = 0
-        self._attempt_scope = trio.CancelScope()
         self._is_reconciled = False
         self._can_resume = False
         self._can_lend = True
@@ -186,19 +186,14 @@ class SourceMigration(OutgoingMigration):
     async def _move(self) -> None:
         records = await self._handoff.own_records()
         while True:
-            with trio.CancelScope() as self._attempt_scope:
-                try:
-                    await self._migrate_once(records)
-                except _CONNECTION_ERRORS as exc:
-                    self._failure = self._failure or exc
-                else:
-                    break
-            failure = self._failure
-            if failure is None:
-                return  # the user's cancel, which ends the scope outside too
-            if not self._may_reconnect(failure):
-                raise failure
-            self._failure = None
+            try:
+                await self._migrate_once(records)
+            except _CONNECTION_ERRORS as exc:
+                if not self._may_reconnect(exc):
+                    raise
+                failure = exc
+            else:
+                break
             if self._machine.phase is MigrationPhase.FROZEN:
                 await self._go_on()
             await self._put_off(failure)
@@ -224,17 +219,17 @@ class SourceMigration(OutgoingMigration):
                 await self._find_what_to_send(link, welcome, records)
                 self._reader = PassReader(self._disks, self._pool, self._packer)
                 self._pacer.start()
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._guard, self._receive, link)
-                    nursery.start_soon(self._guard, self._tick, link)
-                    nursery.start_soon(self._pacer.run)
-                    await self._guard(self._send_all)
-                    nursery.cancel_scope.cancel()
+                await run_beside(
+                    self._send_all,
+                    partial(self._receive, link),
+                    partial(self._tick, link),
+                    self._pacer.run,
+                    on_failure=self._pacer.release,
+                )
                 await self._hand_off(link)
             except BaseException as exc:
                 self._note_doubtful()
-                failure = self._failure or exc
-                if isinstance(failure, FusemigError) and self._may_reconnect(failure):
+                if isinstance(exc, FusemigError) and self._may_reconnect(exc):
                     raise
                 if self._handoff.may_thaw:
                     await self._handoff.call_off()
@@ -247,16 +242,6 @@ class SourceMigration(OutgoingMigration):
             self._pool.clear()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await link.stream.aclose()
-
-    async def _guard(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
-        """Run a task of a nursery; its failure ends this connection."""
-        try:
-            await task(*args)
-        except FusemigError as exc:
-            if self._failure is None:
-                self._failure = exc
-            self._pacer.release()
-            self._attempt_scope.cancel()
 
     async def _handshake(self, link: NativeLink, records: Sequence[EpochRecord]) -> native.Welcome:
         offers = [
@@ -696,10 +681,7 @@ class SourceMigration(OutgoingMigration):
 
     async def _load_guest(self, link: NativeLink) -> None:
         """Have the rest of the guest moved; a destination that goes away meanwhile ends it before COMMIT is said."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._guard, self._receive, link)
-            await self._guard(self.guest.load)
-            nursery.cancel_scope.cancel()
+        await run_beside(self.guest.load, partial(self._receive, link))
         await trio.lowlevel.checkpoint_if_cancelled()
 
     def _on_committed(self) -> None:
@@ -709,8 +691,7 @@ class SourceMigration(OutgoingMigration):
     def _reason(self, exc: BaseException) -> str:
         if self._is_cancel_requested:
             return "cancelled at the source"
-        error = self._failure or exc
-        return str(error) if isinstance(error, FusemigError) else "the source stopped"
+        return str(exc) if isinstance(exc, FusemigError) else "the source stopped"
 
     # Account
 
