@@ -24,6 +24,7 @@ import trio
 
 from fusemig.core.backoff import Backoff
 from fusemig.core.compression import Packer
+from fusemig.core.convergence import RateLimit
 from fusemig.core.phase import MigrationPhase
 from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
 from fusemig.disk.dirty_map import MapBase, Since
@@ -137,7 +138,7 @@ class SourceMigration(OutgoingMigration):
         if resume is not None:
             self.session = resume.session
             self._log = self._log.bind(migration=self.session[:8])
-            self._disks = resume.disks
+            self._disks.tracked = resume.disks
         if group is not None:
             self.group = str(group)
         self._route = route
@@ -164,6 +165,7 @@ class SourceMigration(OutgoingMigration):
         self._pledge = None if group is None else Pledge(group, self.session, offload)
         self._handoff: OutgoingHandoff = OutgoingHandoff(disks, self.session, parameters, offload, route, self._pledge)
         self._pool = BufferPool()
+        self._limit = RateLimit(0)
         self._sender = PassSender(self._pool, count_requests)
         self._reader = PassReader((), self._pool)
         self._packer = None if parameters.compression_level is None else Packer(parameters.compression_level)
@@ -180,7 +182,7 @@ class SourceMigration(OutgoingMigration):
         try:
             await self._move()
         finally:
-            if all(_is_past_pledge(lent) for lent in self._lent):
+            if all(_is_past_pledge(lent) for lent in self._disks.lent):
                 await self._pledge.forget()
 
     async def _move(self) -> None:
@@ -217,7 +219,7 @@ class SourceMigration(OutgoingMigration):
             self._say_streams()
             try:
                 await self._find_what_to_send(link, welcome, records)
-                self._reader = PassReader(self._disks, self._pool, self._packer)
+                self._reader = PassReader(self._disks.tracked, self._pool, self._packer)
                 self._pacer.start()
                 await run_beside(
                     self._send_all,
@@ -251,7 +253,7 @@ class SourceMigration(OutgoingMigration):
                 is_resumed=self._resume is not None,
                 allocated_bytes=await self._offload(lent.count_allocated),
             )
-            for lent, record in zip(self._lent, records, strict=True)
+            for lent, record in zip(self._disks.lent, records, strict=True)
         ]
         features = [native.RESUME, native.POSTCOPY]
         hello = native.Hello(
@@ -291,36 +293,36 @@ class SourceMigration(OutgoingMigration):
                 f"{link.peer} cannot go on with an interrupted migration: migrate without --resume, to send everything"
             )
         has_lived = resume is not None and bool(resume.disks) and resumption is native.Resumption.JOURNAL
-        if has_lived and [disk.is_thin for disk in self._disks] != (welcome.thin or [False] * len(self._disks)):
+        are_thin = [disk.is_thin for disk in self._disks.tracked]
+        if has_lived and are_thin != (welcome.thin or [False] * len(are_thin)):
             raise MigrationError(f"{link.peer} has other bases than before: migrate without --resume")
         if not has_lived:
-            self.forget()
-            self._disks = []
+            self._disks.begin_anew()
             if resume is not None:
                 self._resume = resume = ResumePoint(self.session)  # until it is known again what is allocated
             if resumption is not native.Resumption.JOURNAL:
                 await self._begin_maps(records)
-            elif not all(map(self._has_map, self._lent, records)):
+            elif not all(map(self._has_map, self._disks.lent, records)):
                 raise MigrationError("there is no map of what was written since: this is a bug, please report it")
-            await self._start_tracking([at for at, is_thin in enumerate(welcome.thin) if is_thin])
+            await self._disks.start_tracking([at for at, is_thin in enumerate(welcome.thin) if is_thin])
             if resume is not None:
-                resume.disks = self._disks
+                resume.disks = self._disks.tracked
         if resume is not None:
             await self._reconcile(link, welcome, has_lived=has_lived)
             is_mapped = not has_lived and resumption is native.Resumption.JOURNAL
-            if is_mapped and not all(map(self._has_map, self._lent, records)):
+            if is_mapped and not all(map(self._has_map, self._disks.lent, records)):
                 # It may have lacked a write when it was asked; one that counts now did not.
                 raise MigrationError("the map of what was written was lost just now: migrate with --resume again")
         elif welcome.deltas:
             pending = self._pending_bytes()
-            await self._delta.run(link, self._disks, welcome.deltas)
+            await self._delta.run(link, self._disks.tracked, welcome.deltas)
             self._kept_bytes += max(0, pending - self._pending_bytes())
         if resume is not None or welcome.deltas:
             # So that what is pending now does not count as dirtied by guests.
-            allocated = sum(disk.allocated_bytes for disk in self._disks)
-            self._earlier_acknowledged_bytes = allocated + self._dirtied_bytes - self._pending_bytes()
+            allocated = self._disks.allocated_bytes
+            self._earlier_acknowledged_bytes = allocated + self._meter.dirtied_bytes - self._pending_bytes()
         # From here on the tracker and the digests know, whatever becomes of this connection.
-        self._resume = ResumePoint(self.session, self._disks)
+        self._resume = ResumePoint(self.session, self._disks.tracked)
         self._is_reconciled = True
         if self._waiting:
             self._waiting = ""
@@ -333,7 +335,7 @@ class SourceMigration(OutgoingMigration):
 
     async def _begin_maps(self, records: Sequence[EpochRecord]) -> None:
         """Have it kept from now on what guests write, in case this daemon does not live to the end."""
-        for lent, record in zip(self._lent, records, strict=True):
+        for lent, record in zip(self._disks.lent, records, strict=True):
             if lent.dirty_file is not None:
                 base = MapBase(image_id=record.image_id, epoch=record.epoch, session=self.session)
                 await self._offload(lent.dirty_file.begin, Since.SESSION, base)
@@ -341,10 +343,11 @@ class SourceMigration(OutgoingMigration):
     async def _reconcile(self, link: NativeLink, welcome: native.Welcome, *, has_lived: bool) -> None:
         if has_lived:
             assert self._resume is not None
-            if len(welcome.covered) != len(self._disks):
-                raise RemoteProtocolError(f"{self._peer} covers {len(welcome.covered)} disks of {len(self._disks)}")
+            n_disks, n_covered = len(self._disks.tracked), len(welcome.covered)
+            if n_covered != n_disks:
+                raise RemoteProtocolError(f"{self._peer} covers {n_covered} disks of {n_disks}")
             self._resume.land(welcome.covered)
-        walks = [self._walk(at, welcome, has_lived=has_lived) for at in range(len(self._disks))]
+        walks = [self._walk(at, welcome, has_lived=has_lived) for at in range(len(self._disks.tracked))]
         current = 0
         while True:
             event = await link.receive()
@@ -370,7 +373,7 @@ class SourceMigration(OutgoingMigration):
         self._log.info("going on", how=welcome.resumption.value, kept_chunks=kept, pending_bytes=self._pending_bytes())
 
     def _walk(self, at: int, welcome: native.Welcome, *, has_lived: bool) -> Reconciliation:
-        disk, resume, dirty_file = self._disks[at], self._resume, self._lent[at].dirty_file
+        disk, resume, dirty_file = self._disks.tracked[at], self._resume, self._disks.lent[at].dirty_file
         assert resume is not None
         if welcome.resumption is native.Resumption.COMPARE:
             return ContentReconciliation(disk)
@@ -434,11 +437,11 @@ class SourceMigration(OutgoingMigration):
         self._thaw()
         if self._is_cancel_requested:  # meanwhile
             raise self._cancelled_error()
-        self._frozen_at = None
+        self._switchover.undo()
         self._missing_bytes = 0
         self._enter(MigrationPhase.DIRTY)
         self._handoff = OutgoingHandoff(
-            self._lent, self.session, self._parameters, self._offload, self._route, self._pledge
+            self._disks.lent, self.session, self._parameters, self._offload, self._route, self._pledge
         )
         await self._handoff.own_records()
 
@@ -476,7 +479,6 @@ class SourceMigration(OutgoingMigration):
 
     async def _run_pass(self, *, is_limited: bool) -> None:
         """Send everything that is dirty once, and wait until it is acknowledged."""
-        self._begin_pass()
         self._check_can_lend()
         is_bulk = self._machine.phase is MigrationPhase.BULK
         self._reader.begin_pass(
@@ -496,7 +498,7 @@ class SourceMigration(OutgoingMigration):
             run_slice = partial(sender.run_slice, self._reader, link.stream, is_courteous=is_courteous)
             self._limit.bytes_per_s = self._parameters.max_bandwidth if is_limited else 0
             if not sender.unacknowledged:
-                self._busy_since = trio.current_time()
+                self._meter.begin_busy(trio.current_time())
             wire_bytes = sender.wire_bytes
             watch = PackingWatch(self._packer, sender.sent_bytes)
             async with link.sending, link.frame():
@@ -532,13 +534,13 @@ class SourceMigration(OutgoingMigration):
             sender.window_bytes, sender.prompt = WINDOW_BYTES, b""
 
     def _heat_order(self) -> HeatOrder:
-        return HeatOrder([(disk.disk.heat, disk.disk.size) for disk in self._disks])
+        return HeatOrder([(disk.disk.heat, disk.disk.size) for disk in self._disks.tracked])
 
     def _hot_chunks(self, disk: TrackedDisk) -> list[int]:
         """Return what is to be fetched first; writes have ended, so this is asked once, before the heat fades."""
         if self._parameters.order is not Order.HEAT:
             return []
-        return disk.heat.hottest(native.MAX_HOT // len(self._lent))
+        return disk.heat.hottest(native.MAX_HOT // len(self._disks.lent))
 
     def _check_can_lend(self) -> None:
         if self._is_postcopy() and not self._can_lend:
@@ -553,8 +555,7 @@ class SourceMigration(OutgoingMigration):
 
     async def _sync_ahead(self) -> None:
         await self._link.send_message(native.Sync())
-        for disk in self._disks:
-            await self._flush(disk)
+        await self._disks.flush()
         await self._synced.wait()
 
     # Background tasks
@@ -585,9 +586,7 @@ class SourceMigration(OutgoingMigration):
         n_bytes = sender.acknowledge(sequence)
         if n_bytes:
             now = trio.current_time()
-            self._send_rate.add(n_bytes, now)
-            self._bandwidth.add(n_bytes, now - self._busy_since)
-            self._busy_since = now
+            self._meter.count_sent(n_bytes, now)
             self._stalled_since = None
             self._pacer.note_acknowledged(now)
         self._progress_made.set()
@@ -607,29 +606,27 @@ class SourceMigration(OutgoingMigration):
         await link.send_message(self._progress())
 
     def _progress(self) -> native.Progress:
-        total = sum(disk.allocated_bytes for disk in self._disks)
+        total = self._disks.allocated_bytes
         return native.Progress(self._pass_number, self._pending_bytes(), total)
 
     # Switchover
 
     async def _hand_off(self, link: NativeLink) -> None:
         """Run the two-phase commit; it is shielded from the moment when it cannot be called off."""
-        digests = {disk.disk.name: disk.digest.value for disk in self._disks}
-        with trio.move_on_at(self._freeze_ends_at) as scope:
+        digests = {disk.disk.name: disk.digest.value for disk in self._disks.tracked}
+        with self._switchover.in_time():
             if self._is_postcopy():
                 await self._tell_missing(link)
             await self._handoff.prove(link, digests)
             if self.guest.is_moving:
                 await self._load_guest(link)
-        if scope.cancelled_caught:
-            raise self._freeze_deadline_error()
         if self._is_cancel_requested:  # granted while PREPARED was on its way to this task
             raise self._cancelled_error()
-        self._check_stores()
+        self._disks.check_stores()
         with trio.CancelScope(shield=True):
-            await self._handoff.pledge(link, self._freeze_ends_at, lambda: self._enter(MigrationPhase.PLEDGED))
+            await self._handoff.pledge(link, self._switchover.deadline, lambda: self._enter(MigrationPhase.PLEDGED))
             await self._handoff.commit(link, self._on_committed)
-            self._taken_at = trio.current_time()
+            self._switchover.note_taken()
             self._thaw()  # answers the parked writes: EROFS
             await self.guest.run_there()
             await self._handoff.release(link)
@@ -642,7 +639,7 @@ class SourceMigration(OutgoingMigration):
 
     async def _tell_missing(self, link: NativeLink) -> None:
         """Tell the destination what it has to fetch, if there is anything."""
-        for disk in self._disks:
+        for disk in self._disks.tracked:
             runs = await self._offload(disk.tracking.dirty_runs)
             if len(runs) > native.MAX_DISK_RUNS:
                 runs = _in_chunks(runs, disk.disk.size)
@@ -657,7 +654,7 @@ class SourceMigration(OutgoingMigration):
         self._enter(MigrationPhase.POSTCOPY)
         disks = [
             LentDisk(lent.disk.name, lent.disk.image, lent.epoch_file, await self._offload(self._hot_chunks, lent.disk))
-            for lent in self._lent
+            for lent in self._disks.lent
         ]
         self._lending = Lending(disks, self._connect, self._offload)
         self.forget()
