@@ -98,8 +98,10 @@ class Switchover:
     @property
     def downtime_s(self) -> float | None:
         """From closing the gates to TAKEN; None as long as it is not known."""
-        return self._taken_at - self._frozen_at if self._taken_at and self._frozen_at else None
+        return None if self._taken_at is None or self._frozen_at is None else self._taken_at - self._frozen_at
 
     def frozen_s(self, now: float) -> float:
         """Return how long the gates have been closed ``now``, or were; 0 before."""
-        return 0.0 if self._frozen_at is None else (self._taken_at or now) - self._frozen_at
+        if self._frozen_at is None:
+            return 0.0
+        return (now if self._taken_at is None else self._taken_at) - self._frozen_at
