@@ -377,6 +377,7 @@ class _Commands:
         limit = arguments.downtime_limit
         return await estimate(
             self._daemon.outbound,
+            self._daemon.dialer,
             None if isinstance(arguments.uri, UnsetType) else arguments.uri,
             None if isinstance(arguments.link, UnsetType) else arguments.link,
             disks,

@@ -34,6 +34,8 @@ from fusemig.daemon.announcer import Announcer
 from fusemig.daemon.block_info import block_stats
 from fusemig.daemon.chunk_map_info import ChunkMaps
 from fusemig.daemon.commands import command_table
+from fusemig.daemon.continuation import Continuation
+from fusemig.daemon.dialer import Dialer
 from fusemig.daemon.doubt import Doubts
 from fusemig.daemon.estate import Estate
 from fusemig.daemon.history import History
@@ -98,10 +100,12 @@ class Daemon:
         announcer = Announcer(self.events, self.pause)
         self.totals = Totals()
         self.history = History()
+        self.dialer = Dialer(self.security)
         self.outbound = Outbound(
             self.disks,
             self.pause,
             self.security,
+            self.dialer,
             announcer,
             self._count_requests,
             self._show_outgoing,
@@ -121,7 +125,8 @@ class Daemon:
             self._note_incoming_over,
             self.store,
         )
-        self.doubts = Doubts(self.disks, self.outbound.dial, self.outbound.settled)
+        self.continuation = Continuation(self.outbound, self.disks, self.security, self.dialer)
+        self.doubts = Doubts(self.disks, self.dialer.dial, self.continuation.settled)
         self.shown: OutgoingMigration | IncomingMigration | None = None
         """What ``query-migrate`` tells of: the last one that began, but an outgoing one until it is over."""
         self.mount: AnyMount | None = None

@@ -120,13 +120,13 @@ class Inheritance:
         left = self.left_outgoing
         if left is None:
             return
-        outbound, request = self._daemon.outbound, left.request
+        continuation, request = self._daemon.continuation, left.request
         try:
             tls = await load(request.tls_directory, Endpoint.CLIENT) if request.tls_directory else None
         except FusemigError as exc:
-            outbound.stand_for(left, MigrationPhase.FAILED, exc)
+            continuation.stand_for(left, MigrationPhase.FAILED, exc)
             return
-        outbound.take_up(left, tls)
+        continuation.take_up(left, tls)
 
     @property
     def left_outgoing(self) -> Outgoing | None:
