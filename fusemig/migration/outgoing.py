@@ -27,7 +27,7 @@ import structlog
 import trio
 
 from fusemig.core.convergence import Convergence
-from fusemig.core.phase import MigrationPhase, PhaseMachine
+from fusemig.core.phase import SENDING, MigrationPhase, PhaseMachine
 from fusemig.errors import CancelledByUserError, FusemigError, InDoubtError, MigrationError, StateError
 from fusemig.migration.disk_group import DiskGroup
 from fusemig.migration.guest import NoGuest
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 TICK_S: Final = 0.1
-_SENDING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
 
 
 class Handoff(Protocol):
@@ -420,7 +419,7 @@ class OutgoingMigration(ABC):
         end = self._ended_at or now
         pending = self._pending_bytes()
         prediction = None
-        if self._machine.phase in _SENDING and not self._is_postcopy():
+        if self._machine.phase in SENDING and not self._is_postcopy():
             is_bulk = self._machine.phase is MigrationPhase.BULK
             send_rate = self._meter.send_rate(now) if is_bulk else 0.0
             prediction = self._outlook.look(now, self._disks.tracked, pending, self._meter.bandwidth, send_rate)

@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from fusemig.core.backoff import Backoff
-from fusemig.core.phase import MigrationPhase
+from fusemig.core.phase import SENDING, MigrationPhase
 from fusemig.errors import (
     AuthenticationError,
     ConnectionLostError,
@@ -29,8 +29,6 @@ MAX_RETRY_S: Final = 10.0
 """How long a try to get a lost connection back is put off."""
 MAX_LOST_SWITCHOVERS: Final = 3
 """Connections that may be lost while guests' writes wait: each costs the guests a pause."""
-SENDING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
-"""Passes are made, and nobody waits for them."""
 
 CONNECTION_ERRORS: Final = (TransportError, PeerBusyError, RemoteProtocolError)
 """What another connection may be free of. Once bytes came damaged, nothing that follows them can be told from garbage:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import trio
 
 from fusemig.core.compression import Packer
-from fusemig.core.phase import MigrationPhase
+from fusemig.core.phase import SENDING, MigrationPhase
 from fusemig.errors import FusemigError, MigrationError
 from fusemig.failpoint import reach
 from fusemig.migration.commit import NO_ROUTE, OutgoingHandoff
@@ -29,7 +29,7 @@ from fusemig.migration.native_passes import NativePasses, Sent
 from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.pledge import Pledge
 from fusemig.migration.postcopy import SourcePostcopy
-from fusemig.migration.reconnection import CONNECTION_ERRORS, SENDING, Reconnection
+from fusemig.migration.reconnection import CONNECTION_ERRORS, Reconnection
 from fusemig.migration.source_setup import SourceSetup
 from fusemig.migration.stats import WindowStatistics
 from fusemig.records.epoch import Ownership
