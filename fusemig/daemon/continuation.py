@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from fusemig.daemon.dialer import Dialer
-    from fusemig.daemon.outbound import Outbound
+    from fusemig.daemon.migrator import Migrator
     from fusemig.daemon.security import Security
     from fusemig.daemon.served import ServedDisk
     from fusemig.handover.state import Outgoing
@@ -61,16 +61,16 @@ log = structlog.get_logger(__name__)
 class Continuation:
     """Of one daemon, and of at most one migration."""
 
-    def __init__(self, outbound: Outbound, disks: Mapping[str, ServedDisk], security: Security, dialer: Dialer) -> None:
+    def __init__(self, migrator: Migrator, disks: Mapping[str, ServedDisk], security: Security, dialer: Dialer) -> None:
         """Take up nothing.
 
         Args:
-            outbound: runs it, or shows it.
+            migrator: runs it, or shows it.
             disks: all disks of the daemon.
             security: decides how its destination may be talked to.
             dialer: connects to it.
         """
-        self._outbound = outbound
+        self._migrator = migrator
         self._disks = disks
         self._security = security
         self._dialer = dialer
@@ -105,7 +105,7 @@ class Continuation:
     def stand_for(self, left: Outgoing, phase: MigrationPhase, error: FusemigError | None = None) -> OutgoingMigration:
         """Show a former daemon's migration as what it has become; return what stands for it."""
         new = QemuSource if left.request.is_qemu else SourceMigration
-        errand = self._outbound.make(new, left.request, [self._disks[name] for name in left.request.disks])
+        errand = self._migrator.make(new, left.request, [self._disks[name] for name in left.request.disks])
         errand.migration.session = left.session
         errand.count_from(left)
         errand.migration.stand_for(phase, error)
@@ -119,8 +119,8 @@ class Continuation:
             raise MigrationError(_RESTARTED_ON_QEMU_WIRE)
         if request.group:
             raise MigrationError(_RESTARTED_IN_GROUP)
-        chosen = self._outbound.choose(request.disks)
-        resume = resume_point(self._outbound.migration, chosen) if may_be_there else None
+        chosen = self._migrator.choose(request.disks)
+        resume = resume_point(self._migrator.migration, chosen) if may_be_there else None
         if not request.reconnect_limit_s:
             request = msgspec.structs.replace(request, reconnect_limit_s=RECONNECT_LIMIT_S)
         new = partial(
@@ -130,20 +130,20 @@ class Continuation:
             n_reconnects=left.n_reconnects,
             waiting=_RESTARTED,
         )
-        errand = self._outbound.make(new, request, chosen)
+        errand = self._migrator.make(new, request, chosen)
         errand.count_from(left)
         if left.may_switch_over:
             errand.migration.allow_switchover()
         log.info("going on with the migration of the daemon before", uri=request.uri, disks=request.disks)
-        self._outbound.start(errand, chosen)
+        self._migrator.start(errand, chosen)
 
     def settled(self, settled: Sequence[ServedDisk], *, is_by_hand: bool) -> None:
         """Have the rest of the daemon follow disks of which it is known again who owns them.
 
         A migration of the daemon before this one begins again if they are ours, unless it was a person who said so.
         """
-        self._outbound.look_again(settled)
-        migration = self._outbound.migration
+        self._migrator.look_again(settled)
+        migration = self._migrator.migration
         if migration is None or migration.phase is not MigrationPhase.IN_DOUBT or in_doubt(self._disks):
             return
         is_handed_off = not any(served.is_writable for served in settled)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fusemig.core.working_set import WorkingSet
     from fusemig.daemon.dialer import Dialer
-    from fusemig.daemon.outbound import Outbound
+    from fusemig.daemon.migrator import Migrator
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.migration.stats import MigrationParameters
 
@@ -54,7 +54,7 @@ class _Disk:
 
 
 async def estimate(
-    outbound: Outbound,
+    migrator: Migrator,
     dialer: Dialer,
     uri: str | None,
     link: int | None,
@@ -64,7 +64,7 @@ async def estimate(
     """Estimate a migration of the named disks, or of all that can move.
 
     Args:
-        outbound: has the disks and the parameters.
+        migrator: has the disks and the parameters.
         dialer: connects to the destination.
         uri: of the destination; the way there is measured unless ``link`` is given.
         link: bytes per second that the way carries.
@@ -75,7 +75,7 @@ async def estimate(
         StateError: a disk cannot be migrated now, or neither ``uri`` nor ``link`` is given.
         FusemigError: the way cannot be measured, or a disk not be read.
     """
-    chosen = outbound.choose(names)
+    chosen = migrator.choose(names)
     if link is not None:
         bandwidth, source = float(link), answer.BandwidthSource.GIVEN
     elif uri is not None:
@@ -87,7 +87,7 @@ async def estimate(
         assert served.disk is not None
         data_bytes = await trio.to_thread.run_sync(_allocated, served.disk)
         disks.append(_Disk(served.disk, data_bytes, served.disk.heat.working_set()))
-    return _answer(uri, disks, bandwidth, source, _limited(outbound.parameters, downtime_limit_s))
+    return _answer(uri, disks, bandwidth, source, _limited(migrator.parameters, downtime_limit_s))
 
 
 async def _measured(dialer: Dialer, uri: str) -> float:

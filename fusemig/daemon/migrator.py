@@ -1,4 +1,4 @@
-"""Outbound: the daemon's migrations as a source, one at a time."""
+"""Migrator: the daemon's migrations as a source, one at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fusemig.runtimes.options import GuestOptions
 
 
-class Outbound:
+class Migrator:
     """Starts migrations of the daemon's disks; `run` owns them."""
 
     def __init__(
