@@ -106,6 +106,20 @@ async def test_a_task_that_must_finish_is_let_end(*, is_failing: bool) -> None:
     assert diary.lines == ["failed" if is_failing else "ended", "finished"]
 
 
+async def test_a_task_that_must_finish_and_fails_ends_the_main_task() -> None:
+    """And the others are asked to end, as ever."""
+    diary, stopped = Diary(), trio.Event()
+
+    async def other() -> None:
+        await stopped.wait()
+        diary.lines.append("finished")
+
+    with pytest.raises(MigrationError, match="the first"):
+        await run_beside(diary.for_ever, diary.fail, other, stop=stopped.set)
+    assert diary.lines[0] == "failed"
+    assert sorted(diary.lines[1:]) == ["cancelled", "finished"]
+
+
 async def test_a_task_in_a_thread_is_let_go_at_the_first_failure() -> None:
     """Before the rest is waited for, which no cancellation reaches."""
     diary, let_go = Diary(), trio.Event()
@@ -143,7 +157,10 @@ async def test_a_bug_is_not_hidden() -> None:
     diary = Diary()
 
     async def bug() -> None:
-        raise KeyError("a bug")
+        try:
+            await diary.for_ever()
+        finally:
+            raise KeyError("a bug")
 
     with pytest.raises(ExceptionGroup) as caught:
         await run_beside(diary.fail, bug)
