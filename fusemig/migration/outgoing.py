@@ -3,8 +3,8 @@
     run ── connect, tracking on, find allocated chunks                       SETUP
          ├ passes, until what is left is expected to fit the downtime limit  BULK, DIRTY
          ├ (wait for `proceed`, with passes going on)                        PRE_SWITCHOVER
-         ├ (bring the guest to a standstill, with passes going on)
-         ├ gate closed, drained, synced; last pass (`Switchover`)            FROZEN
+         ├ (bring the guest to a standstill, with passes going on)           `Switchover`
+         ├ gate closed, drained, synced; last pass                           FROZEN
          └ hand-off, as far as the wire knows one                            COMMITTED, COMPLETED
 
 Every way out before COMMITTED opens the gates again, however it is taken: an error, `cancel`, the daemon's end; but a
@@ -37,7 +37,6 @@ from fusemig.migration.outlook import Outlook
 from fusemig.migration.pacer import Pacer
 from fusemig.migration.stats import MigrationStatistics
 from fusemig.migration.switchover import Switchover
-from fusemig.tasks import run_all
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -324,7 +323,8 @@ class OutgoingMigration(ABC):
         """Make the destination hold every byte: passes, and the last one behind the closed gate."""
         await self._converge()
         if self.guest.is_moving:
-            await self._stand_still()
+            await self._switchover.bring_to_standstill(self.guest, self._keep_up)
+            await trio.lowlevel.checkpoint_if_cancelled()
         await self._freeze()
 
     async def _converge(self) -> None:
@@ -355,26 +355,8 @@ class OutgoingMigration(ABC):
                 case NextStep.SWITCH_OVER:
                     return
 
-    async def _stand_still(self) -> None:
-        """Bring the guest to a standstill; passes go on, so that little is left to be sent then."""
-        is_still = trio.Event()
-        passes = trio.CancelScope()
-
-        async def bring() -> None:
-            await self.guest.bring_to_standstill()
-            passes.deadline = trio.current_time() + self._parameters.freeze_deadline_s
-            is_still.set()
-
-        async def keep_up() -> None:
-            with passes:
-                await self._keep_up(is_still)
-            if passes.cancelled_caught:
-                raise self._switchover.late_error()
-
-        await run_all(bring, keep_up, on_failure=self._pacer.release)
-        await trio.lowlevel.checkpoint_if_cancelled()
-
     async def _keep_up(self, until: trio.Event) -> None:
+        """Make passes until something has happened, so that little is left to be sent then."""
         while not until.is_set():
             await self._make_pass(is_limited=True)
             await self._pacer.pause(TICK_S, until)

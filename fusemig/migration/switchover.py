@@ -1,9 +1,13 @@
 """Switchover: from closing the gates until the destination owns the disks; its deadline, and how long it took.
 
-push_out_pages     the kernel writes what guests stored through mmap; the gates are still open
-freeze             gates closed, drained; synced, with the last pass beside it
-(the hand-off, within the same deadline: `in_time`)
-note_taken         the downtime is known;     or `undo`: the guests go on, and it may come again
+    bring_to_standstill    a guest that moves with the disks; passes go on meanwhile
+    push_out_pages         the kernel writes what guests stored through mmap; the gates are still open
+    begin                  gates closed
+    finish_sending         drained, synced, with the last pass beside it
+    (the hand-off, within the same deadline: `in_time`)
+    note_taken             the downtime is known;     or `undo`: the guests go on, and it may come again
+
+Whoever is to thaw when one of them fails is `fusemig.migration.outgoing`.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from fusemig.migration.disk_group import DiskGroup
+    from fusemig.migration.guest import MovingGuest
     from fusemig.migration.pacer import Pacer
     from fusemig.migration.stats import MigrationParameters
 
@@ -36,6 +41,33 @@ class Switchover:
         self._taken_at: float | None = None
         self.deadline = 0.0
         """When the guests must go on, on trio's clock."""
+
+    async def bring_to_standstill(self, guest: MovingGuest, keep_up: Callable[[trio.Event], Awaitable[None]]) -> None:
+        """Bring the guest to a standstill, from where on it waits.
+
+        Args:
+            guest: that moves with the disks.
+            keep_up: makes passes until an event is set.
+
+        Raises:
+            MigrationError: the pass that was under way then took longer than the freeze deadline.
+            FusemigError: the guest cannot, or a pass failed.
+        """
+        is_still = trio.Event()
+        passes = trio.CancelScope()
+
+        async def bring() -> None:
+            await guest.bring_to_standstill()
+            passes.deadline = trio.current_time() + self._parameters.freeze_deadline_s
+            is_still.set()
+
+        async def make_passes() -> None:
+            with passes:
+                await keep_up(is_still)
+            if passes.cancelled_caught:
+                raise self.late_error()
+
+        await run_all(bring, make_passes, on_failure=self._pacer.release)
 
     async def push_out_pages(self, keep_up: Callable[[trio.Event], Awaitable[None]]) -> None:
         """Have the kernel write what guests stored through mmap.
