@@ -1,7 +1,9 @@
 """SourcePostcopy: a migration whose destination takes over before everything was sent, seen from the source.
 
-tell_missing     MISSING ─>     before FINAL: what the destination has to fetch
-run              `fusemig.migration.lend`, from TAKEN until the destination has everything
+    tell_missing     MISSING ─>     before FINAL: what the destination has to fetch
+    run              `fusemig.migration.lend`, from TAKEN until the destination has everything
+
+From TAKEN on both hosts hold a part of the disks.
 """
 
 from __future__ import annotations
