@@ -43,6 +43,7 @@ from fusemig.migration.receiver import FrameReceiver
 from fusemig.migration.witness import Witness
 from fusemig.migration.writer import FrameWriter
 from fusemig.records.epoch import Ownership
+from fusemig.tasks import run_beside
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -235,16 +236,8 @@ class DestinationMigration(IncomingMigration):
 
     async def _receive(self) -> None:
         assert self._receipt is not None
-        failure: FusemigError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._receipt.keep)
-            try:
-                await self._receive_all(self._receipt)
-            except FusemigError as exc:  # outside the nursery it is this error, and not a group of them
-                failure = exc
-            self._receipt.stop()
-        if failure is not None:
-            raise failure
+        receive = partial(self._receive_all, self._receipt)
+        await run_beside(receive, self._receipt.keep, stop=self._receipt.stop)  # what was handed over is journaled
 
     async def _receive_all(self, receipt: Receipt) -> None:
         assert self._gathering is not None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from fusemig.disk.base import Buffer
+    from fusemig.errors import FusemigError
     from fusemig.net.transport import ByteStream
 
     Offload = Callable[..., Awaitable[Any]]
@@ -288,6 +289,11 @@ class NativeLink:
                 return self.receive_nowait()
             except trio.WouldBlock:
                 await self.wait_readable(deadline_s)
+
+    def aborted_error(self, abort: native.Abort) -> FusemigError:
+        """Return what the peer's ABORT means before the hand-off: the migration's end, or only this connection's."""
+        reason = f"{self.peer} aborted the migration: {abort.reason}"
+        return ConnectionLostError(reason) if abort.is_damaged else MigrationError(reason)
 
     async def linger(self, deadline_s: float) -> None:
         """Receive and forget until the peer closes, so that our last message is not lost with what it still sends.

@@ -212,7 +212,7 @@ class SimWorld(trio.abc.Instrument):
         return SourceMigration(lent, connect, self.parameters, inline, on_phase, resume=resume)
 
     def resume_point(self) -> ResumePoint:
-        """Return where the migration was interrupted, as `fusemig.daemon.outbound` does."""
+        """Return where the migration was interrupted, as `fusemig.daemon.choice` does."""
         point = self.outgoing.resume_point()
         if point is not None and [disk.disk for disk in point.disks] == [served.guest for served in self.served_here()]:
             return point

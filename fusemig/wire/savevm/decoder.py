@@ -134,11 +134,6 @@ class Decoder(StepDecoder[Event | EventT]):
             return self._drained.may_end
         return self._step in (self._on_after_eof, self._on_trailing) and not self._filled
 
-    @property
-    def drained_bytes(self) -> int:
-        """How much state of devices was skipped."""
-        return 0 if self._drained is None else self._drained.n_bytes
-
     def close(self) -> None:
         """The source has closed the stream.
 
