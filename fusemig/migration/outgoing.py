@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from fusemig.core.mirror import Reach
+    from fusemig.core.shaping import MirrorLag
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.disk.tracking import Tracking
     from fusemig.migration.commit import SourceDisk
@@ -457,6 +458,12 @@ class OutgoingMigration(ABC):
         self._outlook.begin_pass(trio.current_time())
         self._on_pass(self._pass_number)
 
+    @property
+    def _shortening_lag(self) -> MirrorLag | None:
+        """How far behind the destination may be while mirroring makes the freeze shorter; None: nothing does."""
+        may_shorten = self._parameters.auto_mirror and self.can_mirror and not self.group
+        return self._parameters.mirror_lag if may_shorten else None
+
     def _pending_bytes(self) -> int:
         return sum(disk.tracking.pending_bytes for disk in self._disks)
 
@@ -538,7 +545,9 @@ class OutgoingMigration(ABC):
         if self._machine.phase in _SENDING and not self._is_postcopy():
             is_bulk = self._machine.phase is MigrationPhase.BULK
             send_rate = self._send_rate.per_second(now) if is_bulk else 0.0
-            prediction = self._outlook.look(now, self._disks, pending, self._bandwidth.per_second, send_rate)
+            prediction = self._outlook.look(
+                now, self._disks, pending, self._bandwidth.per_second, send_rate, self._shortening_lag
+            )
         return MigrationStatistics(
             phase=self._machine.phase,
             session=self.session,
