@@ -9,6 +9,8 @@ thread or takes a write back:
                 that began after it had ended: both sides have it.
     rate        every write waits until the disk's share of bytes per second allows it (a token bucket).
 
+With a window and a rate a write waits for both.
+
 Who waits is kept in the order of arrival and gets a *turn*: when there is room the write is tried again, and is let
 through because its turn is noted. So later ones cannot overtake it, and a write that is as large as the window comes
 to its turn too. What was refused here has not happened; the lane keeps it as it keeps a write at a closed gate.
@@ -150,8 +152,8 @@ class Brake:
         return True
 
     def _may_pass(self, offset: int, length: int) -> bool:
-        if self._rate:
-            return not self._waiting and self._tokens > 0
+        if self._rate and (self._waiting or self._tokens <= 0):
+            return False
         mirror = self._tracker.mirror
         if self.window_bytes is None or mirror is None:
             return True
@@ -199,12 +201,12 @@ class Brake:
         calls, self._answerable = self._answerable, []
         while self._waiting:
             length = self._waiting[0].length
-            if self._rate:
-                if self._tokens <= 0:
-                    break
-                self._tokens -= length
-            elif self.window_bytes is not None and self._tracker.mirror is not None and not self._has_room(length):
+            if self._rate and self._tokens <= 0:
                 break
+            if self.window_bytes is not None and self._tracker.mirror is not None and not self._has_room(length):
+                break
+            if self._rate:
+                self._tokens -= length
             calls.append(self._give_turn())
         return calls
 

@@ -9,8 +9,10 @@ moment when the pass comes by it, which is any moment of the pass, so
     the last one, behind the closed gate, what the one before it left
 
 D flattens, so passes shrink to a few blocks as long as the link is faster than the guests, and to the hot set over and
-over where it is not. Not in the model: the time that stores need to sync, compression, zeros inside allocated chunks,
-what guests cost the sender of processor time, and that the freeze may be shortened by mirroring (`Escalation.shorten`).
+over where it is not. A rest that fits the limit and would take long all the same is made smaller by mirroring, if that
+is allowed (`Escalation.shorten`): two passes beside guests that have their share of the link, and what they write in
+places that these passes did not come by is left; or two more, and a window of it is. Not in the model: the time that
+stores need to sync, compression, zeros inside allocated chunks, and what guests cost the sender of processor time.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from fusemig.core.convergence import Convergence, Decision
+from fusemig.core.convergence import LONG_FREEZE_S, Convergence, Decision
+from fusemig.core.mirror import Reach
 from fusemig.core.shaping import DEFAULT_LAG, MIRROR_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from fusemig.core.shaping import MirrorLag
     from fusemig.core.working_set import WorkingSet
 
 HANDOFF_S: Final = 0.01
@@ -56,6 +60,8 @@ class Plan:
     """How long the present pass has been running."""
     speed: float = 1.0
     """How fast guests write, of how fast they wrote while they were watched."""
+    shortening_lag: MirrorLag | None = None
+    """How far behind the destination may be while mirroring makes a freeze shorter; None: nothing is mirrored."""
 
     def dirtied(self, start_s: float, stop_s: float) -> float:
         """Return the mean of what guests dirty in times from ``start_s`` to ``stop_s``."""
@@ -65,6 +71,11 @@ class Plan:
     def pass_bandwidth(self) -> float:
         """Bytes per second of every pass but the last."""
         return min(self.bandwidth, self.max_bandwidth) if self.max_bandwidth > 0 else self.bandwidth
+
+    @property
+    def write_rate(self) -> float:
+        """Bytes per second that guests write, repeats included."""
+        return sum(one.write_rate for one in self.working_sets) * self.speed
 
 
 @dataclass(frozen=True)
@@ -119,8 +130,11 @@ def predict(plan: Plan) -> Prediction:
         decision = convergence.after_pass(before, took, forecast, limit_s)
         if decision is Decision.SWITCH_OVER:
             if is_synced:
-                downtime_s = forecast.expected_downtime_s + HANDOFF_S
-                return Prediction(True, n_passes + 1, duration + downtime_s, sent + pending, downtime_s)
+                n_more, more_s, more_bytes, pending = _shorten(plan, pending, took)
+                downtime_s = pending / plan.bandwidth + HANDOFF_S
+                return Prediction(
+                    True, n_passes + n_more + 1, duration + more_s + downtime_s, sent + more_bytes + pending, downtime_s
+                )
             is_synced = True
         elif pending > before * _STANDSTILL and forecast.expected_downtime_s > limit_s:
             break
@@ -143,6 +157,29 @@ def _next_pass(plan: Plan, before_s: float) -> tuple[float, float]:
     return sent, longer
 
 
+def _shorten(plan: Plan, pending: float, before_s: float) -> tuple[int, float, float, float]:
+    """Play what makes the freeze shorter after a pass of ``before_s`` seconds that left ``pending`` bytes.
+
+    Returns:
+        Passes, their seconds, what they send, and what they leave.
+    """
+    lag, n_passes, seconds, sent = plan.shortening_lag, 0, 0.0, 0.0
+    if lag is None:
+        return n_passes, seconds, sent, pending
+    guests = min(plan.write_rate, MIRROR_SHARE * plan.pass_bandwidth)
+    window = lag.window_bytes(plan.pass_bandwidth, plan.downtime_limit_s)
+    for reach in (Reach.HOT, Reach.ALL):
+        if pending / plan.bandwidth <= LONG_FREEZE_S:
+            break
+        for _ in range(2):
+            took = pending / (plan.pass_bandwidth - guests) + PASS_S
+            n_passes, seconds, sent = n_passes + 1, seconds + took, sent + pending + guests * took
+            missed = plan.dirtied(before_s, before_s + took) - plan.dirtied(before_s, before_s)
+            pending = min(pending, plan.dirtied(0.0, took), window + (missed if reach is Reach.HOT else 0.0))
+            before_s += took
+    return n_passes, seconds, sent, pending
+
+
 def remedies(plan: Plan) -> list[Remedy]:
     """Return what would make a plan converge that does not, each by itself; what cannot is left out."""
     found = []
@@ -157,7 +194,7 @@ def remedies(plan: Plan) -> list[Remedy]:
     if factor is not None:
         found.append(Remedy(RemedyKind.DOWNTIME_LIMIT, plan.downtime_limit_s * factor))
     factor = _least(lambda factor: predict(replace(plan, speed=plan.speed / factor)).converges, _LARGEST_FACTOR)
-    rate = sum(one.write_rate for one in plan.working_sets) * plan.speed
+    rate = plan.write_rate
     if factor is not None:
         found.append(Remedy(RemedyKind.THROTTLE, rate / factor))
     # With mirroring no more than the window is ever missing, whatever guests do. What they write to mirrored chunks

@@ -12,10 +12,11 @@ What follows (`Escalation`), one step for each stall:
     mirror everything              guests write new places all the time, so nothing is hot
 
 A switchover that is within the limit and would still take long is made shorter in the same way: what is hot is mirrored
-for the passes just before it, and if that was not enough, everything (`Escalation.shorten`).
+for the passes just before it, and if that was not enough, everything (`Escalation.shorten`). That is over when the
+switchover is lost, and a throttle that brought the passes so far goes on beside it.
 
-Mirroring holds guests down to the link by itself, so the throttle ends where it begins. With everything mirrored the
-rest is bounded and each cold chunk is sent once more at most: every migration ends.
+Mirroring because passes do not help holds guests down to the link by itself, so the throttle ends where that begins.
+With everything mirrored the rest is bounded and each cold chunk is sent once more at most: every migration ends.
 
 Pure: time comes in as numbers of seconds.
 """
@@ -130,8 +131,16 @@ class Escalation:
 
     def __init__(self) -> None:
         """Start with nothing done."""
-        self.reach = Reach.NONE
+        self._lasting = Reach.NONE
+        """What is mirrored because passes do not help."""
+        self._brief = Reach.NONE
+        """What is mirrored, perhaps beyond that, for the moment before a switchover."""
         self.throttle_percent = 0
+
+    @property
+    def reach(self) -> Reach:
+        """Which chunks are to be mirrored."""
+        return self._lasting if self._brief is Reach.NONE else self._brief
 
     def step(
         self, dirty_rate: float, bandwidth: float, *, throttle_max: int, may_mirror: bool, is_mirroring: bool
@@ -147,20 +156,27 @@ class Escalation:
         """
         if is_mirroring:
             return False
-        if self.reach is Reach.NONE:
+        if self._lasting is Reach.NONE:
             percent = self._next_percent(dirty_rate, bandwidth, throttle_max)
             if percent > self.throttle_percent:
                 self.throttle_percent = percent
                 return True
-        return self.shorten(may_mirror=may_mirror, is_mirroring=is_mirroring)
+        if not may_mirror or self._lasting is Reach.ALL:
+            return False
+        self._lasting, self._brief = _further(self.reach), Reach.NONE
+        self.throttle_percent = 0
+        return True
 
     def shorten(self, *, may_mirror: bool, is_mirroring: bool) -> bool:
         """Mirror more for the moment before a switchover, first what is hot; return whether there was more."""
         if is_mirroring or not may_mirror or self.reach is Reach.ALL:
             return False
-        self.reach = Reach.HOT if self.reach is Reach.NONE else Reach.ALL
-        self.throttle_percent = 0
+        self._brief = _further(self.reach)
         return True
+
+    def end_shortening(self) -> None:
+        """The switchover did not come: mirror no more than passes need."""
+        self._brief = Reach.NONE
 
     def _next_percent(self, dirty_rate: float, bandwidth: float, throttle_max: int) -> int:
         now = self.throttle_percent
@@ -168,6 +184,10 @@ class Escalation:
         needed = 100 * (1 - SAFE_SHARE * bandwidth / unthrottled) if unthrottled > 0 else 0.0
         step = INITIAL_PERCENT if not now else now + INCREMENT_PERCENT
         return max(now, min(step, -int(-needed // 1), throttle_max))
+
+
+def _further(reach: Reach) -> Reach:
+    return Reach.HOT if reach is Reach.NONE else Reach.ALL
 
 
 def limits(written_rates: Sequence[float], percent: int) -> list[float]:

@@ -87,7 +87,7 @@ async def estimate(
         assert served.disk is not None
         data_bytes = await trio.to_thread.run_sync(_allocated, served.disk)
         disks.append(_Disk(served.disk, data_bytes, served.disk.heat.working_set()))
-    return _answer(uri, disks, bandwidth, source, _limited(migrator.parameters, downtime_limit_s))
+    return _answer(uri, disks, _plan(disks, bandwidth, migrator.parameters, downtime_limit_s), source)
 
 
 async def _measured(dialer: Dialer, uri: str) -> float:
@@ -113,26 +113,27 @@ def _allocated(disk: TrackedDisk) -> int:
     return total
 
 
-def _limited(parameters: MigrationParameters, downtime_limit_s: float | None) -> tuple[float, float, float]:
-    limit_s = parameters.downtime_limit_s if downtime_limit_s is None else downtime_limit_s
-    return float(parameters.max_bandwidth), limit_s, parameters.freeze_deadline_s
+def _plan(
+    disks: Sequence[_Disk], bandwidth: float, parameters: MigrationParameters, downtime_limit_s: float | None
+) -> Plan:
+    return Plan(
+        [disk.working_set for disk in disks],
+        sum(disk.data_bytes for disk in disks),
+        bandwidth,
+        parameters.max_bandwidth,
+        parameters.downtime_limit_s if downtime_limit_s is None else downtime_limit_s,
+        parameters.freeze_deadline_s,
+        shortening_lag=parameters.mirror_lag if parameters.auto_mirror else None,
+    )
 
 
-def _answer(
-    uri: str | None,
-    disks: Sequence[_Disk],
-    bandwidth: float,
-    source: answer.BandwidthSource,
-    limits: tuple[float, float, float],
-) -> answer.EstimateInfo:
+def _answer(uri: str | None, disks: Sequence[_Disk], plan: Plan, source: answer.BandwidthSource) -> answer.EstimateInfo:
     described = [disk.describe() for disk in disks]
-    data_bytes = sum(disk.data_bytes for disk in described)
-    plan = Plan([disk.working_set for disk in disks], data_bytes, bandwidth, *limits)
     found = predict(plan)
     return answer.EstimateInfo(
         uri=UNSET if uri is None else uri,
         disks=described,
-        data_bytes=data_bytes,
+        data_bytes=sum(disk.data_bytes for disk in described),
         zero_bytes=sum(disk.zero_bytes for disk in described),
         write_rate=sum(disk.write_rate for disk in described),
         dirty_rate=sum(disk.dirty_rate for disk in described),

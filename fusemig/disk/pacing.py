@@ -40,7 +40,7 @@ class Pacing:
         """
         with self._lock:
             self._tracker.begin_mirror(reach)
-        self._lay(now, on_waiting).set_rate(0)
+        self._lay(now, on_waiting)
 
     def set_window(self, window_bytes: int, *, is_blocking: bool) -> None:
         """Have writes wait while more than this is missing, and replies too until their writes are there."""
@@ -54,10 +54,17 @@ class Pacing:
         _call(calls)
 
     def limit_rate(self, bytes_per_s: float, now: float, on_waiting: Callable[[], None]) -> None:
-        """Let guests write no faster than this; ``now`` and ``on_waiting`` as `mirror` has them."""
+        """Let guests write no faster than this, or as fast as they like (0).
+
+        ``now`` and ``on_waiting`` are as `mirror` has them.
+        """
+        if not bytes_per_s and self._brake is None:
+            return
         brake = self._lay(now, on_waiting)
         with self._lock:
             brake.set_rate(bytes_per_s)
+            calls = brake.due()
+        _call(calls)
 
     def note_acknowledged(self, chunks: Sequence[int]) -> None:
         """Go on with what waited for chunks that arrived; the tracker knows of them."""

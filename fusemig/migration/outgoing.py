@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from fusemig.core.mirror import Reach
+    from fusemig.core.shaping import MirrorLag
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.disk.tracking import Tracking
     from fusemig.migration.commit import SourceDisk
@@ -371,6 +372,12 @@ class OutgoingMigration(ABC):
         self._on_pass(self._pass_number)
         await self._run_pass(is_limited=is_limited)
 
+    @property
+    def _shortening_lag(self) -> MirrorLag | None:
+        """How far behind the destination may be while mirroring makes the freeze shorter; None: nothing does."""
+        may_shorten = self._parameters.auto_mirror and self.can_mirror and not self.group
+        return self._parameters.mirror_lag if may_shorten else None
+
     def _pending_bytes(self) -> int:
         return self._disks.pending_bytes
 
@@ -404,7 +411,9 @@ class OutgoingMigration(ABC):
         if self._machine.phase in SENDING and not self._is_postcopy():
             is_bulk = self._machine.phase is MigrationPhase.BULK
             send_rate = self._meter.send_rate(now) if is_bulk else 0.0
-            prediction = self._outlook.look(now, self._disks.tracked, pending, self._meter.bandwidth, send_rate)
+            prediction = self._outlook.look(
+                now, self._disks.tracked, pending, self._meter.bandwidth, send_rate, self._shortening_lag
+            )
         return MigrationStatistics(
             phase=self._machine.phase,
             session=self.session,

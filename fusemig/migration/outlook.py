@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fusemig.core.forecast import Prediction
+    from fusemig.core.shaping import MirrorLag
     from fusemig.migration.reader import OutgoingDisk
     from fusemig.migration.stats import MigrationParameters
 
@@ -35,7 +36,13 @@ class Outlook:
         self._prediction = None
 
     def look(
-        self, now: float, disks: Sequence[OutgoingDisk], pending_bytes: int, bandwidth: float, send_rate: float
+        self,
+        now: float,
+        disks: Sequence[OutgoingDisk],
+        pending_bytes: int,
+        bandwidth: float,
+        send_rate: float,
+        shortening_lag: MirrorLag | None,
     ) -> Prediction | None:
         """Return what is to be expected from ``now`` on; None as long as nothing is known of the link.
 
@@ -45,6 +52,7 @@ class Outlook:
             pending_bytes: what is to be sent or acknowledged, of the present pass and of later ones.
             bandwidth: bytes per second that the link carries.
             send_rate: bytes per second acknowledged lately, pauses included; 0 where that says nothing.
+            shortening_lag: as `Plan` has it.
         """
         if bandwidth <= 0:
             return None
@@ -66,6 +74,7 @@ class Outlook:
                 self._parameters.downtime_limit_s,
                 self._parameters.freeze_deadline_s,
                 elapsed_s,
+                shortening_lag=shortening_lag,
             )
         )
         return self._prediction

@@ -81,6 +81,8 @@ class Pacer:
         self._escalation = Escalation()
         self._reach = Reach.NONE
         """What is mirrored now."""
+        self._percent = 0
+        """By how much guests are throttled now."""
         self._is_suspended = self._is_frozen = False
         self._is_running = False
         self._fell_back_at: float | None = None
@@ -138,7 +140,6 @@ class Pacer:
         if not self._escalation.shorten(may_mirror=self._may_mirror, is_mirroring=self._is_mirror_wanted):
             return False
         log.info("mirroring to make the freeze shorter", mirror=self._escalation.reach.value)
-        self._throttle(trio.current_time())
         return True
 
     async def pause(self, timeout_s: float, event: trio.Event) -> None:
@@ -172,8 +173,7 @@ class Pacer:
         """Keep the deadlines and follow the parameters, for as long as there is a connection."""
         while True:
             self._tick(trio.current_time())
-            is_throttled = self._escalation.throttle_percent and not self.is_mirroring
-            await trio.sleep(THROTTLED_TICK_S if is_throttled else TICK_S)
+            await trio.sleep(THROTTLED_TICK_S if self._percent else TICK_S)
 
     def note_acknowledged(self, now: float) -> None:
         """The destination acknowledged something."""
@@ -201,6 +201,7 @@ class Pacer:
     def release(self) -> None:
         """Hold nothing back, until `start`: the migration or its connection has ended; idempotent."""
         self._is_frozen = self._is_running = False
+        self._escalation.end_shortening()
         self._let_go()
         self._tell()
 
@@ -232,6 +233,7 @@ class Pacer:
             return
         if wanted is Reach.NONE:
             self._let_go()
+            self._throttle(now)
         else:
             if self._fell_back_at is not None:
                 if now < self._fell_back_at + REST_S or self._acknowledged_at <= self._fell_back_at:
@@ -241,7 +243,7 @@ class Pacer:
             for disk in self._disks():
                 disk.tracking.pacing.mirror(wanted, now, self._wake)
             self._size_window()
-        self._tell()
+            self._throttle(now)
 
     def _size_window(self) -> None:
         parameters, disks = self._parameters, self._disks()
@@ -281,24 +283,23 @@ class Pacer:
             self._counted[at] = total
 
     def _throttle(self, now: float) -> None:
-        """Have the disks throttled as the escalation says."""
-        percent, disks = self._escalation.throttle_percent, self._disks()
+        """Have the disks throttled as the escalation says, unless the user has them mirrored, which is enough."""
+        percent = 0 if self._is_mirror_wanted else self._escalation.throttle_percent
         if percent and not self._unthrottled:
             self._unthrottled = [rate.per_second(now) for rate in self._written]
-        for disk, bytes_per_s in zip(disks, limits(self._unthrottled, percent), strict=False):
-            if bytes_per_s:
-                disk.tracking.pacing.limit_rate(bytes_per_s, now, self._wake)
+        for disk, bytes_per_s in zip(self._disks(), limits(self._unthrottled, percent), strict=False):
+            disk.tracking.pacing.limit_rate(bytes_per_s, now, self._wake)
+        self._percent = percent
         self._tell()
 
     def _let_go(self) -> None:
         self._reach = Reach.NONE
-        self._window_bytes = 0
+        self._window_bytes = self._percent = 0
         for disk in self._disks():
             disk.tracking.pacing.release()
 
     def _tell(self) -> None:
-        is_throttled = self._is_running and not self.is_mirroring
-        now = self._reach, self._escalation.throttle_percent if is_throttled else 0
+        now = self._reach, self._percent
         if now != self._told:
             self._told = now
             self._on_change(*now)
@@ -325,6 +326,6 @@ class Pacer:
             window_bytes=self._window_bytes,
             paced_writes=sum(disk.disk.paced_writes for disk in self._disks()),
             held_replies=sum(one.held_replies for one in pacings),
-            throttle_percent=self._told[1],
+            throttle_percent=self._percent,
             n_fallbacks=self._n_fallbacks,
         )

@@ -222,3 +222,23 @@ def test_a_rate_is_kept_and_a_large_write_pays_its_debt() -> None:
     assert 990 <= n_written <= 1010
     brake.set_rate(0)
     assert len(brake.due()) == 2
+
+
+def test_with_a_window_and_a_rate_a_write_waits_for_both() -> None:
+    """A throttled guest is not let go because its chunks are mirrored, nor mirrored without bounds."""
+    tracker, brake = mirrored()
+    brake.set_rate(100 * BLOCK_SIZE)
+    assert not write(tracker, brake, 0)  # there is room, and nothing was saved up
+    brake.advance(0.02)
+    assert write(tracker, brake, 0)
+    assert write(tracker, brake, 1)
+    brake.advance(0.04)
+    assert not write(tracker, brake, 2)  # the rate allows it, and there is no room
+    assert brake.wait(lambda: None, 2 * BLOCK_SIZE, BLOCK_SIZE)
+    assert not brake.due()
+    send(tracker, brake, 0)
+    assert len(brake.due()) == 1
+    assert write(tracker, brake, 2)
+    brake.set_rate(0)
+    assert write(tracker, brake, 3)
+    assert not write(tracker, brake, 4)  # the window is still there

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fusemig.core.convergence import Convergence, Decision
 from fusemig.core.forecast import HANDOFF_S, PASS_S, Plan, RemedyKind, predict, remedies
-from fusemig.core.shaping import MIRROR_SHARE
+from fusemig.core.shaping import DEFAULT_LAG, MIRROR_SHARE
 from fusemig.core.units import BLOCK_SIZE
 from fusemig.core.working_set import WorkingSet
 
@@ -119,6 +119,37 @@ def test_what_is_left_of_a_running_pass_counts() -> None:
     assert half.downtime_s == pytest.approx(whole.downtime_s)
 
 
+def test_a_rest_that_is_hot_is_shortened_by_two_passes_to_a_window() -> None:
+    """A hot set that is written over and over leaves 60 ms of the link; with mirroring 20 are left, later."""
+    curve = random_writes(400.0 * MIB, 8.0 * MIB, 1024.0 * MIB)
+    plan = Plan([curve], 100.0 * MIB, 100.0 * MIB)
+    plain, shortened = predict(plan), predict(replace(plan, shortening_lag=DEFAULT_LAG))
+    rest_s = plain.downtime_s - HANDOFF_S
+    assert rest_s == pytest.approx(0.06, abs=0.003)
+    assert shortened.downtime_s == pytest.approx(0.02 + HANDOFF_S, abs=0.001)
+    assert shortened.n_passes == plain.n_passes + 2
+    later_s = (rest_s + 0.02) / (1 - MIRROR_SHARE) + 2 * PASS_S  # guests have their share of the link meanwhile
+    assert shortened.duration_s - plain.duration_s == pytest.approx(later_s - (rest_s - 0.02), abs=0.02)
+
+
+def test_a_rest_in_new_places_is_shortened_by_four_passes() -> None:
+    """What is hot is not enough where guests write where they have not written."""
+    curve = WorkingSet(90.0 * MIB, 1.0, [90.0 * MIB * n for n in range(1, 100)], 1e12)
+    plan = Plan([curve], 100.0 * MIB, 100.0 * MIB)
+    plain, shortened = predict(plan), predict(replace(plan, shortening_lag=DEFAULT_LAG))
+    assert plain.downtime_s > 0.1
+    assert shortened.downtime_s == pytest.approx(0.02 + HANDOFF_S, abs=0.001)
+    assert shortened.n_passes == plain.n_passes + 4
+
+
+def test_a_rest_that_is_small_is_not_shortened() -> None:
+    """Nor is what does not converge."""
+    little = Plan([random_writes(100.0 * MIB, 2.0 * MIB, 1024.0 * MIB)], 100.0 * MIB, 100.0 * MIB)
+    much = Plan([random_writes(400.0 * MIB, 100.0 * MIB, 1024.0 * MIB)], 100.0 * MIB, 100.0 * MIB)
+    for plan in (little, much):
+        assert predict(replace(plan, shortening_lag=DEFAULT_LAG)) == predict(plan)
+
+
 def test_the_last_pass_is_not_held_back() -> None:
     """--max-bandwidth makes passes slow, and not the switchover."""
     curve = random_writes(5.0 * MIB, 64.0 * MIB, 1024.0 * MIB)
@@ -137,7 +168,10 @@ def test_any_plan_has_an_answer_and_its_remedies_are_true(
 ) -> None:
     """A prediction keeps the limit, and each remedy converges by itself while clearly less of it does not."""
     plan = Plan(curves, send_bytes, bandwidth, downtime_limit_s=limit_s)
-    found = predict(plan)
+    found, shortened = predict(plan), predict(replace(plan, shortening_lag=DEFAULT_LAG))
+    assert shortened.converges == found.converges
+    assert shortened.downtime_s <= found.downtime_s
+    assert shortened.duration_s >= found.duration_s - found.downtime_s
     if found.converges:
         assert found.downtime_s <= limit_s + HANDOFF_S + 1e-9
         assert found.sent_bytes >= send_bytes

@@ -97,17 +97,40 @@ def test_nothing_is_escalated_where_everything_is_mirrored_anyway() -> None:
 
 
 def test_to_shorten_a_freeze_what_is_hot_is_mirrored_then_everything() -> None:
-    """Instead of a throttle; not where it may not be, where all is mirrored anyway, or where it is done already."""
+    """Beside a throttle that works; not where it may not be, where all is mirrored anyway, or where all was done."""
     escalation = Escalation()
     escalation.step(4.0, 1.0, throttle_max=45, may_mirror=True, is_mirroring=False)
     assert not escalation.shorten(may_mirror=False, is_mirroring=False)
     assert not escalation.shorten(may_mirror=True, is_mirroring=True)
     assert (escalation.reach, escalation.throttle_percent) == (Reach.NONE, 20)
     assert escalation.shorten(may_mirror=True, is_mirroring=False)
-    assert (escalation.reach, escalation.throttle_percent) == (Reach.HOT, 0)
+    assert (escalation.reach, escalation.throttle_percent) == (Reach.HOT, 20)
     assert escalation.shorten(may_mirror=True, is_mirroring=False)
-    assert escalation.reach is Reach.ALL
+    assert (escalation.reach, escalation.throttle_percent) == (Reach.ALL, 20)
     assert not escalation.shorten(may_mirror=True, is_mirroring=False)
+
+
+def test_what_made_a_freeze_shorter_ends_with_the_switchover_that_was_lost() -> None:
+    """And what passes need goes on."""
+    escalation = Escalation()
+    assert escalation.shorten(may_mirror=True, is_mirroring=False)
+    escalation.end_shortening()
+    assert (escalation.reach, escalation.throttle_percent) == (Reach.NONE, 0)
+    assert escalation.step(4.0, 1.0, throttle_max=0, may_mirror=True, is_mirroring=False)
+    assert escalation.shorten(may_mirror=True, is_mirroring=False)
+    assert (escalation.reach, escalation.throttle_percent) == (Reach.ALL, 0)
+    escalation.end_shortening()
+    assert (escalation.reach, escalation.throttle_percent) == (Reach.HOT, 0)
+
+
+def test_passes_that_stop_to_help_while_a_freeze_is_made_shorter_take_over() -> None:
+    """The next step goes beyond what is mirrored already, and is no longer for a moment."""
+    escalation = Escalation()
+    assert escalation.shorten(may_mirror=True, is_mirroring=False)
+    assert escalation.step(4.0, 1.0, throttle_max=0, may_mirror=True, is_mirroring=False)
+    escalation.end_shortening()
+    assert escalation.reach is Reach.ALL
+    assert not escalation.step(4.0, 1.0, throttle_max=0, may_mirror=True, is_mirroring=False)
 
 
 def test_limits_leave_idle_disks_alone_and_every_disk_something() -> None:

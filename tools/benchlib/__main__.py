@@ -61,7 +61,9 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tools/bench", description="Measure fusemig beside its peers.")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, in under 3 minutes")
-    parser.add_argument("--rounds", type=int, help="rounds of every row (default 5, with --quick 2)")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds of every row (default 5, with --quick 2; of long ones fewer)"
+    )
     parser.add_argument("--rows", default="", metavar="M1,B1", help=f"only these rows of {','.join(_ROWS)}")
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where rows on a real disk keep images")  # noqa: S108
     parser.add_argument("--output", type=Path, default=Path("build/bench"), help="where bench.md and bench.svg go")
@@ -75,7 +77,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     installed = Path(sys.executable).with_name("fusemig")
     command = shlex.split(options.fusemig) if options.fusemig else [str(installed)]
     return Settings(
-        rounds=options.rounds or (2 if options.quick else 5),
+        asked_rounds=options.rounds,
         quick=options.quick,
         directory=options.dir.resolve(),
         fusemig=tuple(command),
@@ -135,7 +137,7 @@ def main() -> int:
     print(text)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "bench.md").write_text(text)
-    subtitle = f"fusemig {found['fusemig']}, kernel {found['kernel']}, {found['machine']}, {settings.rounds} rounds"
+    subtitle = f"fusemig {found['fusemig']}, kernel {found['kernel']}, {found['machine']}"
     (options.output / "bench.svg").write_text(chart.svg(rows, subtitle))
     if options.json:
         when = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

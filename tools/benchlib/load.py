@@ -3,8 +3,8 @@
 Run as a program: ``python -m benchlib.load TARGET RECORD --rate N --start BYTES --length BYTES [--sequential]``.
 TARGET is a file, or ``nbd:SOCKET:EXPORT``. At random it writes no block twice before it has written all (the length is
 cut to a power of two). It stops on SIGTERM or when a write fails (EROFS: the disk has moved), and then leaves in
-RECORD: one double for the errno (0: none) followed by pairs of the acknowledgement's CLOCK_MONOTONIC time and the
-latency, in seconds. RECORD.ready appears after the first acknowledgement.
+RECORD: one double for the errno (0: none) and one for the CLOCK_MONOTONIC time at which it stopped, followed by pairs
+of the acknowledgement's time and the latency, in seconds. RECORD.ready appears after the first acknowledgement.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Recording:
     """What the guest saw."""
 
     error: int
+    stopped_at: float
+    """When it was told to stop, or its write failed, on the monotonic clock."""
     times: array[float]
     latencies: array[float]
 
@@ -71,14 +73,15 @@ class Load:
         self.program.check(20)
         values: array[float] = array("d")
         values.frombytes(self._record.read_bytes())
-        return Recording(int(values[0]), values[1::2], values[2::2])
+        return Recording(int(values[0]), values[1], values[2::2], values[3::2])
 
 
 def merge(recordings: list[Recording]) -> Recording:
     """Return what several guests of one disk saw together, in order of time."""
     pairs = sorted(pair for some in recordings for pair in zip(some.times, some.latencies, strict=True))
     times, latencies = array("d", [pair[0] for pair in pairs]), array("d", [pair[1] for pair in pairs])
-    return Recording(max(some.error for some in recordings), times, latencies)
+    error, stopped_at = max(some.error for some in recordings), max(some.stopped_at for some in recordings)
+    return Recording(error, stopped_at, times, latencies)
 
 
 def _blocks(n_blocks: int) -> Iterator[int]:
@@ -151,8 +154,9 @@ def main() -> None:
     options = parser.parse_args()
     record: array[float] = array("d")
     error = _write_until_told(options, record)
+    stopped_at = time.monotonic()
     with Path(options.record).open("wb") as file:
-        array("d", [float(error)]).tofile(file)
+        array("d", [float(error), stopped_at]).tofile(file)
         record.tofile(file)
 
 

@@ -51,7 +51,7 @@ def _measure(  # one image, several ways to copy it
 
         return Contender(way.name, way.kind, once, way.missing)
 
-    return run_case(name, "MiB/s", [contender(way) for way in ways], settings.rounds, goals=goals)
+    return run_case(name, "MiB/s", [contender(way) for way in ways], settings.rounds(), goals=goals)
 
 
 def row_b1(settings: Settings) -> Row:

@@ -90,7 +90,7 @@ def row_d1(settings: Settings) -> Row:
             "bytes sent beyond the disk's size",
             "per byte written",
             contenders,
-            settings.pick(min(settings.rounds, 3), 1),
+            settings.rounds(3, 1),
             higher_is_better=False,
             goals=(Goal(1.25, at_most=True),),
         )
@@ -167,7 +167,7 @@ def row_d2(settings: Settings) -> Row:
             return Sample(sample.value, meters[0](), meters[1](), sample.extra)
 
     contenders = [*(ours(lane) for lane in settings.lanes), Contender(MIRROR, "peer", mirror, missing(QSD))]
-    case = run_case("throughput kept", "of idle", contenders, settings.pick(settings.rounds, 1), goals=(Goal(0.7),))
+    case = run_case("throughput kept", "of idle", contenders, settings.rounds(5, 1), goals=(Goal(0.7),))
     tail = case.derive("p99 latency", "times idle", "p99_ratio", higher_is_better=False)
     tail.goals = [Goal(3.0, at_most=True)]
     row.cases += [case, tail]
@@ -257,7 +257,7 @@ def row_d3(settings: Settings) -> Row:
         "longest gap",
         "ms",
         contenders,
-        settings.pick(max(20, settings.rounds), 3),
+        settings.rounds(20, 3),
         higher_is_better=False,
         goals=(Goal(20, at_most=True), Goal(60, at_most=True, percent=99)),
     )

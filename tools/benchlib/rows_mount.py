@@ -72,7 +72,7 @@ class Served:
             return Contender(exporter.name, exporter.kind, once, reason)
 
         contenders = [contender(*entry) for entry in self.entries]
-        return run_case(name, unit, contenders, settings.rounds, goals=goals)
+        return run_case(name, unit, contenders, settings.rounds(), goals=goals)
 
 
 def _value(figures: Figures, unit: str) -> float:
@@ -198,7 +198,7 @@ def row_m4(settings: Settings) -> Row:
             "added to a 4 KiB write",
             "%",
             contenders,
-            settings.rounds,
+            settings.rounds(),
             higher_is_better=False,
             goals=(Goal(3.0, at_most=True),),
         )

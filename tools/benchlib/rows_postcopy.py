@@ -36,7 +36,7 @@ def row_p1(settings: Settings) -> Row:
         "from before the freeze to the first write and read at the destination",
         "ms",
         [Contender(side_name(lane), "us", _handed_over(settings, lane, data), reason) for lane in settings.lanes],
-        settings.rounds,
+        settings.rounds(),
         higher_is_better=False,
     )
     downtime = first.derive("downtime", "ms", "downtime_ms", higher_is_better=False)

@@ -61,7 +61,7 @@ def row_s1(settings: Settings) -> Row:
                 f"a pass over 16 TiB with {n_dirty:,} dirty chunks, in process",
                 "µs/chunk",
                 [Contender("fusemig", "us", lambda n_dirty=n_dirty: _one_pass(n_dirty))],  # type: ignore[misc]
-                settings.rounds,
+                settings.rounds(),
                 higher_is_better=False,
             )
         )
@@ -185,7 +185,7 @@ def row_s2(settings: Settings) -> Row:
             return Sample(size / MIB / sample.value, sample.source, sample.destination)
 
     contenders = [*(over_link(lane) for lane in settings.lanes), Contender(LIMIT, "limit", limit)]
-    row.cases.append(run_case("1 Gbit/s link", "MiB/s", contenders, settings.rounds, goals=(Goal(0.97, LIMIT),)))
+    row.cases.append(run_case("1 Gbit/s link", "MiB/s", contenders, settings.rounds(), goals=(Goal(0.97, LIMIT),)))
     cap_mib = 50
 
     def capped(lane: str | None) -> Contender:
@@ -208,7 +208,7 @@ def row_s2(settings: Settings) -> Row:
             f"--max-bandwidth {cap_mib}M on loopback",
             "of the cap",
             [capped(lane) for lane in settings.lanes],
-            settings.pick(min(settings.rounds, 3), 1),
+            settings.rounds(3, 1),
             goals=goals,
         )
     )

@@ -40,7 +40,7 @@ def row_u1(settings: Settings) -> Row:
     ):
         take = _taker(settings, ("--resilient", *options), succeed)
         contenders = [Contender("fusemig", "us", take, reason)]
-        row.cases.append(run_case(name, "ms", contenders, settings.rounds, higher_is_better=False, goals=goals))
+        row.cases.append(run_case(name, "ms", contenders, settings.rounds(), higher_is_better=False, goals=goals))
     row.notes.append("the first line is what the machine itself makes such a guest wait")
     return row
 

@@ -76,7 +76,7 @@ def row_t1(settings: Settings) -> Row:
             return Sample(first.seconds / back.seconds, *usages, extra)
 
     case = run_case(
-        "first trip / return trip", "times", _contenders(settings, once), settings.rounds, goals=(Goal(50),)
+        "first trip / return trip", "times", _contenders(settings, once), settings.rounds(), goals=(Goal(50),)
     )
     row.cases.append(case)
     share = case.derive("return trip on the wire", "% of the disk", "percent", higher_is_better=False)
@@ -117,7 +117,7 @@ def row_t2(settings: Settings) -> Row:
         "on the wire",
         "MiB",
         _contenders(settings, once),
-        settings.rounds,
+        settings.rounds(),
         higher_is_better=False,
         goals=(Goal(21, at_most=True),),
     )
@@ -172,7 +172,7 @@ def row_t3(settings: Settings) -> Row:
             Contender("fusemig", "us", partial(once, *options, "--compress", "zstd", text=text, on_link=on_link), why),
             Contender("as it is", "peer", partial(once, *options, text=text, on_link=on_link), why),
         ]
-        case = run_case(name, "MiB/s", contenders, settings.rounds, goals=goals)
+        case = run_case(name, "MiB/s", contenders, settings.rounds(), goals=goals)
         row.cases.append(case)
         row.cases.append(case.derive(f"{name}, on the wire", "MiB", "wire", higher_is_better=False))
     row.notes.append(

@@ -17,7 +17,8 @@ T = TypeVar("T")
 class Settings:
     """The command line, read."""
 
-    rounds: int
+    asked_rounds: int | None
+    """Rounds of every row, if somebody said how many."""
     quick: bool
     directory: Path
     """Where the rows on a real file system keep their images."""
@@ -29,3 +30,7 @@ class Settings:
     def pick(self, full: T, quick: T) -> T:
         """Return the value for this kind of run."""
         return quick if self.quick else full
+
+    def rounds(self, full: int = 5, quick: int = 2) -> int:
+        """Return how many rounds a row makes: as many as were asked for, else its own number for this kind of run."""
+        return self.asked_rounds or self.pick(full, quick)
