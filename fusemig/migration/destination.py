@@ -242,6 +242,11 @@ class DestinationMigration(IncomingMigration):
                 await self._receive_all(self._receipt)
             except FusemigError as exc:  # outside the nursery it is this error, and not a group of them
                 failure = exc
+            if isinstance(failure, ConnectionLostError) and (abort := self._link.last_word()) is not None:
+                try:
+                    await self._handle(abort)
+                except FusemigError as exc:
+                    failure = exc
             self._receipt.stop()
         if failure is not None:
             raise failure

@@ -234,6 +234,8 @@ class SourceMigration(OutgoingMigration):
             except BaseException as exc:
                 self._note_doubtful()
                 failure = self._failure or exc
+                if isinstance(failure, ConnectionLostError) and (abort := link.last_word()) is not None:
+                    failure = self._failure = self._aborted(abort)
                 if isinstance(failure, FusemigError) and self._may_reconnect(failure):
                     raise
                 if self._handoff.may_thaw:
@@ -462,6 +464,7 @@ class SourceMigration(OutgoingMigration):
 
         Raises:
             ConnectionLostError: there was no progress for too long.
+            AuthenticationError: because one side was not accepted any more.
         """
         now, limit_s = trio.current_time(), self._parameters.reconnect_limit_s
         if self._stalled_since is None:
@@ -469,6 +472,8 @@ class SourceMigration(OutgoingMigration):
             self._backoff.reset()
         delay_s = self._backoff.next_s()
         if now + delay_s > self._stalled_since + limit_s:
+            if isinstance(failure, AuthenticationError):
+                raise failure  # and no link can be seen to
             raise ConnectionLostError(
                 f"{failure}; for {limit_s:g} s nothing could be sent: see to the link and the destination, then go on"
                 " with `fusemig migrate --resume`"
