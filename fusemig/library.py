@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from fusemig.daemon.daemon import Daemon
+from fusemig.daemon.disk_spec import DiskSpec
 from fusemig.daemon.info import daemon_status
 from fusemig.daemon.serve_options import ServeOptions
-from fusemig.daemon.served import DiskSpec
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
@@ -88,16 +88,16 @@ class Server:
 
         Cancellation: calls it off as long as that is possible, and waits for its end, within its deadlines.
         """
-        outbound = self._daemon.outbound
+        migrator = self._daemon.migrator
         for name in disks or ():
             if name not in self._daemon.disks:
                 raise ConfigError(f"there is no disk '{name}'; disks are {', '.join(sorted(self._daemon.disks))}")
         if max_bandwidth is not None:
-            outbound.parameters.max_bandwidth = max_bandwidth
+            migrator.parameters.max_bandwidth = max_bandwidth
         if downtime_limit_s is not None:
-            outbound.parameters.downtime_limit_s = downtime_limit_s
-        outbound.migrate(uri, disks)
-        migration = outbound.migration
+            migrator.parameters.downtime_limit_s = downtime_limit_s
+        migrator.migrate(uri, disks)
+        migration = migrator.migration
         assert migration is not None
         try:
             await migration.wait_over()

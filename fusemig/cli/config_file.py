@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import click
 import msgspec
 
-from fusemig.daemon.served import parse_disk
+from fusemig.daemon.disk_spec import parse_disk
 from fusemig.errors import ConfigError
 
 if TYPE_CHECKING:

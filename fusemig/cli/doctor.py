@@ -11,9 +11,10 @@ import trio
 
 from fusemig.cli import checkup
 from fusemig.cli.checkup import Finding, Level, Machine
+from fusemig.cli.output import print_json
 from fusemig.control.client import open_control
+from fusemig.daemon.disk_spec import parse_disk
 from fusemig.daemon.security import Security
-from fusemig.daemon.served import parse_disk
 from fusemig.errors import AuthenticationError, ConfigError, FusemigError
 from fusemig.net.credentials import Endpoint, load_credentials
 from fusemig.net.transport import connect, is_private, parse_uri
@@ -45,8 +46,6 @@ async def doctor_command(request: DoctorRequest) -> int:
     if request.peer is not None:
         findings.append(await _look_at_peer(request.peer, request.tls_creds, request.tls_hostname or ""))
     if request.as_json:
-        from fusemig.cli.main import print_json
-
         for finding in findings:
             print_json(asdict(finding))
     else:

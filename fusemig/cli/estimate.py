@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from fusemig.cli.output import print_json
 from fusemig.control.client import open_control
 from fusemig.core.shaping import MAX_THROTTLE_PERCENT
 from fusemig.core.units import format_size
@@ -47,8 +48,6 @@ async def estimate_command(request: EstimateRequest) -> None:
     async with open_control(request.socket) as control:
         answer = await control.execute("x-fusemig-estimate", request.arguments())
     if request.as_json:
-        from fusemig.cli.main import print_json
-
         print_json(answer)
         return
     for line in _describe(answer):

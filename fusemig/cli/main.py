@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,51 +9,14 @@ from typing import Any
 import click
 
 from fusemig import __version__
-from fusemig.cli.config_file import VARIABLE, ConfiguredCommand, find
+from fusemig.cli.config_file import VARIABLE, find
 from fusemig.cli.exits import EXIT_CODES, fail, run
-from fusemig.cli.logs import LEVELS, set_up_logs
-from fusemig.core.units import parse_duration, parse_size
-from fusemig.errors import ConfigError, FusemigError
-
-
-class _Rate(click.ParamType[int]):
-    """Bytes per second, such as 100M."""
-
-    name = "rate"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_size(value)
-        except ConfigError as exc:
-            self.fail(str(exc), param, ctx)
-
-
-class _Time(click.ParamType[float]):
-    """Seconds, written as 300ms or 2s."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        try:
-            return parse_duration(value)
-        except ConfigError as exc:
-            self.fail(str(exc), param, ctx)
-
-
-class _Mountpoint(click.ParamType[Path]):
-    """A path that is not looked at: if it is a mount to be taken over, nobody answers there yet (click.Path stats)."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return Path(value)
-
-
-SOCKET = click.argument("socket", type=click.Path(path_type=Path))
+from fusemig.cli.logs import set_up_logs
+from fusemig.cli.migrate_options import migrate
+from fusemig.cli.output import print_json
+from fusemig.cli.parameters import SOCKET, Rate, Time
+from fusemig.cli.serve_options import serve
+from fusemig.errors import ConfigError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,232 +25,18 @@ def cli() -> None:
     """Serve VM disk images as files and move them to another host while they are being written."""
 
 
-@cli.command(cls=ConfiguredCommand)
-@click.argument("mountpoint", type=_Mountpoint())
-@click.option(
-    "--disk",
-    "disks",
-    multiple=True,
-    required=True,
-    metavar="NAME=PATH[,base=BASE]",
-    help="Serve PATH as NAME; with a base, as an overlay over it.",
-)
-@click.option("--control", type=click.Path(path_type=Path), required=True, help="Control socket (QMP), mode 0600.")
-@click.option("--incoming", metavar="URI", help="Wait for disks at tcp:HOST:PORT, unix:PATH, or defer to QMP.")
-@click.option(
-    "--wire",
-    type=click.Choice(["auto", "native", "qemu"]),
-    default="auto",
-    show_default=True,
-    help="Stream format that --incoming takes.",
-)
-@click.option("--readonly", "read_only", multiple=True, metavar="NAME", help="Serve this disk read-only.")
-@click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Keep epoch files here.")
-@click.option("--allow-other", is_flag=True, help="Let other users use the mount.")
-@click.option(
-    "--lane",
-    type=click.Choice(["auto", "data", "pyfuse3"]),
-    default="auto",
-    show_default=True,
-    help="How I/O is served.",
-)
-@click.option(
-    "--lane-threads", type=click.IntRange(1, 64), help="Threads of the data lane (default: cores, at most 2)."
-)
-@click.option(
-    "--cache",
-    type=click.Choice(["through", "writeback"]),
-    default="through",
-    show_default=True,
-    help="writeback: the kernel acknowledges buffered writes before fusemig has seen them; only fsync or O_SYNC makes "
-    "them known and durable, also to a migration. Writes it still holds at the switchover fail with EROFS when synced.",
-)
-@click.option(
-    "--detect-zeroes",
-    type=click.Choice(["off", "on", "unmap"]),
-    default="off",
-    show_default=True,
-    help="What writes of zeros to whole blocks become: writes, cheap zeroings, or holes.",
-)
-@click.option(
-    "--allow-guest-commands", is_flag=True, help="Run the --pause-command and --resume-command that `migrate` names."
-)
-@click.option(
-    "--tls-creds",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="TLS only. DIR has ca-cert.pem, perhaps ca-crl.pem; server-cert.pem and server-key.pem for --incoming; "
-    "client-cert.pem and client-key.pem to send.",
-)
-@click.option(
-    "--tls-authz", multiple=True, metavar="IDENTITY", help="Admit the source with this name in its certificate."
-)
-@click.option("--insecure", is_flag=True, help="Let plain text cross the network, and anybody there send disks.")
-@click.option("--metrics", metavar="URI", help="Answer Prometheus at tcp:127.0.0.1:PORT or unix:PATH, path /metrics.")
-@click.option("--metrics-insecure", is_flag=True, help="Let other hosts read the metrics, in plain text.")
-@click.option("--web", metavar="URI", help="Show the disks and their migration in a browser, at tcp:127.0.0.1:PORT.")
-@click.option("--web-insecure", is_flag=True, help="Let other hosts look at that page, in plain text.")
-@click.option(
-    "--resilient", is_flag=True, help="Keep the mount when the daemon dies, and start another: guests only wait."
-)
-@click.option("--standby", is_flag=True, help="With --resilient: have the next daemon wait warm, for a shorter pause.")
-@click.option(
-    "--log-format",
-    type=click.Choice(["console", "json"]),
-    default="console",
-    show_default=True,
-    help="On stderr: lines for people, or JSON.",
-)
-@click.option("--log-level", type=click.Choice(list(LEVELS)), default="info", show_default=True, help="And above.")
-def serve(log_format: str, log_level: str, **options: Any) -> None:
-    """Serve disk images as files of MOUNTPOINT, in the foreground.
-
-    Ready when MOUNTPOINT/NAME can be stat'ed. Unmounts on SIGTERM and SIGINT.
-    """
-    set_up_logs(log_format, log_level)
-    if options["resilient"] or options["standby"]:
-        from fusemig.cli.resilient import hold
-
-        hold(options["mountpoint"], options["lane"], is_resilient=options["resilient"], has_standby=options["standby"])
-    from fusemig.cli.serve import ServeRequest, begin, go_on, load_rest
-    from fusemig.handover.agreement import answer
-    from fusemig.succession.fdstore import STANDBY, open_store
-
-    if STANDBY in os.environ:
-        load_rest()
-    if not answer(os.environ):  # a candidate of an upgrade
-        sys.exit(EXIT_CODES["failed"])
-    store = open_store(os.environ)  # where a standby waits
-    try:
-        estate = begin(ServeRequest(**options), store)
-    except FusemigError as exc:
-        sys.exit(fail(str(exc), exc.kind))
-    sys.exit(go_on(estate))
-
-
-@cli.command(cls=ConfiguredCommand)
-@SOCKET
-@click.argument("uri", required=False)
-@click.argument("more", nargs=-1, metavar="[SOCKET=URI]...")
-@click.option(
-    "--group",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Move disks of several daemons of this host in one switchover, all or none: SOCKET=URI for each; DIR, on a "
-    "disk and writable by all, keeps the decision (docs/groups.md).",
-)
-@click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
-@click.option("--max-bandwidth", type=_Rate(), metavar="RATE", help="Bytes per second, such as 100M; 0 is unlimited.")
-@click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
-@click.option(
-    "--mode",
-    type=click.Choice(["precopy", "mirror", "postcopy"]),
-    default="precopy",
-    show_default=True,
-    help="mirror: forward guests' writes as they happen (docs/convergence.md); postcopy: hand over at once, and have "
-    "the rest fetched (docs/postcopy.md).",
-)
-@click.option("--mirror-lag", metavar="SIZE|TIME", help="How far it may be behind; 0: no write is answered earlier.")
-@click.option("--auto-mirror/--no-auto-mirror", default=None, help="Mirror what passes cannot follow, or never do.")
-@click.option(
-    "--throttle-max",
-    type=click.IntRange(0, 99),
-    metavar="PERCENT",
-    help="Slow guests' writes down by so much, if that is needed to end (default: 0, never).",
-)
-@click.option(
-    "--wire",
-    type=click.Choice(["native", "qemu"]),
-    default="native",
-    show_default=True,
-    help="qemu: QEMU's own; it proves nothing.",
-)
-@click.option("--machine", metavar="TYPE", help="Machine type of the QEMU at URI, such as pc-q35-7.2.")
-@click.option(
-    "--order",
-    type=click.Choice(["sequential", "heat"]),
-    default="sequential",
-    show_default=True,
-    help="Of the bulk phase; heat: what guests write all the time is sent last.",
-)
-@click.option("--compress", metavar="zstd[:LEVEL]", help="Compress where that is faster; levels 1 (the default) to 19.")
-@click.option(
-    "--streams",
-    type=click.IntRange(1, 16),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Send over so many connections, 1 to 16: for links on which one alone is slow.",
-)
-@click.option(
-    "--incremental/--no-incremental",
-    default=None,
-    help="Compare with the destination's older copy, and insist on a shared base. Without either, what provably is "
-    "there is not sent; --no-incremental sends everything.",
-)
-@click.option("--resume", is_flag=True, help="Go on with a migration that was interrupted; sends what is missing.")
-@click.option(
-    "--reconnect",
-    type=_Time(),
-    default="30s",
-    show_default=True,
-    metavar="TIME",
-    help="Try so long without progress to get a lost connection back; 0 gives up at once.",
-)
-@click.option("--guest", metavar="qmp:PATH", help="Move the guest of this QEMU with its disks; its QMP socket.")
-@click.option("--guest-destination", metavar="qmp:PATH", help="QMP socket of the QEMU that waits with -incoming.")
-@click.option("--guest-uri", metavar="URI", help="Where that QEMU listens, if it does not say so itself.")
-@click.option("--pause-command", metavar="COMMAND", help="Brings a guest of another runtime to a standstill.")
-@click.option("--resume-command", metavar="COMMAND", help="Lets it run again, on the side that $FUSEMIG_SIDE names.")
-@click.option("--command-deadline", type=_Time(), metavar="TIME", help="For each of the two (default: 30s).")
-@click.option(
-    "--progress",
-    type=click.Choice(["auto", "plain", "json", "none"]),
-    default="auto",
-    show_default=True,
-    help="auto: a live display on a terminal, else plain lines.",
-)
-@click.option("--detach", is_flag=True, help="Start it and return.")
-@click.option(
-    "--tls-creds",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Use TLS; DIR, on the daemon's host, has ca-cert.pem, client-cert.pem, client-key.pem and perhaps ca-crl.pem.",
-)
-@click.option("--tls-hostname", metavar="NAME", help="Name in the destination's certificate, if it is not URI's host.")
-@click.option("--insecure", is_flag=True, help="Let plain text cross the network.")
-@click.pass_context
-def migrate(
-    ctx: click.Context, /, socket: Path, uri: str | None, more: tuple[str, ...], group: Path | None, **options: Any
-) -> None:
-    """Move disks of the daemon at SOCKET to the destination at URI; with --group, of several: SOCKET=URI for each.
-
-    Exits 0 only when the destination has proved that it holds every byte and has taken over (with --wire qemu: when
-    everything was sent). Ctrl-C cancels: the disks then stay here, and so does a guest that was to move with them.
-    """
-    from fusemig.cli.migrate import MigrateRequest, migrate_command
-
-    if group is not None:
-        from fusemig.cli.group import migrate_group_command
-
-        texts = [str(socket), *([] if uri is None else [uri]), *more]
-        request = MigrateRequest(socket=socket, uri="", **options)
-        sys.exit(run(migrate_group_command, group.absolute(), texts, request))
-    if uri is None:
-        raise click.UsageError("Missing argument 'URI'.", ctx)
-    if more:
-        raise click.UsageError(f"'{more[0]}' is one argument too many: several daemons need --group DIR", ctx)
-    sys.exit(run(migrate_command, MigrateRequest(socket=socket, uri=uri, **options)))
+cli.add_command(serve)
+cli.add_command(migrate)
 
 
 @cli.command()
 @SOCKET
 @click.argument("uri", required=False)
 @click.option(
-    "--link", type=_Rate(), metavar="RATE", help="What the way to URI carries, such as 100M (default: measure it)."
+    "--link", type=Rate(), metavar="RATE", help="What the way to URI carries, such as 100M (default: measure it)."
 )
 @click.option("--disk", "disks", multiple=True, metavar="NAME", help="Move this disk only; may be repeated.")
-@click.option("--downtime-limit", type=_Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
+@click.option("--downtime-limit", type=Time(), metavar="TIME", help="Longest expected freeze, such as 300ms.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def estimate(socket: Path, uri: str | None, **options: Any) -> None:
     """Say what `migrate SOCKET URI` would take if it began now; nothing is started.
@@ -315,7 +62,7 @@ def status(socket: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("sockets", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="SOCKET...")
-@click.option("--interval", type=_Time(), default="1s", show_default=True, metavar="TIME", help="Look so often.")
+@click.option("--interval", type=Time(), default="1s", show_default=True, metavar="TIME", help="Look so often.")
 @click.option("--once", is_flag=True, help="Show the present moment and end; so it does where stdout is no terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Once, one JSON object a line for each socket.")
 def top(sockets: tuple[Path, ...], **options: Any) -> None:
@@ -424,7 +171,7 @@ def resolve(target: Path, **options: Any) -> None:
 
 
 @cli.command()
-@click.option("--size", type=_Rate(), default="256M", show_default=True, help="Size of the disk that moves.")
+@click.option("--size", type=Rate(), default="256M", show_default=True, help="Size of the disk that moves.")
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="How long to write before it moves.")
 @click.option("--directory", type=click.Path(path_type=Path), help="Where to put the images (default: temporary).")
 @click.option(
@@ -533,8 +280,3 @@ def main() -> None:
             print(exc.ctx.get_usage(), file=sys.stderr)
         print(f"fusemig: {exc.format_message()}", file=sys.stderr)
         sys.exit(EXIT_CODES["usage"])
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON object as a line of its own, at once."""
-    print(json.dumps(value), flush=True)

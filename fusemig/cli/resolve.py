@@ -11,8 +11,8 @@ import structlog
 import trio
 
 from fusemig.control.client import open_control
+from fusemig.daemon.disk_spec import DiskSpec, epoch_path
 from fusemig.daemon.doubt import UNFENCED
-from fusemig.daemon.served import DiskSpec, epoch_path
 from fusemig.disk.raw import RawDisk
 from fusemig.errors import ConfigError, StateError
 from fusemig.records.epoch import EpochFile, Ownership, Side, resolved

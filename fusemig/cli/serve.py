@@ -13,9 +13,9 @@ import structlog
 
 from fusemig import failpoint
 from fusemig.cli.exits import run
+from fusemig.daemon.disk_spec import parse_disk
 from fusemig.daemon.estate import Estate
 from fusemig.daemon.serve_options import ServeOptions
-from fusemig.daemon.served import parse_disk
 from fusemig.disk.zeroes import DetectZeroes
 from fusemig.errors import ConfigError
 from fusemig.fuse.preflight import Lane
@@ -25,7 +25,7 @@ from fusemig.wire.base import IncomingWire
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fusemig.daemon.served import DiskSpec
+    from fusemig.daemon.disk_spec import DiskSpec
     from fusemig.net.credentials import Credentials
     from fusemig.succession.fdstore import FdStore
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from fusemig.cli.output import print_json
 from fusemig.cli.pacing import notes as pacing_notes
 from fusemig.control.client import open_control
 from fusemig.core.units import format_size
@@ -18,8 +19,6 @@ async def status_command(socket: Path, as_json: bool) -> None:
     async with open_control(socket) as control:
         status = await control.execute("x-fusemig-status")
     if as_json:
-        from fusemig.cli.main import print_json
-
         print_json(status)
         return
     for line in _describe(status):

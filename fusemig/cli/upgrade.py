@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from fusemig.cli.output import print_json
 from fusemig.control.client import open_control
 from fusemig.errors import ConnectionLostError, TransportError
 
@@ -36,8 +37,6 @@ async def upgrade_command(socket: Path, as_json: bool) -> None:
         "pause-ms": round(succession["pause-ms"], 3),
     }
     if as_json:
-        from fusemig.cli.main import print_json
-
         print_json(result)
         return
     print(

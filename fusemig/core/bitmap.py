@@ -15,9 +15,29 @@ if TYPE_CHECKING:
     from mmap import mmap
 
 _WINDOW: Final = 4096
+"""Bytes that are searched, or counted, at once."""
 _LOWEST: Final = bytes([8, *((value & -value).bit_length() - 1 for value in range(1, 256))])
 
 _INVERTED: Final = bytes(255 - value for value in range(256))
+_STEP: Final = 64 * 1024
+"""Bytes that are filled at once."""
+_FULL_STEP: Final = b"\xff" * _STEP
+
+
+def fill(bits: bytearray | mmap, first: int, stop: int, *, ones: bool) -> None:
+    """Set or clear the bits ``first`` to ``stop - 1`` of a map as laid out above; ``first`` is below ``stop``."""
+    low, high = first >> 3, stop >> 3
+    head, tail = 0xFF << (first & 7) & 0xFF, (1 << (stop & 7)) - 1
+    if low == high:
+        head, tail = head & tail, 0
+    if head != 0xFF:
+        bits[low] = bits[low] | head if ones else bits[low] & ~head
+        low += 1
+    if tail:
+        bits[high] = bits[high] | tail if ones else bits[high] & ~tail
+    for at in range(low, high, _STEP):
+        n = min(_STEP, high - at)
+        bits[at : at + n] = _FULL_STEP[:n] if ones else bytes(n)
 
 
 class ChunkBitmap:
@@ -36,13 +56,11 @@ class ChunkBitmap:
         if n_bits & 7 and self._bits[n_bytes - 1] >> (n_bits & 7):
             self._bits[n_bytes - 1] &= (1 << (n_bits & 7)) - 1  # the padding of a damaged file is no chunk
         self.n_bits = n_bits
-        self.count = 0 if buffer is None else self._count_all()
+        self.count = 0 if buffer is None else self._count(0, n_bits)
 
-    def _count_all(self) -> int:
-        n_bytes = -(-self.n_bits // 8)
-        return sum(
-            int.from_bytes(self._bits[at : min(at + _WINDOW, n_bytes)]).bit_count() for at in range(0, n_bytes, _WINDOW)
-        )
+    def _count(self, first: int, stop: int) -> int:
+        step = 8 * _WINDOW
+        return sum(self.bits(at, min(at + step, stop)).bit_count() for at in range(first, stop, step))
 
     def __getitem__(self, index: int) -> bool:
         return bool(self._bits[index >> 3] >> (index & 7) & 1)
@@ -79,19 +97,13 @@ class ChunkBitmap:
         self._fill(first, stop, ones=False)
 
     def _fill(self, first: int, stop: int, *, ones: bool) -> None:
-        change = self.set if ones else self.clear
-        while first < stop and first & 7:
+        if stop - first == 1:  # what most callers set
+            change = self.set if ones else self.clear
             change(first)
-            first += 1
-        while first < stop and stop & 7:
-            stop -= 1
-            change(stop)
-        if first < stop:
-            for at in range(first >> 3, stop >> 3, _WINDOW):
-                end = min(at + _WINDOW, stop >> 3)
-                before = int.from_bytes(self._bits[at:end]).bit_count()
-                self._bits[at:end] = (b"\xff" if ones else b"\0") * (end - at)
-                self.count += (8 * (end - at) if ones else 0) - before
+        elif first < stop:
+            n_set = self._count(first, stop)
+            fill(self._bits, first, stop, ones=ones)
+            self.count += stop - first - n_set if ones else -n_set
 
     def complement(self) -> ChunkBitmap:
         """Return a map with the bits set that are clear here, in memory of its own."""

@@ -147,11 +147,6 @@ class GuestMachine:
         self.state = following
 
     @property
-    def situation(self) -> Situation:
-        """What holds now."""
-        return SITUATIONS[self.state]
-
-    @property
     def is_over(self) -> bool:
         """Whether it has come to an end, good or bad."""
         return self.state in OVER

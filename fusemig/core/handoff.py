@@ -173,11 +173,6 @@ class DestinationHandoff:
             )
         self.state = following
 
-    @property
-    def may_write(self) -> bool:
-        """Whether guests may write here."""
-        return self.state is DestinationState.OWNER
-
 
 class Evidence(Enum):
     """What the destination's durable record says of one disk in the migration that is asked about."""

@@ -75,6 +75,9 @@ TRANSITIONS: Final[dict[MigrationPhase, frozenset[MigrationPhase]]] = {
     _P.CANCELLED: frozenset(),
 }
 
+SENDING: Final = (_P.BULK, _P.DIRTY, _P.PRE_SWITCHOVER)
+"""Passes are made, and no guest waits for them to end."""
+
 OVER: Final = frozenset({_P.COMPLETED, _P.FAILED, _P.CANCELLED, _P.IN_DOUBT})
 """Nothing more happens in these by itself."""
 

@@ -14,7 +14,7 @@ Theory of operation. A chunk has two independent states:
 The rules of tracking (each has a test that fails without it):
 
 1. A write is marked when it is admitted *and again* when it has ended, also badly: a read for sending may have fallen
-   between the two and seen half of it. (Kept by `fusemig.disk.tracked`.)
+   between the two and seen half of it. (Kept by `fusemig.disk.regime`.)
 2. `take` clears the dirty bits, and is called *before* the chunk is read.
 3. A migration starts with every allocated block dirty, so the bulk phase is only the first pass and "done" has one
    definition: nothing dirty, nothing in flight. QEMU 7.2's early finish cannot be expressed.

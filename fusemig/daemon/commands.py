@@ -135,7 +135,7 @@ class _Commands:
         self, _session: Session, _arguments: schema.NoArguments
     ) -> list[schema.MigrationCapabilityStatus]:
         return [
-            schema.MigrationCapabilityStatus(capability=one, state=one in self._daemon.outbound.capabilities)
+            schema.MigrationCapabilityStatus(capability=one, state=one in self._daemon.migrator.capabilities)
             for one in schema.MigrationCapability
         ]
 
@@ -170,7 +170,7 @@ class _Commands:
             raise CommandError("'inc' and 'x-fusemig-compress' do not go with QEMU's wire: leave them out")
         if is_qemu and arguments.x_fusemig_streams != 1:
             raise CommandError("'x-fusemig-streams' does not go with QEMU's wire, which has one: leave it out")
-        incremental = self._daemon.outbound.parameters.block_incremental
+        incremental = self._daemon.migrator.parameters.block_incremental
         if not isinstance(arguments.inc, UnsetType):
             incremental = arguments.inc
         compression_level = None
@@ -188,7 +188,7 @@ class _Commands:
             tls = await load(arguments.x_fusemig_tls_creds, Endpoint.CLIENT)
         group = await self._group(arguments)
         await self._daemon.wait_ready()
-        self._daemon.outbound.migrate(
+        self._daemon.migrator.migrate(
             arguments.uri,
             disks,
             is_qemu=is_qemu,
@@ -235,14 +235,14 @@ class _Commands:
 
     def migrate_cancel(self, _session: Session, _arguments: schema.NoArguments) -> None:
         # QEMU answers {} also when there is nothing to cancel.
-        if self._daemon.outbound.migration is not None and self._daemon.outbound.is_migrating:
-            self._daemon.outbound.migration.cancel()
+        if self._daemon.migrator.migration is not None and self._daemon.migrator.is_migrating:
+            self._daemon.migrator.migration.cancel()
 
     def migrate_start_postcopy(self, _session: Session, _arguments: schema.NoArguments) -> None:
-        self._daemon.outbound.start_postcopy()
+        self._daemon.migrator.start_postcopy()
 
     def migrate_continue(self, _session: Session, arguments: schema.MigrateContinue) -> None:
-        outgoing = self._daemon.outbound.migration
+        outgoing = self._daemon.migrator.migration
         phase = MigrationPhase.NONE if outgoing is None else outgoing.phase
         if outgoing is None or QMP_STATUS[phase] != arguments.state:
             raise CommandError(f"Migration not in expected state: {QMP_STATUS[phase]}")
@@ -274,11 +274,11 @@ class _Commands:
                 raise CommandError(f"Parameter '{name}' is not supported by fusemig {__version__}: leave it out")
         self._set_pacing(arguments)
         if not isinstance(arguments.block_incremental, UnsetType):
-            self._daemon.outbound.parameters.block_incremental = arguments.block_incremental
+            self._daemon.migrator.parameters.block_incremental = arguments.block_incremental
         if not isinstance(arguments.max_bandwidth, UnsetType):
-            self._daemon.outbound.parameters.max_bandwidth = arguments.max_bandwidth
+            self._daemon.migrator.parameters.max_bandwidth = arguments.max_bandwidth
         if not isinstance(arguments.downtime_limit, UnsetType):
-            self._daemon.outbound.parameters.downtime_limit_s = arguments.downtime_limit / 1000
+            self._daemon.migrator.parameters.downtime_limit_s = arguments.downtime_limit / 1000
         security = self._daemon.security
         if not isinstance(arguments.tls_creds, UnsetType):
             security.tls_creds = arguments.tls_creds
@@ -289,15 +289,15 @@ class _Commands:
         self._daemon.inheritance.keep()
 
     def _set_pacing(self, arguments: schema.MigrateSetParameters) -> None:
-        outbound, mode, lag = self._daemon.outbound, arguments.x_fusemig_mode, arguments.x_fusemig_mirror_lag
-        parameters = outbound.parameters
+        migrator, mode, lag = self._daemon.migrator, arguments.x_fusemig_mode, arguments.x_fusemig_mirror_lag
+        parameters = migrator.parameters
         if mode is schema.Mode.POSTCOPY:
             raise CommandError("a migration that runs becomes post-copy with migrate-start-postcopy: use that")
-        if not isinstance(mode, UnsetType) and (not outbound.is_migrating or outbound.migration is None):
+        if not isinstance(mode, UnsetType) and (not migrator.is_migrating or migrator.migration is None):
             raise CommandError("no migration is running whose mode could change: say 'x-fusemig-mode' with 'migrate'")
         if not isinstance(mode, UnsetType) and parameters.is_postcopy:
             raise CommandError("a post-copy migration stays one: leave 'x-fusemig-mode' out")
-        if mode is schema.Mode.MIRROR and outbound.migration is not None and not outbound.migration.can_mirror:
+        if mode is schema.Mode.MIRROR and migrator.migration is not None and not migrator.migration.can_mirror:
             raise CommandError(_NO_MIRROR)
         if not isinstance(lag, UnsetType):
             parameters.mirror_lag = MirrorLag.parse(lag)
@@ -322,7 +322,7 @@ class _Commands:
         self._daemon.inheritance.keep()
 
     def migrate_set_capabilities(self, _session: Session, arguments: schema.MigrateSetCapabilities) -> None:
-        if self._daemon.outbound.is_migrating:
+        if self._daemon.migrator.is_migrating:
             raise CommandError("There's a migration process in progress")
         for one in arguments.capabilities:
             if one.state and one.capability not in schema.SUPPORTED_CAPABILITIES:
@@ -330,7 +330,7 @@ class _Commands:
             if not one.state and one.capability in schema.ALWAYS_ON_CAPABILITIES:
                 raise CommandError(f"Capability '{one.capability}' is always on: fusemig migrates disks")
         for one in arguments.capabilities:
-            (self._daemon.outbound.capabilities.add if one.state else self._daemon.outbound.capabilities.discard)(
+            (self._daemon.migrator.capabilities.add if one.state else self._daemon.migrator.capabilities.discard)(
                 one.capability
             )
         self._daemon.inheritance.keep()
@@ -376,7 +376,8 @@ class _Commands:
         await self._daemon.wait_ready()
         limit = arguments.downtime_limit
         return await estimate(
-            self._daemon.outbound,
+            self._daemon.migrator,
+            self._daemon.dialer,
             None if isinstance(arguments.uri, UnsetType) else arguments.uri,
             None if isinstance(arguments.link, UnsetType) else arguments.link,
             disks,

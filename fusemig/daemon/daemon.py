@@ -6,7 +6,7 @@
       ├ the web page                    fusemig.net.http_server with fusemig.daemon.web, if asked for
       ├ mount                           fusemig.fuse
       ├ Inbound                         the listener of --incoming, one task per connection: IncomingMigration
-      ├ Outbound                        the OutgoingMigration, if one runs
+      ├ Migrator                        the OutgoingMigration, if one runs
       ├ supervise                       tells a service manager (fusemig.daemon.supervision)
       ├ Doubts                          asks what became of disks that were handed off
       ├ the watch over heat             ends an epoch every second (fusemig.core.heat)
@@ -34,6 +34,8 @@ from fusemig.daemon.announcer import Announcer
 from fusemig.daemon.block_info import block_stats
 from fusemig.daemon.chunk_map_info import ChunkMaps
 from fusemig.daemon.commands import command_table
+from fusemig.daemon.continuation import Continuation
+from fusemig.daemon.dialer import Dialer
 from fusemig.daemon.doubt import Doubts
 from fusemig.daemon.estate import Estate
 from fusemig.daemon.history import History
@@ -42,7 +44,7 @@ from fusemig.daemon.info import Totals, daemon_status
 from fusemig.daemon.inheritance import Inheritance
 from fusemig.daemon.metrics import PATH, Metrics
 from fusemig.daemon.migration_info import incoming_migration_info, outgoing_info
-from fusemig.daemon.outbound import Outbound
+from fusemig.daemon.migrator import Migrator
 from fusemig.daemon.pause import Pause
 from fusemig.daemon.security import Security, check_address
 from fusemig.daemon.supervision import ask_mount, supervise
@@ -93,15 +95,17 @@ class Daemon:
             is_destination=options.incoming is not None,
             is_insecure=options.is_insecure,
         )
-        self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.outbound.capabilities)
+        self.events = EventHub(lambda: schema.MigrationCapability.EVENTS in self.migrator.capabilities)
         self.pause = Pause(self.disks.values(), self._push_out)
         announcer = Announcer(self.events, self.pause)
         self.totals = Totals()
         self.history = History()
-        self.outbound = Outbound(
+        self.dialer = Dialer(self.security)
+        self.migrator = Migrator(
             self.disks,
             self.pause,
             self.security,
+            self.dialer,
             announcer,
             self._count_requests,
             self._show_outgoing,
@@ -121,7 +125,8 @@ class Daemon:
             self._note_incoming_over,
             self.store,
         )
-        self.doubts = Doubts(self.disks, self.outbound.dial, self.outbound.settled)
+        self.continuation = Continuation(self.migrator, self.disks, self.security, self.dialer)
+        self.doubts = Doubts(self.disks, self.dialer.dial, self.continuation.settled)
         self.shown: OutgoingMigration | IncomingMigration | None = None
         """What ``query-migrate`` tells of: the last one that began, but an outgoing one until it is over."""
         self.mount: AnyMount | None = None
@@ -194,7 +199,7 @@ class Daemon:
                 nursery.start_soon(self.doubts.watch)
                 nursery.start_soon(self.security.load_later)
                 nursery.start_soon(self._watch_heat)
-                await nursery.start(self.outbound.run)
+                await nursery.start(self.migrator.run)
                 await self.inheritance.take_up()
                 await nursery.start(self.inbound.run)
                 self.inheritance.keep()
@@ -311,7 +316,7 @@ class Daemon:
         """Bring migrations to an end and the images to the disk, within deadlines."""
         if self._stop.is_set():
             self.store.ending()
-        await self.outbound.wind_down()
+        await self.migrator.wind_down()
         for served in self.disks.values():
             if served.loan is not None:
                 served.loan.wants.close()  # what waits for its source is answered EIO
@@ -336,22 +341,22 @@ class Daemon:
 
     def _show_outgoing(self, migration: OutgoingMigration) -> None:
         self.shown = migration
-        uri = self.outbound.uri
-        self.history.begin(migration, uri, partial(outgoing_info, migration), partial(self.outbound.asked, uri))
+        uri = self.migrator.uri
+        self.history.begin(migration, uri, partial(outgoing_info, migration), partial(self.migrator.asked, uri))
 
     def _note_outgoing_change(self) -> None:
         self.inheritance.keep_anyhow()
-        if self.outbound.migration is not None:
-            self.history.note(self.outbound.migration, trio.current_time())
+        if self.migrator.migration is not None:
+            self.history.note(self.migrator.migration, trio.current_time())
 
     def _note_outgoing_over(self) -> None:
-        assert self.outbound.migration is not None
-        self.totals.outgoing_over(self.outbound.migration)
+        assert self.migrator.migration is not None
+        self.totals.outgoing_over(self.migrator.migration)
         self.doubts.look()
 
     def _note_incoming_phase(self, migration: IncomingMigration) -> None:
         if migration.phase is MigrationPhase.SETUP:
-            if not self.outbound.is_migrating:
+            if not self.migrator.is_migrating:
                 self.shown = migration
             self.history.begin(migration, migration.peer, partial(incoming_migration_info, migration))
         self.history.note(migration, trio.current_time())

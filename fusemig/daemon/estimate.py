@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fusemig.core.working_set import WorkingSet
-    from fusemig.daemon.outbound import Outbound
+    from fusemig.daemon.dialer import Dialer
+    from fusemig.daemon.migrator import Migrator
     from fusemig.disk.tracked import TrackedDisk
     from fusemig.migration.stats import MigrationParameters
 
@@ -53,12 +54,18 @@ class _Disk:
 
 
 async def estimate(
-    outbound: Outbound, uri: str | None, link: int | None, names: Sequence[str] | None, downtime_limit_s: float | None
+    migrator: Migrator,
+    dialer: Dialer,
+    uri: str | None,
+    link: int | None,
+    names: Sequence[str] | None,
+    downtime_limit_s: float | None,
 ) -> answer.EstimateInfo:
     """Estimate a migration of the named disks, or of all that can move.
 
     Args:
-        outbound: has the disks and the parameters.
+        migrator: has the disks and the parameters.
+        dialer: connects to the destination.
         uri: of the destination; the way there is measured unless ``link`` is given.
         link: bytes per second that the way carries.
         names: of disks.
@@ -68,11 +75,11 @@ async def estimate(
         StateError: a disk cannot be migrated now, or neither ``uri`` nor ``link`` is given.
         FusemigError: the way cannot be measured, or a disk not be read.
     """
-    chosen = outbound.choose(names)
+    chosen = migrator.choose(names)
     if link is not None:
         bandwidth, source = float(link), answer.BandwidthSource.GIVEN
     elif uri is not None:
-        bandwidth, source = await _measured(outbound, uri), answer.BandwidthSource.MEASURED
+        bandwidth, source = await _measured(dialer, uri), answer.BandwidthSource.MEASURED
     else:
         raise StateError("name the destination, to have the way there measured, or say how fast it is with --link RATE")
     disks = []
@@ -80,11 +87,11 @@ async def estimate(
         assert served.disk is not None
         data_bytes = await trio.to_thread.run_sync(_allocated, served.disk)
         disks.append(_Disk(served.disk, data_bytes, served.disk.heat.working_set()))
-    return _answer(uri, disks, bandwidth, source, _limited(outbound.parameters, downtime_limit_s))
+    return _answer(uri, disks, bandwidth, source, _limited(migrator.parameters, downtime_limit_s))
 
 
-async def _measured(outbound: Outbound, uri: str) -> float:
-    stream = await outbound.try_out(parse_uri(uri))
+async def _measured(dialer: Dialer, uri: str) -> float:
+    stream = await dialer.try_out(parse_uri(uri))
     try:
         with trio.fail_after(3 * HANDSHAKE_DEADLINE_S):
             return (await measure(stream)).bytes_per_s

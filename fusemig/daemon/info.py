@@ -92,7 +92,7 @@ def daemon_status(daemon: Daemon) -> schema.DaemonStatus:
         incoming=incoming_info(daemon),
         migration=UNSET if info.status is UNSET else info,
         succession=_succession(daemon),
-        totals=daemon.totals.info(daemon.outbound.migration if daemon.outbound.is_migrating else None),
+        totals=daemon.totals.info(daemon.migrator.migration if daemon.migrator.is_migrating else None),
         web=UNSET if daemon.web is None else daemon.web.address,
         web_token=UNSET if daemon.web is None else str(daemon.web.token_path),
         metrics=UNSET if daemon.metrics is None else str(daemon.metrics.uri),
@@ -101,7 +101,7 @@ def daemon_status(daemon: Daemon) -> schema.DaemonStatus:
 
 def migration_parameters(daemon: Daemon) -> schema.MigrationParameters:
     """Return the parameters of the migration that runs, or of the next one."""
-    parameters, security = daemon.outbound.parameters, daemon.security
+    parameters, security = daemon.migrator.parameters, daemon.security
     return schema.MigrationParameters(
         block_incremental=bool(parameters.block_incremental),
         max_bandwidth=parameters.max_bandwidth,

@@ -62,7 +62,7 @@ class Inheritance:
     def state(self) -> State:
         """Return what a successor must know."""
         daemon = self._daemon
-        security, parameters = daemon.security, daemon.outbound.parameters
+        security, parameters = daemon.security, daemon.migrator.parameters
         listener = daemon.inbound.listener
         return State(
             mount=self._estate.mount(),
@@ -75,10 +75,10 @@ class Inheritance:
                 tls_hostname=security.tls_hostname,
                 tls_authz=security.tls_authz,
             ),
-            capabilities=tuple(sorted(daemon.outbound.capabilities)),
+            capabilities=tuple(sorted(daemon.migrator.capabilities)),
             objects=tuple(security.described.values()),
             listening="" if listener is None else str(listener.uri),
-            outgoing=self.left_outgoing or daemon.outbound.lasting,
+            outgoing=self.left_outgoing or daemon.migrator.lasting,
             n_predecessors=0 if self.found is None else self.found.n_predecessors + 1,
         )
 
@@ -100,9 +100,9 @@ class Inheritance:
         daemon = self._daemon
         if state.is_stopped:
             daemon.pause.hold()
-        daemon.outbound.parameters.max_bandwidth = state.parameters.max_bandwidth
-        daemon.outbound.parameters.downtime_limit_s = state.parameters.downtime_limit_s
-        daemon.outbound.capabilities.update(state.capabilities)
+        daemon.migrator.parameters.max_bandwidth = state.parameters.max_bandwidth
+        daemon.migrator.parameters.downtime_limit_s = state.parameters.downtime_limit_s
+        daemon.migrator.capabilities.update(state.capabilities)
         security = daemon.security
         security.tls_creds = state.parameters.tls_creds
         security.tls_hostname = state.parameters.tls_hostname
@@ -120,15 +120,15 @@ class Inheritance:
         left = self.left_outgoing
         if left is None:
             return
-        outbound, request = self._daemon.outbound, left.request
+        continuation, request = self._daemon.continuation, left.request
         try:
             tls = await load(request.tls_directory, Endpoint.CLIENT) if request.tls_directory else None
         except FusemigError as exc:
-            outbound.stand_for(left, MigrationPhase.FAILED, exc)
+            continuation.stand_for(left, MigrationPhase.FAILED, exc)
             return
-        outbound.take_up(left, tls)
+        continuation.take_up(left, tls)
 
     @property
     def left_outgoing(self) -> Outgoing | None:
         """The migration that was found and is still to be taken up."""
-        return self.found.outgoing if self.found is not None and self._daemon.outbound.migration is None else None
+        return self.found.outgoing if self.found is not None and self._daemon.migrator.migration is None else None

@@ -12,7 +12,7 @@ from fusemig.wire.base import IncomingWire
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fusemig.daemon.served import DiskSpec
+    from fusemig.daemon.disk_spec import DiskSpec
     from fusemig.net.credentials import Credentials
 
 

@@ -1,16 +1,6 @@
 """ServedDisk: one disk of the daemon, from its place on the command line to the file that guests see.
 
-What a disk may do when the daemon starts is decided by its epoch file alone (`fusemig.records.epoch`):
-
-    epoch file             plain serve                        serve --incoming
-    none, image exists     writable                           waits for a source; image must match in size
-    none, no image         refused                            waits for a source; image is created
-    owner                  writable                           writable, and never overwritten
-    incoming, prepared     refused: the image is incomplete   waits for a source
-    released               read-only                          waits for a source (the disk may come back)
-    handed-off, pledged    read-only: in doubt                read-only: in doubt
-    lending                read-only, and fetched from        read-only, and fetched from
-    borrowing              refused: its source cannot come    writable; what is missing is fetched from the source
+What it may do when the daemon starts, and what may be received into it, says `fusemig.daemon.ownership`.
 
 A disk with a base (``--disk NAME=OVERLAY,base=BASE``) has an image from the start: an overlay that does not exist is
 made (`fusemig.disk.overlay_file`). An overlay is never served without its base.
@@ -19,13 +9,13 @@ made (`fusemig.disk.overlay_file`). An overlay is never served without its base.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
+from fusemig.daemon.disk_spec import epoch_path, state_directory
+from fusemig.daemon.ownership import RECEIVABLE, check_offer, starting_gate
 from fusemig.disk import borrowed
 from fusemig.disk.allocation import boot_id
 from fusemig.disk.dirty_file import open_dirty_file
@@ -38,47 +28,22 @@ from fusemig.disk.stamp import settled_stamp, stamp_of
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.disk.zeroes import DetectZeroes
 from fusemig.errors import ConfigError, DiskError, PeerBusyError, PeerRefusedError, StateError
-from fusemig.records.epoch import DOUBTFUL, EpochFile, EpochRecord, Ownership, is_as_released
+from fusemig.records.epoch import EpochFile, EpochRecord, Ownership, is_as_released
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
-    from fusemig.disk.allocation import BaseIdentity
+    from fusemig.daemon.disk_spec import DiskSpec
     from fusemig.disk.borrowed import BorrowedDisk
     from fusemig.disk.dirty_file import DirtyFile
     from fusemig.disk.journal import ReceiptJournal
     from fusemig.disk.room import Room
     from fusemig.fuse.export import Export, Exports
     from fusemig.succession.fdstore import FdStore
-    from fusemig.wire.native import DiskOffer, SharedBase
+    from fusemig.wire.native import DiskOffer
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class DiskSpec:
-    """A disk as the command line names it."""
-
-    name: str
-    path: Path
-    is_read_only: bool = False
-    base: Path | None = None
-    """What the image is an overlay over."""
-
-
-def parse_disk(text: str, read_only: Collection[str]) -> DiskSpec:
-    """Return what ``NAME=PATH[,base=BASE]`` means; ``read_only`` are the names of the disks that are.
-
-    Raises:
-        ConfigError: it is not written so.
-    """
-    name, separator, rest = text.partition("=")
-    path, base_separator, base = rest.partition(",base=")
-    if not separator or not name or not path:
-        raise ConfigError(f"--disk {text}: write NAME=PATH, such as vda=/var/lib/vm/vda.img")
-    if base_separator and not base:
-        raise ConfigError(f"--disk {text}: name the base, such as vda=/var/lib/vm/vda.img,base=/var/lib/vm/golden.img")
-    return DiskSpec(name, Path(path).absolute(), name in read_only, Path(base).absolute() if base else None)
 
 
 class ServedDisk:
@@ -113,14 +78,13 @@ class ServedDisk:
         """Why the disk must not be migrated, received or closed now; empty if nothing keeps it (an op blocker)."""
         self.doubt = ""
         """What has become of asking who owns the disk, if it is in doubt; for people."""
-        state_dir = _state_directory(spec, state_dir)
+        state_dir = state_directory(spec, state_dir)
         self.epoch_file = EpochFile(epoch_path(spec, state_dir))
         self._dirty_path = state_dir / f"{spec.path.name}.fusemig-dirty"
         self._journal_path = state_dir / f"{spec.path.name}.fusemig-journal"
         self._map_path = state_dir / f"{spec.path.name}.fusemig-map"
         self._loan_path = state_dir / f"{spec.path.name}.fusemig-loan"
-        self._is_incoming = is_incoming
-        self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in _RECEIVABLE
+        self.is_waiting = is_incoming and not spec.is_read_only and self.ownership in RECEIVABLE
         """Whether a source may fill this disk."""
         self._is_held = False
         self._ending_loan = threading.Lock()
@@ -133,7 +97,7 @@ class ServedDisk:
         self.dirty_file: DirtyFile | None = None
         """What guests wrote since a migration began; None for a disk that cannot be written."""
         if not self.is_waiting or self.base is not None or _exists(spec.path):
-            self._open(self._starting_gate())
+            self._open(starting_gate(spec, self.epoch_file, is_waiting=self.is_waiting, is_incoming=is_incoming))
         try:
             self.export: Export = exports.add(self.name, self.disk, read_only=spec.is_read_only)
         except ConfigError:
@@ -166,51 +130,6 @@ class ServedDisk:
     def is_writable(self) -> bool:
         """Whether guests may write now or are only waiting for a switchover."""
         return self.disk is not None and self.disk.gate is not Gate.READ_ONLY
-
-    def _starting_gate(self) -> Gate:
-        record = self.epoch_file.record
-        if self.is_waiting or self.is_read_only:
-            return Gate.READ_ONLY
-        if record is None or record.state is Ownership.OWNER:
-            return Gate.OPEN
-        if record.state is Ownership.BORROWING:
-            if self._is_incoming:
-                return Gate.OPEN
-            raise ConfigError(
-                f"image {self.path} of disk '{self.name}' is not all here: the rest is at {record.peer or 'its source'}"
-                ", which comes to the address that it went to; serve it with --incoming again"
-            )
-        if record.state in (Ownership.INCOMING, Ownership.PREPARED):
-            raise ConfigError(
-                f"image {self.path} of disk '{self.name}' is incomplete: a migration from {record.peer or 'elsewhere'} "
-                f"did not end; serve it with --incoming to receive it again, or delete the image and "
-                f"{self.epoch_file.path}"
-                + (
-                    "; it is complete, and if the source is gone for good see `fusemig resolve --help`"
-                    if record.state is Ownership.PREPARED
-                    else ""
-                )
-            )
-        if record.state is Ownership.PLEDGED:
-            log.warning(
-                "read-only: the disk is pledged to a group, whose decision is looked for; see `fusemig status`",
-                disk=self.name,
-                group=record.decision,
-            )
-        elif record.state is Ownership.HANDED_OFF:
-            log.warning(
-                "read-only: it is not known whether the destination took the disk; it is asked, see `fusemig status`",
-                disk=self.name,
-                destination=record.peer,
-            )
-        else:
-            lends = record.state is Ownership.LENDING
-            log.warning(
-                "read-only: the disk was handed off" + (", and its destination still fetches from here" * lends),
-                disk=self.name,
-                destination=record.peer,
-            )
-        return Gate.READ_ONLY
 
     def _open(self, gate: Gate) -> None:
         self.image = self._open_image()
@@ -316,61 +235,22 @@ class ServedDisk:
 
     def check_offer(self, offer: DiskOffer) -> None:
         """Raise `PeerRefusedError` unless this disk can be received as offered; changes nothing."""
-        record = self.epoch_file.record
         if self.busy:
             raise PeerBusyError(f"disk '{self.name}' is busy: {self.busy}")
-        if self.ownership in DOUBTFUL:
-            raise PeerRefusedError(f"disk '{self.name}' is in doubt there: resolve that first (`fusemig resolve`)")
-        if self.ownership is Ownership.PREPARED and record is not None and record.image_id != offer.image_id:
-            raise PeerRefusedError(
-                f"disk '{self.name}' is prepared there for the source of another one ({record.peer}), which may have "
-                "handed it off: have that migrate again, or see `fusemig resolve` there"
-            )
-        if not self.is_waiting:
-            raise PeerRefusedError(
-                f"disk '{self.name}' is owned there and would be overwritten; serve another image with --incoming"
-            )
-        if offer.is_resumed and (reason := self._why_not_resumed(offer)):
-            raise PeerRefusedError(
-                f"there is nothing of disk '{self.name}' to go on with there: {reason}; migrate without --resume, which"
-                " sends everything"
-            )
-        if record is not None and record.image_id == offer.image_id and record.epoch > offer.epoch + 1:
-            raise PeerRefusedError(
-                f"disk '{self.name}' is known there in epoch {record.epoch}, and epoch {offer.epoch} was offered: "
-                "the offered copy is out of date"
-            )
         image = self.image
-        if offer.base is not None and isinstance(image, OverlayFile) and not _is_same(offer.base, image.shared_base):
-            ours = image.shared_base
-            raise PeerRefusedError(
-                f"disk '{self.name}' lies over another base there: {self.base} has {ours.size} bytes and digest "
-                f"{ours.digest}, the source's {offer.base.size} bytes and {offer.base.digest}; serve it over a copy of "
-                "the source's base, or migrate with --no-incremental, which sends everything"
-            )
-        if self.disk is not None and self.disk.size != offer.size:
-            raise PeerRefusedError(
-                f"disk '{self.name}' has {self.disk.size} bytes there and {offer.size} bytes at the source; "
-                "delete the image there, or make it the same size"
-            )
+        check_offer(
+            offer,
+            record=self.epoch_file.record,
+            is_waiting=self.is_waiting,
+            size=None if self.disk is None else self.disk.size,
+            base=(self.base, image.shared_base) if self.base is not None and isinstance(image, OverlayFile) else None,
+        )
 
     def look_again(self, *, is_destination: bool) -> None:
         """Decide anew whether the disk waits for a source, after its epoch file has changed."""
         self.is_waiting = (
-            is_destination and not self.is_read_only and not self.is_writable and self.ownership in _RECEIVABLE
+            is_destination and not self.is_read_only and not self.is_writable and self.ownership in RECEIVABLE
         )
-
-    def _why_not_resumed(self, offer: DiskOffer) -> str:
-        record = self.epoch_file.record
-        if record is None or self.disk is None:
-            return "no migration of it has begun"
-        if record.state not in (Ownership.INCOMING, Ownership.PREPARED):
-            return f"its image is no incomplete one, its epoch file says {record.state.value}"
-        if record.image_id != offer.image_id:
-            return "its image is another disk's"
-        if record.epoch != offer.epoch + 1:
-            return f"its image is of a migration in epoch {record.epoch - 1}, and this one is in epoch {offer.epoch}"
-        return ""
 
     def is_as_released(self, offer: DiskOffer) -> bool:
         """Tell whether the image is, provably, what was released to the source; before it is marked. May sleep."""
@@ -471,29 +351,5 @@ class ServedDisk:
         return True
 
 
-_RECEIVABLE = frozenset({None, Ownership.INCOMING, Ownership.PREPARED, Ownership.RELEASED})
-
-
-def _is_same(offered: SharedBase, ours: BaseIdentity) -> bool:
-    return (offered.size, offered.digest) == (ours.size, ours.digest)
-
-
 def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()
-
-
-def epoch_path(spec: DiskSpec, state_dir: Path | None) -> Path:
-    """Return where the epoch file of a disk lies; raises `ConfigError` if that cannot be known."""
-    return _state_directory(spec, state_dir) / f"{spec.path.name}.fusemig"
-
-
-def _state_directory(spec: DiskSpec, state_dir: Path | None) -> Path:
-    """Return where the epoch file lies: beside an image, but never beside a device, in a /dev that a reboot empties."""
-    if state_dir is not None:
-        return state_dir
-    if spec.path.is_block_device():
-        raise ConfigError(
-            f"image {spec.path} of disk '{spec.name}' is a block device: what must outlive a reboot cannot lie beside "
-            "it; name a directory for it with --state-dir"
-        )
-    return spec.path.parent

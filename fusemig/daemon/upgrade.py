@@ -86,7 +86,7 @@ class Upgrade:
             )
         if self._is_asking or self.is_agreed:
             raise StateError("an upgrade is under way")
-        outgoing = daemon.outbound.migration
+        outgoing = daemon.migrator.migration
         if outgoing is None or outgoing.is_over:
             return
         if outgoing.guest.is_moving:
@@ -125,7 +125,7 @@ class Upgrade:
         os._exit(0)
 
     def _is_switching_over(self) -> bool:
-        outgoing, incoming = self._daemon.outbound.migration, self._daemon.inbound.migration
+        outgoing, incoming = self._daemon.migrator.migration, self._daemon.inbound.migration
         return (outgoing is not None and outgoing.phase in _SWITCHING) or (
             incoming is not None and incoming.phase in _SWITCHING
         )

@@ -33,7 +33,7 @@ async def _disk(daemon: Daemon, served: ServedDisk, max_cells: int) -> DiskView:
         return DiskView(name=served.name)
     is_filling = served.is_waiting or served.loan is not None
     chunks = await daemon.chunk_maps[served.name].count(
-        disk, daemon.outbound.migration, max_cells, is_filling=is_filling
+        disk, daemon.migrator.migration, max_cells, is_filling=is_filling
     )
     counters = disk.statistics()
     return DiskView(

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from fusemig.core.bitmap import ChunkBitmap
+from fusemig.core.bitmap import ChunkBitmap, fill
 from fusemig.core.units import BLOCK_SIZE, mask_runs, n_blocks
 from fusemig.disk.page import PAGE_SIZE, decode_page, encode_page
 from fusemig.errors import ConfigError, DiskError
@@ -48,8 +48,7 @@ _PAGE: Final = PAGE_SIZE
 _BITS_PER_PAGE: Final = 8 * _PAGE
 _FULL_PAGE: Final = b"\xff" * _PAGE
 _STEP: Final = 64 * _PAGE
-"""Bytes of a map that are set, or written, at once."""
-_ONES: Final = b"\xff" * _STEP
+"""Bytes of a map that are written at once."""
 _WINDOW: Final = 4096
 """Blocks that a search looks at at once; divides `_BITS_PER_PAGE`."""
 _HEADER_AT: Final = 0
@@ -301,7 +300,8 @@ class AllocationMap:
         used_from = used_to = at = 0
         for first, stop in chain(missing, ((self.n_blocks, self.n_blocks),)):
             if first > at:
-                self._set(at, first)
+                fill(self.bits, at, first, ones=True)
+                self.n_allocated += first - at
                 page = at // _BITS_PER_PAGE
                 if page > used_to:
                     self._used.set_range(used_from, used_to)
@@ -315,22 +315,6 @@ class AllocationMap:
                 for low in range(page * _PAGE, stop * _PAGE, _STEP):
                     with bits[low : min(low + _STEP, stop * _PAGE)] as part:
                         self._store.pwrite(part, _DURABLE_AT + low)
-
-    def _set(self, first: int, stop: int) -> None:
-        """Set the bits ``first`` to ``stop - 1``, of which none is set, in memory alone."""
-        self.n_allocated += stop - first
-        low, high = first >> 3, stop >> 3
-        if low == high:
-            self.bits[low] |= (1 << (stop & 7)) - (1 << (first & 7))
-            return
-        if first & 7:
-            self.bits[low] |= 0x100 - (1 << (first & 7))
-            low += 1
-        if stop & 7:
-            self.bits[high] |= (1 << (stop & 7)) - 1
-        for at in range(low, high, _STEP):
-            n = min(_STEP, high - at)
-            self.bits[at : at + n] = _ONES if n == _STEP else b"\xff" * n
 
     def persist(self, sync_data: Callable[[], None]) -> None:
         """Make the data, by ``sync_data``, and then every bit that is set by now durable.

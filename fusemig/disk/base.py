@@ -94,6 +94,9 @@ class Disk(ABC):
         """Fill ``buffer`` if that is only a memory copy; return False, having promised nothing, if it may sleep."""
         return False
 
+    def read_ahead(self, offset: int, length: int) -> None:  # noqa: B027  (memory has nothing to fetch)
+        """Have the store begin to fetch a range that is going to be read; a hint, which fails for nobody."""
+
     def pwrite_may_sleep(self, offset: int, length: int) -> bool:
         """Tell whether a write there may wait for the store (a cold, partly covered page) rather than only copy."""
         return True

@@ -91,6 +91,15 @@ class OverlayDisk(Disk):
             self.base.pread_into(buffer[:n], offset)
         buffer[n:] = bytes(len(buffer) - n)
 
+    def read_ahead(self, offset: int, length: int) -> None:
+        """Have each range fetched from where it lies."""
+        mask = self._allocation.mask(offset >> _SHIFT, offset + length + BLOCK_SIZE - 1 >> _SHIFT)
+        for start, end, is_ours in self._parts(mask, offset, length):
+            if is_ours:
+                self.image.read_ahead(start, end - start)
+            elif start < self.base.size:
+                self.base.read_ahead(start, min(end, self.base.size) - start)
+
     def pread_nowait(self, buffer: memoryview, offset: int) -> bool:
         """Fill ``buffer`` if everything is in memory, wherever it lies."""
         first, stop = offset >> _SHIFT, offset + len(buffer) + BLOCK_SIZE - 1 >> _SHIFT

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     from fusemig.core.mirror import Reach
     from fusemig.core.tracker import ChunkTracker
-    from fusemig.disk.tracked import TrackedDisk
+    from fusemig.disk.gate import WriteGate
 
 
 class Pacing:
     """Lays the brake of one migration on one disk, and takes it off."""
 
-    def __init__(self, disk: TrackedDisk, lock: threading.Lock, tracker: ChunkTracker) -> None:
-        """Made by `fusemig.disk.tracked.Tracking`; nothing is held back."""
-        self._disk = disk
+    def __init__(self, gate: WriteGate, lock: threading.Lock, tracker: ChunkTracker) -> None:
+        """Made by `fusemig.disk.tracking.Tracking`; nothing is held back."""
+        self._gate = gate
         self._lock = lock
         self._tracker = tracker
         self._brake: Brake | None = None
@@ -49,7 +49,7 @@ class Pacing:
             return
         with self._lock:
             brake.window_bytes = window_bytes
-            self._disk.holds_replies = brake.is_blocking = is_blocking
+            self._gate.holds_replies = brake.is_blocking = is_blocking
             calls = brake.due()
         _call(calls)
 
@@ -105,7 +105,7 @@ class Pacing:
         brake, self._brake = self._brake, None
         if brake is None:
             return
-        self._disk.lay_brake(None)
+        self._gate.lay_brake(None)
         with self._lock:
             self._tracker.mirror = None
             calls = brake.release()
@@ -115,7 +115,7 @@ class Pacing:
         brake = self._brake
         if brake is None:
             brake = self._brake = Brake(self._tracker, now)
-            self._disk.lay_brake(brake, on_waiting)
+            self._gate.lay_brake(brake, on_waiting)
         return brake
 
     @property

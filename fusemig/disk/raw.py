@@ -22,6 +22,7 @@ import os
 import stat
 import struct
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -154,6 +155,12 @@ class RawDisk(Disk):
             return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
         except OSError:
             return False  # EAGAIN; or a real error, which the sleeping read will meet again and report
+
+    def read_ahead(self, offset: int, length: int) -> None:
+        """Have the kernel read the range into its page cache; it takes no more than about 1 MiB at a time."""
+        if not self._is_memory:
+            with suppress(OSError):
+                os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def pwrite_may_sleep(self, offset: int, length: int) -> bool:
         """Tell whether the write covers a part of a page that is not in memory, which the kernel would have to read."""

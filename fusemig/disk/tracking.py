@@ -11,27 +11,27 @@ from typing import TYPE_CHECKING
 from fusemig.disk.pacing import Pacing
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Sequence
 
     from fusemig.core.bitmap import ChunkBitmap
     from fusemig.core.tracker import ChunkTracker
-    from fusemig.disk.tracked import TrackedDisk
+    from fusemig.disk.gate import WriteGate
+    from fusemig.disk.regime import Admission
 
 
 class Tracking:
     """The migration's side of a tracked disk: every call is one short step under the disk's lock."""
 
-    def __init__(self, disk: TrackedDisk, lock: threading.Lock, tracker: ChunkTracker) -> None:
+    def __init__(self, admission: Admission, gate: WriteGate, tracker: ChunkTracker) -> None:
         """Made by `TrackedDisk.start_tracking`."""
-        self.disk = disk
-        self._lock = lock
+        self._admission = admission
+        self._lock = admission.lock
         self._tracker = tracker
-        self.pacing = Pacing(disk, lock, tracker)
+        self.pacing = Pacing(gate, admission.lock, tracker)
 
     def _complete(self) -> ChunkTracker:
         """Return the tracker with every mark in it; under the lock, and for whoever asks what is dirty."""
-        self.disk.absorb_all()
+        self._admission.absorb_all()
         return self._tracker
 
     def mark_chunks(self, first: int, stop: int) -> None:
@@ -51,10 +51,10 @@ class Tracking:
         """
         with self._lock:
             if not start:
-                self.disk.absorb_all()
+                self._admission.absorb_all()
             chunk = self._next_dirty(start)
             if chunk is None:
-                self.disk.absorb_all()
+                self._admission.absorb_all()
                 chunk = self._next_dirty(start)
                 if chunk is None:
                     return None
@@ -68,9 +68,9 @@ class Tracking:
             return None if chunk is None else (chunk, self._take(chunk))
 
     def _take(self, chunk: int) -> int:
-        self.disk.absorb([chunk])
+        self._admission.absorb([chunk])
         mask = self._tracker.take(chunk)
-        self.disk.note_taken(chunk)
+        self._admission.note_taken(chunk)
         return mask
 
     def _next_dirty(self, start: int) -> int | None:
@@ -104,7 +104,7 @@ class Tracking:
         tell of yet is marked after this.
         """
         with self._lock:
-            self.disk.absorb([chunk])
+            self._admission.absorb([chunk])
             if unless[chunk] or self._tracker.is_in_flight(chunk):
                 return False
             if self._tracker.take(chunk):
@@ -142,12 +142,12 @@ class Tracking:
     @property
     def is_on(self) -> bool:
         """Whether the disk's writes are still marked here."""
-        return self.disk.is_marked_in(self._tracker)
+        return self._admission.has_tracker(self._tracker)
 
     def stop(self) -> None:
         """Detach from the disk; idempotent."""
         self.pacing.release()
-        self.disk.stop_tracking(self._tracker)
+        self._admission.detach_tracker(self._tracker)
 
     @property
     def dirty_bytes(self) -> int:

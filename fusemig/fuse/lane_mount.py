@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from fusemig.fuse.export import Exports
-    from fusemig.fuse.lane import LaneStatistics
     from fusemig.succession.mount import KeptMount
 
 NUDGE_TIMEOUT_S: Final = 0.1
@@ -80,7 +79,9 @@ class DataLaneMount(BaseMount):
         """Made by `open_data_lane_mount`, which also serves and ends it."""
         super().__init__(mountpoint, exports, DiskOperations(exports, write_back=write_back))
         self._service = service
-        self._device, self._link, self._lane = service.device, service.link, service.lane
+        self._device, self._link = service.device, service.link
+        self.lane = service.lane
+        """Answers what guests do; keeps counters of its own."""
         self._kept = kept
         self._is_adopted = service.is_adopted
         self._token = trio.lowlevel.current_trio_token()
@@ -108,15 +109,15 @@ class DataLaneMount(BaseMount):
 
     def count_requests(self) -> int:
         """Return how many reads and writes guests have made; cheap, and callable from any thread."""
-        return self._lane.count_requests()
+        return self.lane.count_requests()
 
     def leave(self, timeout_s: float) -> bool:
         """Take no more requests, for a successor (`DataLane.leave`); the process ends soon, and not the mount."""
-        return self._lane.leave(timeout_s)
+        return self.lane.leave(timeout_s)
 
     def statistics(self) -> MountStatistics:
         """Return the counters as they are now."""
-        lane, metadata = self._lane.statistics(), self._operations.statistics()
+        lane, metadata = self.lane.statistics(), self._operations.statistics()
         return MountStatistics(
             reads=lane.requests.get("read", 0),
             read_bytes=lane.read_bytes,
@@ -128,10 +129,6 @@ class DataLaneMount(BaseMount):
             handler_errors=lane.bugs + metadata.handler_errors,
             open_handles=metadata.open_handles,
         )
-
-    def lane_statistics(self) -> LaneStatistics:
-        """Return the lane's own counters: requests by opcode, errors, what was handed over."""
-        return self._lane.statistics()
 
     async def _serve_metadata(self) -> None:
         """Run pyfuse3's loop until it ends; its failure is kept for `wait_unmounted`."""
@@ -168,7 +165,7 @@ class DataLaneMount(BaseMount):
     async def _stop(self, device_number: int | None) -> None:
         """End everything, in the caller's shield; see the steps at the top."""
         await self._push_out()
-        self._lane.refuse_held()
+        self.lane.refuse_held()
         is_clean = False
         with trio.move_on_after(2 * STOP_TIMEOUT_S):
             is_clean = await trio.to_thread.run_sync(self._stop_threads, device_number, abandon_on_cancel=True)
@@ -186,16 +183,16 @@ class DataLaneMount(BaseMount):
             os.close(self._device)
         else:
             log.error("a store does not answer: ending the mount without it", mountpoint=str(self.mountpoint))
-            self._lane.abandon()
+            self.lane.abandon()
             device.replace_by_null(self._device)
 
     def _stop_threads(self, device_number: int | None) -> bool:
         """Unmount and wait for the lane; False if something still uses the descriptor."""
         if device_number is None and self._is_adopted:
-            self._lane.stop()  # it was unmounted lazily, and what may be at its place now is not ours
+            self.lane.stop()  # it was unmounted lazily, and what may be at its place now is not ours
         elif device_number is None or device.is_mounted(device_number):
             self._unmount()
-        return self._lane.join(STOP_TIMEOUT_S)
+        return self.lane.join(STOP_TIMEOUT_S)
 
     def _unmount(self) -> None:
         if device.unmount(self.mountpoint):
@@ -206,7 +203,7 @@ class DataLaneMount(BaseMount):
         try:
             if not device.unmount(self.mountpoint, lazily=True):
                 log.error("cannot unmount; unmount by hand: fusermount3 -u -z", mountpoint=str(self.mountpoint))
-            self._lane.stop()
+            self.lane.stop()
             if root >= 0:
                 self._nudge(root)
         finally:
@@ -219,10 +216,10 @@ class DataLaneMount(BaseMount):
         A request that finds no lane any more waits until the descriptor is closed, so each has a thread of its own.
         """
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while (n_alive := self._lane.n_alive) and time.monotonic() < deadline:
+        while (n_alive := self.lane.n_alive) and time.monotonic() < deadline:
             threading.Thread(target=_ask, args=(root,), name="lane-nudge", daemon=True).start()
             patience = time.monotonic() + NUDGE_TIMEOUT_S
-            while self._lane.n_alive == n_alive and time.monotonic() < patience:
+            while self.lane.n_alive == n_alive and time.monotonic() < patience:
                 time.sleep(0.0005)
 
 

@@ -1,4 +1,4 @@
-"""SleepPool: a few threads for the requests of one disk that may wait for its store.
+"""SleepPool: a few threads for the requests of one disk that may wait for its store; ExportPools: those of a disk.
 
 Threads are started when a job finds none idle, up to a limit; what finds none waits its turn. The kernel bounds how
 many requests a mount has, and so the queue. Jobs do not raise: the lane wraps them so that each answers its request.
@@ -10,12 +10,21 @@ from __future__ import annotations
 import threading
 import time
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fusemig.errors import StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from fusemig.fuse.export import Export
+
+IO_THREADS: Final = 8
+"""Reads and writes of one disk that may sleep at a time."""
+AWAY_THREADS: Final = 32
+"""Requests of one disk that may wait for another host at a time, apart from the others: it may be out of reach."""
+FLUSH_THREADS: Final = 2
+"""Flushes of one disk that may sleep at a time, apart from the others: a flush may take long."""
 
 
 class SleepPool:
@@ -69,3 +78,30 @@ class SleepPool:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+
+class ExportPools:
+    """The threads of one export."""
+
+    def __init__(self, export: Export) -> None:
+        """Make its pools, without threads."""
+        self._export = export
+        self.io = SleepPool(f"lane-{export.name}-io", IO_THREADS)
+        self.away = SleepPool(f"lane-{export.name}-away", AWAY_THREADS)
+        self.flush = SleepPool(f"lane-{export.name}-flush", FLUSH_THREADS)
+        # A file can be looked at though its reads all wait.
+        self.stat = SleepPool(f"lane-{export.name}-stat", 1)
+
+    def of_data(self, offset: int, length: int, *, is_write: bool) -> SleepPool:
+        """Return the pool for a request about a range."""
+        disk = self._export.disk
+        return self.away if disk is not None and disk.waits_for_peer(offset, length, is_write=is_write) else self.io
+
+    def close(self, deadline: float) -> bool:
+        """End the threads; False if one is still busy at ``deadline`` (`time.monotonic`)."""
+        self.io.close()  # first these two: their jobs submit flushes
+        self.away.close()
+        is_idle = self.io.join(deadline) and self.away.join(deadline)
+        self.flush.close()
+        self.stat.close()
+        return self.flush.join(deadline) and self.stat.join(deadline) and is_idle

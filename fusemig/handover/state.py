@@ -26,8 +26,8 @@ from xxhash import xxh3_64_intdigest
 
 from fusemig import __version__
 from fusemig.errors import StateError
-from fusemig.qmp.objects import ObjectAdd  # noqa: TC001  (msgspec reads the annotations)
-from fusemig.qmp.schema import MigrationCapability  # noqa: TC001
+from fusemig.qmp.objects import ObjectAdd
+from fusemig.qmp.schema import MigrationCapability
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

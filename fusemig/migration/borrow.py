@@ -20,12 +20,13 @@ import trio
 
 from fusemig.core.convergence import Throughput
 from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, n_blocks
-from fusemig.errors import FusemigError, PeerRefusedError, RemoteProtocolError
+from fusemig.errors import PeerRefusedError, RemoteProtocolError
 from fusemig.migration.link import SLICE_S, Need
+from fusemig.tasks import run_beside
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from fusemig.disk.borrowed import BorrowedDisk
     from fusemig.migration.link import BufferPool, NativeLink, Offload
@@ -250,7 +251,7 @@ class Borrowing:
         if self._disks:
             await self._link.send_message(native.Welcome(native.VERSION, [native.POSTCOPY]))
             # A store may take longer to flush than the source waits for a word.
-            await _run_beside(self._fetch_and_repay, self._stay_alive)
+            await run_beside(self._fetch_and_repay, self._stay_alive)
         await self._link.send_message(native.Whole())
 
     async def _fetch_and_repay(self) -> None:
@@ -268,7 +269,7 @@ class Borrowing:
         for disk in self._disks:
             disk.wants.listen(alarm)
         try:
-            await _run_beside(self._ask, self._receive, self._keep)
+            await run_beside(self._ask, self._receive, self._keep)
         finally:
             for disk in self._disks:
                 disk.wants.ignore(alarm)
@@ -362,23 +363,3 @@ class Borrowing:
         while True:
             await trio.sleep(ALIVE_INTERVAL_S)
             await self._link.send([native.encode_ack(0)])
-
-
-async def _run_beside(main: Callable[[], Awaitable[None]], *others: Callable[[], Awaitable[None]]) -> None:
-    """Run ``main``, and ``others`` until it ends; the first failure ends them all, and is raised, not a group."""
-    failures: list[FusemigError] = []
-    async with trio.open_nursery() as nursery:
-
-        async def guard(task: Callable[[], Awaitable[None]]) -> None:
-            try:
-                await task()
-            except FusemigError as exc:
-                failures.append(exc)
-                nursery.cancel_scope.cancel()
-
-        for other in others:
-            nursery.start_soon(guard, other)
-        await guard(main)
-        nursery.cancel_scope.cancel()
-    if failures:
-        raise failures[0]

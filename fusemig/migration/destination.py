@@ -43,6 +43,7 @@ from fusemig.migration.receiver import FrameReceiver
 from fusemig.migration.witness import Witness
 from fusemig.migration.writer import FrameWriter
 from fusemig.records.epoch import Ownership
+from fusemig.tasks import run_beside
 from fusemig.wire import native
 
 if TYPE_CHECKING:
@@ -235,21 +236,17 @@ class DestinationMigration(IncomingMigration):
 
     async def _receive(self) -> None:
         assert self._receipt is not None
-        failure: FusemigError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._receipt.keep)
-            try:
-                await self._receive_all(self._receipt)
-            except FusemigError as exc:  # outside the nursery it is this error, and not a group of them
-                failure = exc
-            if isinstance(failure, ConnectionLostError) and (abort := self._link.last_word()) is not None:
-                try:
-                    await self._handle(abort)
-                except FusemigError as exc:
-                    failure = exc
-            self._receipt.stop()
-        if failure is not None:
-            raise failure
+        receive = partial(self._receive_and_hear_out, self._receipt)
+        await run_beside(receive, self._receipt.keep, stop=self._receipt.stop)  # what was handed over is journaled
+
+    async def _receive_and_hear_out(self, receipt: Receipt) -> None:
+        """Receive; where the connection is lost and the source had said why it ends, that is the error."""
+        try:
+            await self._receive_all(receipt)
+        except ConnectionLostError:
+            if (abort := self._link.last_word()) is None:
+                raise
+            await self._handle(abort)
 
     async def _receive_all(self, receipt: Receipt) -> None:
         assert self._gathering is not None

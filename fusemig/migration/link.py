@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -25,7 +25,7 @@ from fusemig.net.transport import SHORTLY_S
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from typing import Any
 
     from fusemig.disk.base import Buffer
@@ -303,6 +303,21 @@ class NativeLink:
             while self.aborted is None and self._n_received < until:
                 self.receive_nowait()
         return self.aborted
+
+    def aborted_error(self, abort: native.Abort) -> FusemigError:
+        """Return what the peer's ABORT means before the hand-off: the migration's end, or only this connection's."""
+        reason = f"{self.peer} aborted the migration: {abort.reason}"
+        return ConnectionLostError(reason) if abort.is_damaged else MigrationError(reason)
+
+    @contextmanager
+    def heard_out(self) -> Iterator[None]:
+        """Have the peer's last word be the error of a block that loses the connection."""
+        try:
+            yield
+        except ConnectionLostError as exc:
+            if (abort := self.last_word()) is None:
+                raise
+            raise self.aborted_error(abort) from exc
 
     async def linger(self, deadline_s: float) -> None:
         """Receive and forget until the peer closes, so that our last message is not lost with what it still sends.

@@ -3,14 +3,16 @@
     run ── connect, tracking on, find allocated chunks                       SETUP
          ├ passes, until what is left is expected to fit the downtime limit  BULK, DIRTY
          ├ (wait for `proceed`, with passes going on)                        PRE_SWITCHOVER
-         ├ (bring the guest to a standstill, with passes going on)
+         ├ (bring the guest to a standstill, with passes going on)           `Switchover`
          ├ gate closed, drained, synced; last pass                           FROZEN
          └ hand-off, as far as the wire knows one                            COMMITTED, COMPLETED
 
 Every way out before COMMITTED opens the gates again, however it is taken: an error, `cancel`, the daemon's end; but a
 migration that is PLEDGED to its group only ends when that is decided. From COMMITTED on nothing opens a gate.
 
-Tasks share this object's fields; each is written by one task only, between two awaits (see docs/architecture.md).
+What the steps work on are objects of their own: the disks (`DiskGroup`), what is known of the link (`Meter`), what
+guests are held back by (`Pacer`), what comes after a pass (`Iteration`). Here is their order, and what every way out
+must do. Tasks share this object's fields; each is written by one task only, between two awaits (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -18,23 +20,26 @@ from __future__ import annotations
 import uuid
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 import structlog
 import trio
 
-from fusemig.core.convergence import LONG_FREEZE_S, Convergence, Decision, Rate, RateLimit, Throughput
-from fusemig.core.phase import MigrationPhase, PhaseMachine
-from fusemig.disk.tracked import Gate
-from fusemig.errors import CancelledByUserError, DiskError, FusemigError, InDoubtError, MigrationError, StateError
+from fusemig.core.convergence import Convergence
+from fusemig.core.phase import SENDING, MigrationPhase, PhaseMachine
+from fusemig.errors import CancelledByUserError, FusemigError, InDoubtError, MigrationError, StateError
+from fusemig.migration.disk_group import DiskGroup
 from fusemig.migration.guest import NoGuest
+from fusemig.migration.iteration import Iteration, NextStep
+from fusemig.migration.meter import Meter
 from fusemig.migration.outlook import Outlook
 from fusemig.migration.pacer import Pacer
-from fusemig.migration.reader import OutgoingDisk
-from fusemig.migration.stats import DiskStatistics, MigrationStatistics
+from fusemig.migration.stats import MigrationStatistics
+from fusemig.migration.switchover import Switchover
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from fusemig.core.mirror import Reach
     from fusemig.disk.tracked import TrackedDisk
@@ -48,7 +53,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 TICK_S: Final = 0.1
-_SENDING: Final = (MigrationPhase.BULK, MigrationPhase.DIRTY, MigrationPhase.PRE_SWITCHOVER)
 
 
 class Handoff(Protocol):
@@ -101,46 +105,35 @@ class OutgoingMigration(ABC):
         self.elapsed_before_s = 0.0
         """How long the daemons before this one ran it; set before `run`."""
         self._handoff: Handoff
-        self._lent = disks
         self._connect = connect
         self._parameters = parameters
         self._offload = offload
         self._on_phase = on_phase
         self._on_pass = on_pass
         self._machine = PhaseMachine()
-        self._disks: list[OutgoingDisk] = []
-        self._limit = RateLimit(0)
+        self._disks = DiskGroup(disks, offload)
+        self._meter = Meter()
         self._convergence = Convergence()
         self._outlook = Outlook(parameters)
         self._peer = ""
         self._log = log.bind(migration=self.session[:8])
-        # The whole run, and why a background task ended it:
+        # The whole run:
         self._scope = trio.CancelScope()
         self._is_cancel_requested = False
-        self._failure: FusemigError | None = None
         self._proceed = trio.Event()
         self._over = trio.Event()
-        # Clocks and rates:
         self._pass_number = 0
-        self._bandwidth = Throughput()
-        self._busy_since = 0.0
-        self._send_rate = Rate()
-        self._dirty_rate = Rate()
-        self._dirtied_bytes = 0
         self._pacer = Pacer(
-            parameters, lambda: self._disks, lambda: self._bandwidth.per_second, on_pace, can_mirror=self.can_mirror
+            parameters, lambda: self._disks.tracked, lambda: self._meter.bandwidth, on_pace, can_mirror=self.can_mirror
         )
+        self._switchover = Switchover(self._disks, self._pacer, parameters)
         self.started_at = self._ended_at = 0.0  # trio's clock
-        self._set_up_at: float | None = None
-        self._frozen_at: float | None = None
-        self._freeze_ends_at = 0.0
-        self._taken_at: float | None = None
 
     # What a wire does in its own way
 
     @abstractmethod
     async def _migrate(self) -> None:
-        """Connect, start tracking (`_start_tracking`), send everything (`_send_all`) and hand off."""
+        """Connect, start tracking, send everything (`_send_all`) and hand off."""
 
     @abstractmethod
     async def _run_pass(self, *, is_limited: bool) -> None:
@@ -183,7 +176,7 @@ class OutgoingMigration(ABC):
 
     def tracking_of(self, disk: TrackedDisk) -> Tracking | None:
         """Return the tracking of a disk that moves, as it is or was last; None where there is none."""
-        return next((one.tracking for one in self._disks if one.disk is disk), None)
+        return self._disks.tracking_of(disk)
 
     def cancel(self) -> None:
         """Call the migration off; `run` then ends as CANCELLED.
@@ -240,14 +233,14 @@ class OutgoingMigration(ABC):
 
     def forget(self) -> None:
         """Stop tracking for a resumption that will not come; after `run` has ended."""
-        for disk in self._disks:
-            disk.tracking.stop()
+        self._disks.stop_tracking()
 
     def settle(self, *, is_handed_off: bool) -> None:
         """End a migration that is in doubt: its disks are known to be the destination's, or are ours again."""
         self.forget()
         if is_handed_off:
-            self._taken_at = self._ended_at = trio.current_time()
+            self._switchover.note_taken()
+            self._ended_at = trio.current_time()
         self.error = None if is_handed_off else MigrationError("the hand-off was called off; the disks stay here")
         self._enter(MigrationPhase.COMPLETED if is_handed_off else MigrationPhase.FAILED)
 
@@ -281,15 +274,13 @@ class OutgoingMigration(ABC):
             with self._scope:
                 await self.guest.prepare()
                 await self._migrate()
-            self._raise_outcome()
+            self._check_not_cancelled()
         except BaseException:
             self._thaw()
             await self.guest.fall_back()
             raise
 
-    def _raise_outcome(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    def _check_not_cancelled(self) -> None:
         if self._scope.cancelled_caught:
             raise self._cancelled_error()
 
@@ -312,220 +303,95 @@ class OutgoingMigration(ABC):
     def _thaw(self) -> None:
         """Give the guests their disks back, unless they are not ours to give; idempotent."""
         if not self._handoff.may_thaw:
-            for lent in self._lent:
-                lent.disk.set_gate(Gate.READ_ONLY)
+            self._disks.end_writing()
             self._pacer.release()
             return
-        for lent in self._lent:
-            if lent.disk.gate is Gate.CLOSED:
-                lent.disk.set_gate(Gate.OPEN)
+        self._disks.thaw()
         self._pacer.release()
         self._give_up_in_flight()
 
     def _give_up_in_flight(self) -> None:
         """Nobody will say any more whether it arrived."""
-        for disk in self._disks:
-            disk.tracking.restore_all()
+        self._disks.give_up_in_flight()
 
     def _enter(self, phase: MigrationPhase) -> None:
         self._machine.enter(phase)
         self._log.info("migration phase", phase=phase.value, pass_number=self._pass_number)
         self._on_phase(phase)
 
-    async def _start_tracking(self, thin: Collection[int] = ()) -> None:
-        """Track every disk and find what is to be sent; of those whose place is in ``thin``, what is not their base."""
-        for index, lent in enumerate(self._lent):
-            self._disks.append(OutgoingDisk(index, lent.disk, lent.disk.start_tracking()))
-            self._disks[-1].is_thin = index in thin
-        for disk in self._disks:
-            try:
-                await self._offload(disk.find_allocated)
-            except DiskError as exc:
-                raise MigrationError(f"{exc}; the disk stays here: mend its image, then migrate again") from exc
-        self._set_up_at = trio.current_time()
-
     async def _send_all(self) -> None:
         """Make the destination hold every byte: passes, and the last one behind the closed gate."""
         await self._converge()
         if self.guest.is_moving:
-            await self._stand_still()
+            await self._switchover.bring_to_standstill(self.guest, self._keep_up)
+            await trio.lowlevel.checkpoint_if_cancelled()
         await self._freeze()
-
-    async def _guard(self, task: Callable[..., Awaitable[None]], *args: object) -> None:
-        """Run a task of a nursery; its failure ends the migration with this error rather than with a group of them."""
-        try:
-            await task(*args)
-        except FusemigError as exc:
-            if self._failure is None:
-                self._failure = exc
-            self._pacer.release()
-            self._scope.cancel()
 
     async def _converge(self) -> None:
         """Make passes until a switchover is worth it and allowed."""
         if self._machine.phase is MigrationPhase.SETUP:  # else the connection was lost, and is back
             self._enter(MigrationPhase.BULK)
-        is_synced = is_mirrored_anew = False
+        iteration = Iteration(self._convergence, self._pacer, self._parameters, is_grouped=bool(self.group))
         while True:
             before_bytes, began_at = self._pending_bytes(), trio.current_time()
             if not self._is_postcopy():
                 self._pacer.begin_pass(before_bytes)
-                await self._run_pass(is_limited=True)
+                await self._make_pass(is_limited=True)
             if self._is_postcopy():
-                for disk in self._disks:  # so that the sync of the freeze is short
-                    await self._flush(disk)
+                await self._disks.flush()  # so that the sync of the freeze is short
                 return
             if self._machine.phase is MigrationPhase.BULK:
                 self._enter(MigrationPhase.DIRTY)
-            forecast = self._convergence.forecast(self._pending_bytes(), self._bandwidth.per_second)
+            forecast = self._convergence.forecast(self._pending_bytes(), self._meter.bandwidth)
             took_s = trio.current_time() - began_at
-            decision = self._convergence.after_pass(before_bytes, took_s, forecast, self._parameters.downtime_limit_s)
-            is_over_limit = forecast.expected_downtime_s > self._parameters.downtime_limit_s
-            self._pacer.end_pass(forecast.pending_bytes, is_over_limit=is_over_limit)
-            # From `migrate-continue` on the guests of a group's other daemons wait for these disks, too.
-            is_urgent = bool(self.group) and self._proceed.is_set()
-            if decision is Decision.CONTINUE and (is_over_limit or not is_urgent):
-                continue
-            if not is_synced:
-                # Make both stores durable while the guest still runs, so that the syncs of the freeze are short.
-                is_synced = True
-                with self._pacer.suspended():
-                    await self._sync_ahead()
-                continue
-            is_waiting = self._parameters.pause_before_switchover and not self._proceed.is_set()
-            if is_mirrored_anew:  # the destination has the chunks now; in the next pass guests wait for them
-                is_mirrored_anew = False
-                continue
-            if forecast.expected_downtime_s > LONG_FREEZE_S and not is_waiting and not self.group:
-                is_mirrored_anew = self._pacer.shorten_freeze()
-                if is_mirrored_anew:
-                    continue
-            if is_waiting:
-                if self._machine.phase is not MigrationPhase.PRE_SWITCHOVER:
-                    self._enter(MigrationPhase.PRE_SWITCHOVER)
-                await self._pacer.pause(TICK_S, self._proceed)
-                continue
-            return
-
-    async def _stand_still(self) -> None:
-        """Bring the guest to a standstill; passes go on, so that little is left to be sent then."""
-        is_still = trio.Event()
-        passes = trio.CancelScope()
-
-        async def bring() -> None:
-            await self.guest.bring_to_standstill()
-            passes.deadline = trio.current_time() + self._parameters.freeze_deadline_s
-            is_still.set()
-
-        async def keep_up() -> None:
-            with passes:
-                await self._keep_up(is_still)
-            if passes.cancelled_caught:
-                raise self._freeze_deadline_error()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._guard, bring)
-            nursery.start_soon(self._guard, keep_up)
-        await trio.lowlevel.checkpoint_if_cancelled()
+            match iteration.after_pass(before_bytes, took_s, forecast, may_switch_over=self._proceed.is_set()):
+                case NextStep.SYNC:
+                    with self._pacer.suspended():
+                        await self._sync_ahead()
+                case NextStep.WAIT:
+                    if self._machine.phase is not MigrationPhase.PRE_SWITCHOVER:
+                        self._enter(MigrationPhase.PRE_SWITCHOVER)
+                    await self._pacer.pause(TICK_S, self._proceed)
+                case NextStep.SWITCH_OVER:
+                    return
 
     async def _keep_up(self, until: trio.Event) -> None:
+        """Make passes until something has happened, so that little is left to be sent then."""
         while not until.is_set():
-            await self._run_pass(is_limited=True)
+            await self._make_pass(is_limited=True)
             await self._pacer.pause(TICK_S, until)
-
-    async def _push_out_pages(self) -> None:
-        """Have the kernel write what guests stored through mmap; it may have to wait for passes to make room."""
-        is_out = trio.Event()
-
-        async def push() -> None:
-            for lent in self._lent:
-                await lent.push_out_pages()
-            is_out.set()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._guard, push)
-            if self._pacer.is_mirroring:
-                nursery.start_soon(self._guard, self._keep_up, is_out)
-        await trio.lowlevel.checkpoint_if_cancelled()
 
     def _is_postcopy(self) -> bool:
         """Whether the hand-off is to come at once; may become so at any moment."""
         return self._parameters.is_postcopy
 
-    def _begin_pass(self) -> None:
+    async def _make_pass(self, *, is_limited: bool) -> None:
         self._pass_number += 1
         self._outlook.begin_pass(trio.current_time())
         self._on_pass(self._pass_number)
+        await self._run_pass(is_limited=is_limited)
 
     def _pending_bytes(self) -> int:
-        return sum(disk.tracking.pending_bytes for disk in self._disks)
+        return self._disks.pending_bytes
 
     def _count_dirtied(self, now: float) -> None:
-        """Derive what guests dirtied from what is left: all that was ever to be sent, less what there was to begin."""
-        allocated = sum(disk.allocated_bytes for disk in self._disks)
-        dirtied = max(self._dirtied_bytes, self._pending_bytes() + self._acknowledged_bytes - allocated)
-        self._dirty_rate.add(dirtied - self._dirtied_bytes, now)
-        self._dirtied_bytes = dirtied
-
-    # Switchover
+        self._meter.count_dirtied(
+            now,
+            pending_bytes=self._pending_bytes(),
+            arrived_bytes=self._acknowledged_bytes,
+            allocated_bytes=self._disks.allocated_bytes,
+        )
 
     async def _freeze(self) -> None:
         """Close the gates, drain, sync and send the rest."""
-        await self._push_out_pages()
+        await self._switchover.push_out_pages(self._keep_up)
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._enter(MigrationPhase.FROZEN)
-        self._frozen_at = trio.current_time()
-        self._freeze_ends_at = deadline = self._frozen_at + self._parameters.freeze_deadline_s
-        for disk in self._disks:
-            disk.disk.set_gate(Gate.CLOSED)
-        self._pacer.freeze()
-        with trio.move_on_at(deadline) as scope:
-            for disk in self._disks:
-                left = max(0.0, deadline - trio.current_time())
-                if not await self._offload(disk.disk.wait_drained, left):
-                    raise MigrationError(
-                        f"a write to disk '{disk.disk.name}' did not finish before the freeze deadline"
-                    )
-            async with trio.open_nursery() as nursery:
-                for disk in self._disks:
-                    nursery.start_soon(self._guard, self._flush, disk)
-                nursery.start_soon(self._guard, self._last_pass)
-            if not self._is_postcopy() and not all(disk.tracking.is_clean for disk in self._disks):
-                raise MigrationError("blocks were dirtied behind the closed gate: this is a bug, please report it")
-            self._count_dirtied(trio.current_time())
-        if scope.cancelled_caught:
-            raise self._freeze_deadline_error()
-
-    async def _last_pass(self) -> None:
-        await self._run_pass(is_limited=False)
-
-    async def _flush(self, disk: OutgoingDisk) -> None:
-        """Make a disk durable.
-
-        Raises:
-            MigrationError: its store failed, and what it holds is not to be trusted; it stays here.
-        """
-        try:
-            await self._offload(disk.disk.flush)
-        except DiskError as exc:
-            raise self._untrusted_error(exc) from exc
-
-    def _check_stores(self) -> None:
-        """Raise `MigrationError` if a guest's own sync failed since ours: such a disk is not handed over."""
-        for disk in self._disks:
-            if disk.disk.io_error is not None:
-                raise self._untrusted_error(disk.disk.io_error)
-
-    def _untrusted_error(self, error: DiskError) -> MigrationError:
-        return MigrationError(
-            f"{error}; what was written last may be lost, so the disk is not moved: stop its guest, check the image "
-            "and its store, then serve it anew"
-        )
-
-    def _freeze_deadline_error(self) -> MigrationError:
-        return MigrationError(
-            f"the switchover took longer than the freeze deadline of {self._parameters.freeze_deadline_s:g} s; "
-            "the guests run on here: migrate again, with a lower --downtime-limit or at a quieter time"
-        )
+        self._switchover.begin()
+        await self._switchover.finish_sending(partial(self._make_pass, is_limited=False))
+        if not self._is_postcopy() and not self._disks.is_clean:
+            raise MigrationError("blocks were dirtied behind the closed gate: this is a bug, please report it")
+        self._count_dirtied(trio.current_time())
 
     # Statistics
 
@@ -535,44 +401,31 @@ class OutgoingMigration(ABC):
         end = self._ended_at or now
         pending = self._pending_bytes()
         prediction = None
-        if self._machine.phase in _SENDING and not self._is_postcopy():
+        if self._machine.phase in SENDING and not self._is_postcopy():
             is_bulk = self._machine.phase is MigrationPhase.BULK
-            send_rate = self._send_rate.per_second(now) if is_bulk else 0.0
-            prediction = self._outlook.look(now, self._disks, pending, self._bandwidth.per_second, send_rate)
+            send_rate = self._meter.send_rate(now) if is_bulk else 0.0
+            prediction = self._outlook.look(now, self._disks.tracked, pending, self._meter.bandwidth, send_rate)
         return MigrationStatistics(
             phase=self._machine.phase,
             session=self.session,
             peer=self._peer,
             pass_number=self._pass_number,
-            disks=tuple(
-                DiskStatistics(
-                    name=disk.disk.name,
-                    size=disk.disk.size,
-                    allocated_bytes=disk.allocated_bytes,
-                    dirty_bytes=disk.tracking.dirty_bytes,
-                    dirty_chunks=disk.tracking.dirty_chunks,
-                    in_flight_chunks=disk.tracking.in_flight_chunks,
-                    sent_bytes=disk.sent_bytes,
-                    parked_writes=disk.disk.parked_writes,
-                    digest=disk.digest.value,
-                )
-                for disk in self._disks
-            ),
+            disks=self._disks.statistics(),
             window=self._window(),
             pending_bytes=pending,
             wire_bytes=self._wire_bytes,
-            dirtied_bytes=self._dirtied_bytes,
-            bandwidth=self._bandwidth.per_second,
-            send_rate=self._send_rate.per_second(now),
-            dirty_rate=self._dirty_rate.per_second(now),
-            expected_downtime_s=self._convergence.forecast(pending, self._bandwidth.per_second).expected_downtime_s
+            dirtied_bytes=self._meter.dirtied_bytes,
+            bandwidth=self._meter.bandwidth,
+            send_rate=self._meter.send_rate(now),
+            dirty_rate=self._meter.dirty_rate(now),
+            expected_downtime_s=self._convergence.forecast(pending, self._meter.bandwidth).expected_downtime_s
             if prediction is None
             else prediction.downtime_s,
             prediction=prediction,
-            setup_s=(self._set_up_at or end) - self.started_at,
+            setup_s=(self._disks.found_at or end) - self.started_at,
             total_s=end - self.started_at,
-            frozen_s=0.0 if self._frozen_at is None else (self._taken_at or end) - self._frozen_at,
-            downtime_s=self._taken_at - self._frozen_at if self._taken_at and self._frozen_at else None,
+            frozen_s=self._switchover.frozen_s(end),
+            downtime_s=self._switchover.downtime_s,
             pacing=self._pacer.statistics(),
             passes_without_progress=self._convergence.n_passes_without_progress,
             is_postcopy=self._is_postcopy(),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import trio
 
+from fusemig.core.convergence import RateLimit
 from fusemig.core.phase import MigrationPhase
 from fusemig.core.units import CHUNK_SIZE
 from fusemig.errors import ConnectionLostError, FusemigError, InDoubtError, RemoteProtocolError
@@ -24,6 +25,7 @@ from fusemig.migration.outgoing import TICK_S, OutgoingMigration
 from fusemig.migration.qemu_sender import QemuSender
 from fusemig.migration.stats import WindowStatistics
 from fusemig.records.epoch import Ownership
+from fusemig.tasks import run_beside
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -87,6 +89,7 @@ class QemuSource(OutgoingMigration):
         self._handoff: UnprovenHandoff = UnprovenHandoff(HandoffRecords(disks, self.session, offload, "qemu"))
         self._count_requests = count_requests
         self._machine_type = machine
+        self._limit = RateLimit(0)
         self._sender: QemuSender | None = None
 
     async def _migrate(self) -> None:
@@ -94,17 +97,12 @@ class QemuSource(OutgoingMigration):
         stream = self._stream = await self._connect()
         self._peer = stream.peer
         try:
-            await self._start_tracking()
-            for disk in self._disks:
+            await self._disks.start_tracking()
+            for disk in self._disks.tracked:
                 disk.allocated_bytes = disk.tracking.dirty_chunks * CHUNK_SIZE
-            self._sender = QemuSender(self._disks, self._machine_type, self._count_requests)
+            self._sender = QemuSender(self._disks.tracked, self._machine_type, self._count_requests)
             self._pacer.start()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._guard, self._watch)
-                nursery.start_soon(self._tick)
-                nursery.start_soon(self._pacer.run)
-                await self._guard(self._send_all)
-                nursery.cancel_scope.cancel()
+            await run_beside(self._send_all, self._watch, self._tick, self._pacer.run, on_failure=self._pacer.release)
             await self._hand_off(self._sender)
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
@@ -135,23 +133,22 @@ class QemuSource(OutgoingMigration):
 
     async def _run_pass(self, *, is_limited: bool) -> None:
         """Send everything that is dirty once."""
-        self._begin_pass()
         sender, need = self._sender, Need.SLICE
         assert sender is not None
         sender.begin_pass(is_bulk=self._machine.phase is MigrationPhase.BULK)
-        run_slice = partial(sender.run_slice, self._stream)
+        run_slice, limit = partial(sender.run_slice, self._stream), self._limit
         while need is not Need.NOTHING:
-            self._limit.bytes_per_s = self._parameters.max_bandwidth if is_limited else 0
-            began_at, wire_bytes, sent_bytes = trio.current_time(), sender.wire_bytes, sender.sent_bytes
-            need = await self._offload(run_slice, self._limit.step_bytes(SLICE_BYTES))
+            limit.bytes_per_s = self._parameters.max_bandwidth if is_limited else 0
+            wire_bytes, sent_bytes = sender.wire_bytes, sender.sent_bytes
+            self._meter.begin_busy(trio.current_time())
+            need = await self._offload(run_slice, limit.step_bytes(SLICE_BYTES))
             while need is Need.STREAM:
                 await self._wait_writable()
                 need = await self._offload(run_slice, 0)
             now = trio.current_time()
             if sender.sent_bytes > sent_bytes:
-                self._send_rate.add(sender.sent_bytes - sent_bytes, now)
-                self._bandwidth.add(sender.sent_bytes - sent_bytes, now - began_at)
-            await trio.sleep(self._limit.delay_s(sender.wire_bytes - wire_bytes, now))
+                self._meter.count_sent(sender.sent_bytes - sent_bytes, now)
+            await trio.sleep(limit.delay_s(sender.wire_bytes - wire_bytes, now))
 
     async def _wait_writable(self) -> None:
         with trio.move_on_after(IDLE_DEADLINE_S):
@@ -160,12 +157,11 @@ class QemuSource(OutgoingMigration):
         raise ConnectionLostError(f"{self._peer} took nothing for {IDLE_DEADLINE_S:g} s")
 
     async def _sync_ahead(self) -> None:
-        for disk in self._disks:
-            await self._flush(disk)
+        await self._disks.flush()
 
     def _pending_bytes(self) -> int:
         """Count whole chunks, which is what is sent."""
-        return sum(disk.tracking.dirty_chunks + disk.tracking.in_flight_chunks for disk in self._disks) * CHUNK_SIZE
+        return self._disks.pending_chunks * CHUNK_SIZE
 
     # Switchover
 
@@ -183,7 +179,7 @@ class QemuSource(OutgoingMigration):
                     f"the end of the stream could not be sent to {self._peer} ({str(exc) or 'deadline passed'}); the"
                     " disks are read-only here until it is known whether a guest runs there: see docs/wire-qemu.md"
                 ) from exc
-            self._taken_at = trio.current_time()
+            self._switchover.note_taken()
             self._thaw()  # answers the parked writes: EROFS
         self._log.warning("handed off without proof: QEMU's wire has no acknowledgement", destination=self._peer)
 

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 ZERO_SHARE: Final = 16
 """A chunk of zeros is read and not sent: this many of them are a batch."""
 
+READ_AHEAD: Final = 8
+"""Chunks that the store is asked for before they are read."""
+
 
 class OutgoingDisk:
     """A disk on its way out: its guest's side, its tracking and its digest."""
@@ -186,6 +189,8 @@ class PassReader:
         self._sequence = 0
         self._disk_index = 0
         self._chunk = 0
+        self._ahead = 0
+        """The store was asked for every dirty chunk before this one."""
         self._only_holes = False
         self._order: HeatOrder | None = None
         self._zeros: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
@@ -199,7 +204,7 @@ class PassReader:
             only_holes: leave all that is dirty.
         """
         self._disk_index = 0
-        self._chunk = 0
+        self._chunk = self._ahead = 0
         self._order = order
         self._only_holes = only_holes
 
@@ -238,7 +243,7 @@ class PassReader:
 
     def _go_on(self) -> None:
         """Put the cursor to the next disk; after the last, to the first if chunks were left out."""
-        self._chunk = 0
+        self._chunk = self._ahead = 0
         self._disk_index += 1
         if self._disk_index == len(self._disks) and self._order is not None and self._order.begin_next_sweep():
             self._disk_index = 0
@@ -297,6 +302,7 @@ class PassReader:
             self._add_bare(disk, [(offset, length)], [], batch)
             self._read_extents(disk, chunk, _blocks(offset, length), batch)
             return
+        self._read_ahead(disk, chunk)
         buffer = self._pool.take()
         view = memoryview(buffer)[:length]
         disk.disk.image.pread_into(view, offset)
@@ -316,6 +322,19 @@ class PassReader:
         batch.disk_bytes += length
         self._add_data(disk, [(offset, length)], [chunk], view, content_hash, batch)
         batch.payloads.append(buffer)
+
+    def _read_ahead(self, disk: OutgoingDisk, chunk: int) -> None:
+        """Have the dirty chunks after this one fetched while it is hashed and sent, so that a slow store keeps busy."""
+        if self._ahead - chunk > READ_AHEAD // 2:
+            return
+        first, stop = max(self._ahead, chunk + 1), min(chunk + 1 + READ_AHEAD, n_chunks(disk.disk.size))
+        self._ahead = chunk + 1 + READ_AHEAD
+        if first >= stop:
+            return
+        bits = disk.tracking.dirty_bits(first, stop)
+        for ahead in range(first, stop):
+            if bits >> (ahead - first) & 1:
+                disk.disk.image.read_ahead(ahead * CHUNK_SIZE, chunk_length(ahead, disk.disk.size))
 
     def _note_zero_chunk(self, disk: OutgoingDisk, chunk: int, offset: int, length: int, batch: Batch) -> None:
         disk.sent_bytes += length

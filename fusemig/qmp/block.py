@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
+from msgspec import UNSET, UnsetType, field
 
 from fusemig.qmp.base import Arguments, Result, underscores
 

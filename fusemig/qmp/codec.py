@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
-from msgspec import UNSET, UnsetType  # noqa: TC002  (msgspec reads the annotations)
+from msgspec import UNSET, UnsetType
 
 from fusemig.errors import RemoteProtocolError
 

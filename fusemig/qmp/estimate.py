@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
+from msgspec import UNSET, UnsetType, field
 
 from fusemig.qmp.base import Result
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-from msgspec import UNSET, UnsetType  # noqa: TC002  (msgspec reads the annotations)
+from msgspec import UNSET, UnsetType
 
 from fusemig.qmp import schema
 from fusemig.qmp.base import Arguments, Result

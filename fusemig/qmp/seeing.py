@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Final
 
 import msgspec
-from msgspec import UNSET, UnsetType, field  # noqa: TC002  (msgspec reads the annotations)
+from msgspec import UNSET, UnsetType, field
 
 from fusemig.qmp.base import Arguments, Result
 

@@ -29,7 +29,7 @@ import trio
 from fusemig.control.client import QmpError, Server, open_control
 from fusemig.errors import ConfigError, FusemigError, MigrationError, StateError
 from fusemig.runtimes.move import FALL_BACK_DEADLINE_S, RUN_DEADLINE_S
-from fusemig.runtimes.race import race
+from fusemig.tasks import run_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -133,7 +133,7 @@ class QemuRuntime:
 
     async def wait_standstill(self) -> None:
         """Wait for pre-switchover, where QEMU has stopped the guest, and drained and flushed its disks."""
-        await race(partial(self._wait_source, "pre-switchover"), self._watch_destination)
+        await run_beside(partial(self._wait_source, "pre-switchover"), self._watch_destination)
 
     async def _wait_source(self, wanted: str) -> None:
         """Wait until the source's migration has come to ``wanted``; any other end of it raises."""
@@ -157,7 +157,7 @@ class QemuRuntime:
     async def load(self) -> None:
         """Send the rest, and hear from both that it has come."""
         await self._source.execute("migrate-continue", {"state": "pre-switchover"})
-        await race(partial(self._wait_source, "completed"), self._watch_destination)
+        await run_beside(partial(self._wait_source, "completed"), self._watch_destination)
         while (status := (await self._destination.execute("query-migrate")).get("status", "none")) != "completed":
             if status in _OVER:
                 raise MigrationError(f"the QEMU at the destination could not load the guest ({status}): see its log")

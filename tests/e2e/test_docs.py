@@ -220,9 +220,10 @@ def test_every_call_in_the_docs_is_one_that_the_program_knows() -> None:
 
 
 def test_the_container_files_call_the_program_as_it_is() -> None:
-    """Dockerfile's head and compose.yaml use options that exist."""
+    """Dockerfile's head and docs/compose.yaml use options that exist."""
     head, _, _ = (ROOT / "Dockerfile").read_text().partition("\nFROM")
-    composed = re.findall(r"^    command:(.*?)(?=^    \w|^  \w|\Z)", (ROOT / "compose.yaml").read_text(), re.M | re.S)
+    services = (ROOT / "docs" / "compose.yaml").read_text()
+    composed = re.findall(r"^    command:(.*?)(?=^    \w|^  \w|\Z)", services, re.M | re.S)
     words_of = (re.findall(r"(?<![^\s\[])[\w/-][^\s,\]]*", re.sub(r"^ *- ", "", one, flags=re.M)) for one in composed)
     commands = [*calls(head.replace("\n#", "\n")), *words_of]
     assert [words[0] for words in commands] == ["serve", "migrate", "serve", "serve"]

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.fuse
 
 _DEAF = """
 import sys
-from fusemig.fuse.lane import DataLane
+from fusemig.fuse.lane_changes import Changes
 from fusemig.cli import main
-DataLane._interrupt = lambda self, unique: None
+Changes.interrupt = lambda self, unique: None
 del sys.argv[1:4]
 main()
 """

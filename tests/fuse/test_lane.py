@@ -30,9 +30,9 @@ from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import DiskError, FuseUnavailableError, StateError
 from fusemig.fuse import abi, base
 from fusemig.fuse.export import Exports
-from fusemig.fuse.lane import FLUSH_THREADS
 from fusemig.fuse.lane_mount import open_data_lane_mount
 from fusemig.fuse.link import edited_init
+from fusemig.fuse.pool import FLUSH_THREADS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -235,7 +235,7 @@ async def test_synchronous_opens_flush_before_the_write_returns(mountpoint: Path
         assert image.n_flushes >= 1
         assert image.content[:4096] == b"x" * 4096
         if direct:
-            assert "fsync" not in mount.lane_statistics().requests  # so it was the lane that flushed
+            assert "fsync" not in mount.lane.statistics().requests  # so it was the lane that flushed
     assert disks[0].bytes_written == 4096
 
 
@@ -289,7 +289,7 @@ async def test_cold_reads_hold_nothing_else_up(mountpoint: Path, nursery: trio.N
         assert await in_thread(os.pwrite, handle, b"y" * 4096, far) == 4096
         cold.awake.set()
         await wait_until(lambda: results == [b"cold"] * 3)
-        assert mount.lane_statistics().handed_over > 0
+        assert mount.lane.statistics().handed_over > 0
         await in_thread(os.close, handle)
     assert cold.content[far : far + 4096] == b"y" * 4096
 
@@ -309,7 +309,7 @@ async def test_held_write_is_made_when_the_gate_opens(mountpoint: Path) -> None:
             disk.set_gate(Gate.OPEN)
             assert await line_of(process) == b"done"
             assert image.content[4094:4098] == b"held"
-        assert mount.lane_statistics().held == 1
+        assert mount.lane.statistics().held == 1
     assert disk.bytes_written == 4
 
 
@@ -345,7 +345,7 @@ async def test_a_killed_client_dies_while_its_write_is_held(mountpoint: Path) ->
             await wait_until(lambda: disk.parked_writes == 1)
             process.send_signal(signal.SIGKILL)
             await in_thread(process.wait)
-        assert mount.lane_statistics().interrupted == 1
+        assert mount.lane.statistics().interrupted == 1
         assert disk.parked_writes == 0  # its place is free for another write
         disk.set_gate(Gate.OPEN)
         assert await in_thread(read_at, mountpoint / "disk", 4, 0) == bytes(4)
@@ -360,10 +360,10 @@ async def test_a_signal_that_does_not_kill_does_not_disturb_a_held_write(mountpo
         async with client(mountpoint / "disk", "os.pwrite(fd, b'kept', 0)") as process:
             await wait_until(lambda: disk.parked_writes == 1)
             process.send_signal(signal.SIGUSR1)
-            await wait_until(lambda: mount.lane_statistics().requests.get("interrupt", 0) == 1)
+            await wait_until(lambda: mount.lane.statistics().requests.get("interrupt", 0) == 1)
             disk.set_gate(Gate.OPEN)
             assert await line_of(process) == b"done"
-        assert mount.lane_statistics().interrupted == 0
+        assert mount.lane.statistics().interrupted == 0
     assert image.content[:4] == b"kept"
 
 
@@ -432,7 +432,7 @@ async def test_errors_and_bugs_are_answered_and_the_lane_survives(mountpoint: Pa
         assert await errno_of(fsync, mountpoint / "buggy") == errno.EIO
         assert await errno_of(write_at, mountpoint / "buggy", b"x" * 512, 0, os.O_RDWR | os.O_DIRECT) == errno.ENOSPC
         assert await in_thread(write_at, mountpoint / "fine", b"x", 0) == 1
-        assert mount.lane_statistics().bugs == mount.statistics().handler_errors >= 2
+        assert mount.lane.statistics().bugs == mount.statistics().handler_errors >= 2
 
 
 # The mount

@@ -179,7 +179,9 @@ async def test_a_map_that_is_lost_meanwhile(
 
     def lose(self: SourceDelta, disk: OutgoingDisk, since: str, bits: ChunkBitmap) -> Iterator[native.Keep | None]:
         if disk.disk.name == "a":
-            disk.disk._drop_map(pair.source.dirty_file("a")._maps[Since.OWNED], DiskError(5, "the map"))
+            disk.disk._admission.notes._drop_map(
+                pair.source.dirty_file("a")._maps[Since.OWNED], DiskError(5, "the map")
+            )
             disk.disk.pwrite(b"not in the map", 5 * CHUNK_SIZE)
         yield from keeps(self, disk, since, bits)
 

@@ -70,7 +70,7 @@ async def test_writes_during_the_migration_arrive(tmp_path: Path, autojump_clock
                     model[name][offset : offset + length] = data
                 except GateClosedError as paused:
                     changed = trio.Event()
-                    if pair.source.disks[name].park(changed.set, paused):
+                    if pair.source.disks[name].write_gate.park(changed.set, paused):
                         await changed.wait()
                     continue
                 except DiskError as exc:
@@ -154,7 +154,7 @@ async def test_cancel_before_the_commit(tmp_path: Path, autojump_clock: trio.tes
 async def test_the_destination_hears_why_the_source_ends(
     tmp_path: Path, n_sent: int, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Cancelled at any piece of its bulk phase, with acknowledgements under way: it is no mere lost connection."""
+    """Cancelled at any piece of the bulk phase, with acknowledgements under way: not just a lost connection."""
     pair = Pair(tmp_path, TWO_DISKS)
     fill(pair)
     pieces = iter(range(n_sent))

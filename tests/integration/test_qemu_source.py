@@ -83,7 +83,7 @@ async def test_a_group_moves_whole(tmp_path: Path, autojump_clock: trio.testing.
     assert statistics.dirtied_bytes == 0
     with pytest.raises(DiskError, match="Read-only"):
         pair.source.disks["a"].pwrite(b"x", 0)
-    assert not any(disk._trackers for disk in pair.source.disks.values())
+    assert not any(disk._admission.marks.trackers for disk in pair.source.disks.values())
 
 
 def decoded(pair: QemuPair, stream: bytes) -> list[object]:
@@ -150,7 +150,7 @@ async def test_writes_during_the_migration_arrive(tmp_path: Path, autojump_clock
                     model[name][offset : offset + length] = data
                 except GateClosedError as paused:
                     changed = trio.Event()
-                    if pair.source.disks[name].park(changed.set, paused):
+                    if pair.source.disks[name].write_gate.park(changed.set, paused):
                         await changed.wait()
                     continue
                 except DiskError:

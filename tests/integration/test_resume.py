@@ -14,8 +14,8 @@ from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.dirty_map import Since
 from fusemig.disk.tracked import Gate
 from fusemig.errors import ConnectError, ConnectionLostError, PeerRefusedError
+from fusemig.migration.reconnection import MAX_LOST_SWITCHOVERS
 from fusemig.migration.resume import ResumePoint
-from fusemig.migration.source import MAX_LOST_SWITCHOVERS
 from fusemig.records.epoch import EpochRecord, Ownership
 from fusemig.wire.native import MAGIC, FrameType
 from support.pair import CachedDisk, Pair

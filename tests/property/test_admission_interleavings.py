@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 
 from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE, mask_extents
-from fusemig.disk import tracked, tracking
+from fusemig.disk import gate, marks, notes, regime, tracked, tracking
 from fusemig.disk.dirty_map import DirtyMap, MapBase, Since, dirty_file_size
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
@@ -38,6 +38,7 @@ WRITTEN = CHUNK_SIZE + BLOCK_SIZE
 """The block that the write goes to."""
 BASE = MapBase(image_id="image", epoch=0, session="session")
 NEW = b"n" * BLOCK_SIZE
+TRACKED_LAYER = {module.__file__ for module in (gate, marks, notes, regime, tracked, tracking)}
 
 
 class SteppedLock:
@@ -73,7 +74,7 @@ class Stepped(Lockstep):
         self.n_steps = 0
 
         def trace(frame: FrameType, event: str, _argument: object) -> Tracer | None:
-            if frame.f_code.co_filename not in (tracked.__file__, tracking.__file__):
+            if frame.f_code.co_filename not in TRACKED_LAYER:
                 return None
             frame.f_trace_opcodes, frame.f_trace_lines = by_instruction, not by_instruction
             if event in ("line", "opcode"):
@@ -273,7 +274,7 @@ def test_a_write_that_meets_another_call_at_any_step_is_not_lost(
 ) -> None:
     """Nothing is lost, nothing is written behind a closed gate, no map misses a write, whoever comes first."""
     stepping = SimpleNamespace(Lock=SteppedLock, Condition=threading.Condition)
-    monkeypatch.setattr(tracked, "threading", stepping)
+    monkeypatch.setattr(regime, "threading", stepping)
     n_runs = i = 0
     is_write_longer = True
     while is_write_longer:

@@ -297,7 +297,7 @@ class TrackingMachine(RuleBasedStateMachine):
         mirrored = [] if mirror is None else [chunk for chunk in chunks_of(offset, len(content)) if chunk in mirror]
         held = HeldReply(offset, content, mirrored)
         self.held.append(held)
-        if not is_made or not self.disk.hold_reply(offset, len(content), lambda: self.answer(held)):
+        if not is_made or not self.disk.write_gate.hold_reply(offset, len(content), lambda: self.answer(held)):
             self.held.remove(held)
 
     def answer(self, held: HeldReply) -> None:
@@ -316,7 +316,7 @@ class TrackingMachine(RuleBasedStateMachine):
         self.outgoing.tracking.pacing.mirror(reach, 0.0, lambda: None)
         self.outgoing.tracking.pacing.set_window(2 * SIZE, is_blocking=is_blocking)
 
-    @precondition(lambda self: self.scan is None and self.read is None and self.disk.holds_replies)
+    @precondition(lambda self: self.scan is None and self.read is None and self.disk.write_gate.holds_replies)
     @rule()
     def catch_up(self) -> None:
         """Send everything and have it acknowledged, so that every chunk is mirrored."""
@@ -339,7 +339,7 @@ class TrackingMachine(RuleBasedStateMachine):
     def see_it_parked(self, offset: int, length: int) -> None:
         with pytest.raises(GateClosedError) as refused:
             self.disk.pwrite(bytes(length), offset)
-        assert self.disk.park(self.resumed, refused.value)
+        assert self.disk.write_gate.park(self.resumed, refused.value)
         self.n_parked += 1
 
     def resumed(self) -> None:

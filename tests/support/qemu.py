@@ -229,15 +229,12 @@ class Destination:
         """Every event but those with data, whose device and offset are in `chunks`."""
         self.chunks: list[tuple[int, int]] = []
         self.recorded = bytearray()
+        self.drained_bytes = 0
+        """How much came once the state of devices had begun."""
         self._decoder: savevm.Decoder[qemu_block.Event] = savevm.Decoder(
             {qemu_block.SECTION: qemu_block.Decoder(devices)}
         )
         self._has_return_path = False
-
-    @property
-    def drained_bytes(self) -> int:
-        """How much state of devices was skipped."""
-        return self._decoder.drained_bytes
 
     def receive(self, connection: socket.socket, *, until: Callable[[], bool] = lambda: False) -> None:
         """Receive until the source closes (and then insist on a whole stream), or ``until`` says that it is enough."""
@@ -252,6 +249,8 @@ class Destination:
                 decoder.close()
                 return
             self.recorded += wanted[:n]
+            if self.events and isinstance(self.events[-1], savevm.DeviceState):
+                self.drained_bytes += n
             self._apply(decoder.advance(n), connection)
             if self._has_return_path and decoder.may_end:
                 connection.sendall(savevm.encode_shut())

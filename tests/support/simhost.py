@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from fusemig.core.units import CHUNK_SIZE
+from fusemig.daemon.disk_spec import DiskSpec
 from fusemig.daemon.doubt import Doubts
-from fusemig.daemon.served import DiskSpec, ServedDisk
+from fusemig.daemon.served import ServedDisk
 from fusemig.disk.dirty_file import DirtyFile
 from fusemig.disk.dirty_map import dirty_file_size
 from fusemig.disk.fault import FaultDisk

@@ -212,7 +212,7 @@ class SimWorld(trio.abc.Instrument):
         return SourceMigration(lent, connect, self.parameters, inline, on_phase, resume=resume)
 
     def resume_point(self) -> ResumePoint:
-        """Return where the migration was interrupted, as `fusemig.daemon.outbound` does."""
+        """Return where the migration was interrupted, as `fusemig.daemon.choice` does."""
         point = self.outgoing.resume_point()
         if point is not None and [disk.disk for disk in point.disks] == [served.guest for served in self.served_here()]:
             return point
@@ -363,7 +363,7 @@ class SimWorld(trio.abc.Instrument):
                 disk.pwrite(data, offset)
             except GateClosedError as paused:
                 changed = trio.Event()
-                if disk.park(changed.set, paused):
+                if disk.write_gate.park(changed.set, paused):
                     await changed.wait()
             except KilledError:
                 record.note(content, offset, len(data))  # any part of it may be there
@@ -379,9 +379,9 @@ class SimWorld(trio.abc.Instrument):
                 if record.acknowledged[offset : offset + len(data)] != data:
                     self.violations.append(f"a write to '{name}' was acknowledged and not made")
                 self.n_acknowledged_writes += 1
-                if disk.holds_replies:
+                if disk.write_gate.holds_replies:
                     answered = trio.Event()
-                    if disk.hold_reply(offset, len(data), answered.set):
+                    if disk.write_gate.hold_reply(offset, len(data), answered.set):
                         await answered.wait()
                 return True
 

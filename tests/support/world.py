@@ -186,7 +186,7 @@ class World(trio.abc.Instrument):
                 disk.pwrite(data, offset)
             except GateClosedError as paused:
                 changed, since, is_paced = trio.Event(), trio.current_time(), disk.gate is Gate.OPEN
-                if disk.park(changed.set, paused):
+                if disk.write_gate.park(changed.set, paused):
                     await changed.wait()
                     if is_paced:
                         self.n_paced_writes += 1
@@ -205,10 +205,10 @@ class World(trio.abc.Instrument):
 
     async def _wait_answered(self, disk: TrackedDisk, offset: int, length: int) -> None:
         """Wait for the reply to a write that was made, as long as the migration holds it."""
-        if not disk.holds_replies:
+        if not disk.write_gate.holds_replies:
             return
         answered, since = trio.Event(), trio.current_time()
-        if disk.hold_reply(offset, length, answered.set):
+        if disk.write_gate.hold_reply(offset, length, answered.set):
             await answered.wait()
             self.n_held_replies += 1
             self.longest_hold_s = max(self.longest_hold_s, trio.current_time() - since)
@@ -248,7 +248,7 @@ class World(trio.abc.Instrument):
         there = {disk.gate for disk in self.destination.disks.values()}
         phase = self.outgoing.phase
         if phase in (P.COMPLETED, P.CANCELLED):
-            assert not any(disk._trackers for disk in self.source.disks.values()), "tracking goes on"
+            assert not any(disk._admission.marks.trackers for disk in self.source.disks.values()), "tracking goes on"
         for name, content in self.model.items():
             assert self.source.images[name].content == content, f"the source's '{name}' was changed"
         if phase is P.COMPLETED:

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
-from fusemig.daemon.served import DiskSpec, ServedDisk
+from fusemig.daemon.disk_spec import DiskSpec
+from fusemig.daemon.served import ServedDisk
 from fusemig.disk.allocation import AllocationMap, map_size
 from fusemig.disk.base import Disk, Extent
 from fusemig.disk.borrowed import BorrowedDisk, Wants, borrow, new_map, reopen

@@ -69,11 +69,11 @@ def test_a_failure_leads_where_the_guest_may_run_or_nowhere(state: GuestState) -
         assert not [old for old, _ in TABLE if old is state]
         return
     machine = machine_at(state)
-    before = machine.situation
+    before = SITUATIONS[machine.state]
     machine.on(E.FAILURE)
     if state in BEFORE_COMMIT:
         assert machine.state is S.RETURNING
-    assert machine.situation.may_run is before.may_run, "a failure gives the guest to nobody else"
+    assert SITUATIONS[machine.state].may_run is before.may_run, "a failure gives the guest to nobody else"
 
 
 def test_every_state_is_reachable_and_every_end_is_final() -> None:

@@ -17,9 +17,9 @@ import msgspec
 import pytest
 
 from fusemig.daemon.daemon import Daemon
+from fusemig.daemon.disk_spec import DiskSpec
 from fusemig.daemon.estate import Estate
 from fusemig.daemon.serve_options import ServeOptions
-from fusemig.daemon.served import DiskSpec
 from fusemig.errors import ConfigError, DiskError, FuseUnavailableError
 from fusemig.handover.state_memory import StateMemory
 from fusemig.notify import Notifier

@@ -11,8 +11,9 @@ import pytest
 
 from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE, FULL_MASK
 from fusemig.disk.fault import Fault, FaultDisk, Operation
+from fusemig.disk.gate import MAX_PARKED_WRITES
 from fusemig.disk.memory import MemoryDisk
-from fusemig.disk.tracked import MAX_PARKED_WRITES, Gate, TrackedDisk
+from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import DiskError, GateClosedError
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def test_a_look_at_a_tracker_sees_the_newest_marks(look: Callable[[Tracking], ob
 
 def test_more_chunks_than_may_have_fresh_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes to the others are marked in the trackers, and nothing is lost."""
-    monkeypatch.setattr("fusemig.disk.tracked.MAX_FRESH", 1)
+    monkeypatch.setattr("fusemig.disk.marks.MAX_FRESH", 1)
     _, disk = make()
     tracking = disk.start_tracking()
     for chunk in (0, 1, 2, 0, 1, 2):
@@ -231,7 +232,7 @@ def test_parked_writes_resume_when_the_gate_changes(gate: Gate) -> None:
     _, disk = make(Gate.CLOSED)
     resumed: list[tuple[int, Gate]] = []
     for number in range(3):
-        assert disk.park(lambda number=number: resumed.append((number, disk.gate)), REFUSED)  # type: ignore[misc]
+        assert disk.write_gate.park(lambda number=number: resumed.append((number, disk.gate)), REFUSED)  # type: ignore[misc]
     assert disk.parked_writes == 3
     disk.set_gate(Gate.CLOSED)
     assert not resumed
@@ -246,7 +247,7 @@ def test_parked_writes_resume_when_the_gate_changes(gate: Gate) -> None:
 def test_nothing_is_parked_at_a_gate_that_is_not_closed(gate: Gate) -> None:
     """Between the refusal and the parking the gate may have changed: try again, nobody would call."""
     _, disk = make(gate)
-    assert not disk.park(lambda: pytest.fail("called"), REFUSED)
+    assert not disk.write_gate.park(lambda: pytest.fail("called"), REFUSED)
     assert disk.parked_writes == 0
 
 
@@ -259,7 +260,7 @@ def test_a_resumed_write_may_write_and_park_again() -> None:
         tries.append(disk.gate)
         write(disk)
 
-    disk.park(resume, REFUSED)
+    disk.write_gate.park(resume, REFUSED)
     disk.set_gate(Gate.OPEN)
     assert tries == [Gate.OPEN]
     assert disk.bytes_written == BLOCK_SIZE
@@ -270,15 +271,15 @@ def test_one_frozen_disk_does_not_take_every_place() -> None:
     _, disk = make(Gate.CLOSED)
     resumed: list[int] = []
     for number in range(MAX_PARKED_WRITES):
-        assert disk.park(lambda number=number: resumed.append(number), REFUSED)  # type: ignore[misc]
+        assert disk.write_gate.park(lambda number=number: resumed.append(number), REFUSED)  # type: ignore[misc]
     with pytest.raises(DiskError) as caught:
-        disk.park(lambda: None, REFUSED)
+        disk.write_gate.park(lambda: None, REFUSED)
     assert caught.value.errno == errno.EAGAIN
     assert not isinstance(caught.value, GateClosedError)
     disk.set_gate(Gate.OPEN)
     assert resumed == list(range(MAX_PARKED_WRITES))
     disk.set_gate(Gate.CLOSED)
-    assert disk.park(lambda: None, REFUSED)
+    assert disk.write_gate.park(lambda: None, REFUSED)
 
 
 def test_an_answered_write_gives_its_place_back() -> None:
@@ -287,15 +288,15 @@ def test_an_answered_write_gives_its_place_back() -> None:
     resumed: list[int] = []
     resumes = [partial(resumed.append, number) for number in range(MAX_PARKED_WRITES)]
     for resume in resumes:
-        assert disk.park(resume, REFUSED)
-    disk.unpark(resumes[1])
-    disk.unpark(resumes[1])
+        assert disk.write_gate.park(resume, REFUSED)
+    disk.write_gate.unpark(resumes[1])
+    disk.write_gate.unpark(resumes[1])
     assert disk.parked_writes == MAX_PARKED_WRITES - 1
     last = partial(resumed.append, -1)
-    assert disk.park(last, REFUSED)
+    assert disk.write_gate.park(last, REFUSED)
     disk.set_gate(Gate.OPEN)
     assert resumed == [0, *range(2, MAX_PARKED_WRITES), -1]
-    disk.unpark(last)
+    disk.write_gate.unpark(last)
     assert disk.parked_writes == 0
 
 
@@ -409,7 +410,7 @@ def test_a_held_disk_stays_closed_whatever_a_migration_does() -> None:
     assert (disk.gate, disk.is_frozen) == (Gate.CLOSED, False)
     with pytest.raises(GateClosedError, match="is stopped"):
         disk.pwrite(b"x", 0)
-    assert disk.park(lambda: tried.append("parked"), REFUSED)
+    assert disk.write_gate.park(lambda: tried.append("parked"), REFUSED)
     disk.set_gate(Gate.CLOSED)
     assert (disk.gate, disk.is_frozen) == (Gate.CLOSED, True)
     with pytest.raises(GateClosedError, match="is frozen"):
@@ -432,12 +433,12 @@ def test_lifting_a_hold_opens_only_what_would_be_open() -> None:
         assert disk.gate is gate
     disk.set_held(True)
     disk.set_gate(Gate.OPEN)
-    assert disk.park(lambda: tried.append("parked"), REFUSED)
+    assert disk.write_gate.park(lambda: tried.append("parked"), REFUSED)
     disk.set_held(False)
     assert disk.gate is Gate.OPEN
     assert tried == ["parked"]
     disk.pwrite(b"x", 0)
-    assert not disk.park(lambda: tried.append("late"), REFUSED)
+    assert not disk.write_gate.park(lambda: tried.append("late"), REFUSED)
     counters = disk.statistics()
     assert (counters.written_bytes, counters.n_writes, counters.n_flushes) == (1, 1, 0)
 
