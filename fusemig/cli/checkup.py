@@ -24,7 +24,7 @@ from fusemig.core.units import format_size
 from fusemig.errors import AuthenticationError, FuseUnavailableError
 from fusemig.fuse.preflight import check_device, check_library, is_allow_other_allowed
 from fusemig.fuse.tuning import READ_AHEAD_KIB
-from fusemig.net.credentials import Endpoint, load_credentials, names_of
+from fusemig.net.credentials import Endpoint, decode_certificate, load_credentials, names_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -265,8 +265,8 @@ def credentials(directory: Path, now: float) -> Iterator[Finding]:
 
 def _validity(subject: str, path: Path, end: Endpoint | None, now: float) -> Finding:
     try:
-        certificate = ssl._ssl._test_decode_cert(path)  # type: ignore[attr-defined]  # noqa: SLF001  (no public one)
-    except (ssl.SSLError, OSError) as exc:
+        certificate = decode_certificate(path)
+    except OSError as exc:
         return Finding(subject, Level.FAIL, f"{path} cannot be read: {exc}", "replace it")
     begins, ends = (ssl.cert_time_to_seconds(certificate[name]) for name in ("notBefore", "notAfter"))
     until = time.strftime("%Y-%m-%d", time.gmtime(ends))
@@ -274,7 +274,9 @@ def _validity(subject: str, path: Path, end: Endpoint | None, now: float) -> Fin
         since = certificate["notBefore"]
         return Finding(subject, Level.FAIL, f"{path} is valid from {since}", "check the clock, or wait")
     if now > ends:
-        return Finding(subject, Level.FAIL, f"{path} has expired on {until}", "have it signed anew, then restart")
+        return Finding(
+            subject, Level.FAIL, f"{path} has expired on {until}", "have it signed anew; no daemon needs a restart"
+        )
     if ends - now < EXPIRY_WARNING_S:
         return Finding(subject, Level.WARN, f"{path} expires on {until}", "have it signed anew before that")
     names = names_of(certificate)

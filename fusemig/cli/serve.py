@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -100,7 +101,14 @@ def go_on(estate: Estate) -> int:
 async def _serve(estate: Estate) -> None:
     from fusemig.daemon.daemon import Daemon
 
-    await Daemon(estate.options, estate).run()
+    try:
+        await Daemon(estate.options, estate).run()
+    finally:
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # nothing is left to be ended: who asks again changes no exit code
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _options(request: ServeRequest, *, is_first: bool) -> ServeOptions:

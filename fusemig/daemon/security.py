@@ -8,12 +8,16 @@
 The command line gives a destination its credentials and its list. QMP gives them as QEMU does: objects
 (``tls-creds-x509``, ``authz-simple``, ``authz-list``), named by migration parameters and looked up when needed.
 
+Credentials are read anew for each connection: who renews a certificate restarts nothing. One that has expired ends no
+connection that there is, and makes no new one; it keeps no daemon from its guests either.
+
 A successor has guests before it has credentials. Where files are missing then, or half written, it serves its disks,
 refuses migrations, in plain text too, and tries again.
 """
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -101,6 +105,20 @@ class Security:
             await trio.sleep(_RETRY_S)
             await self.load()
 
+    async def _renew(self, credentials: Credentials) -> Credentials:
+        """Return credentials as their files are now, for the next connection.
+
+        Raises:
+            AuthenticationError: the files cannot be used as they are, or are being replaced at this moment.
+        """
+        now = await trio.to_thread.run_sync(credentials.renewed)
+        if now is not credentials:
+            log.info("credentials read anew", certificate=str(now.certificate), until=now.until)
+            self._server = now if self._server is credentials else self._server
+            self._client = now if self._client is credentials else self._client
+            self._objects |= {name: now for name, one in self._objects.items() if one is credentials}
+        return now
+
     def _check_loaded(self) -> None:
         if self._unloaded is not None:
             raise AuthenticationError(f"the credentials in {self._unloaded} are not loaded yet: {self._why_not}")
@@ -175,12 +193,22 @@ class Security:
                 return stream
 
             return check
-        context, expected = credentials.context, hostname or self.tls_hostname or uri.host
+        expected = hostname or self.tls_hostname or uri.host
         if not expected:
             raise ConfigError(f"{uri} names no host to check the certificate against: add --tls-hostname NAME")
+        ours, until = credentials, ""
 
         async def secure(stream: SocketStream) -> ByteStream:
-            return await secure_client(stream, context, expected)
+            nonlocal ours, until
+            try:
+                ours = await self._renew(ours)
+                ours.check_valid(time.time())
+            except AuthenticationError:
+                await stream.aclose()
+                raise
+            secured = await secure_client(stream, ours, expected, until)
+            until = secured.until
+            return secured
 
         return secure
 
@@ -225,7 +253,12 @@ class Security:
         if not await has_tls_begun(stream):
             await turn_away(stream, "TLS is required there: migrate with --tls-creds DIR")
             raise AuthenticationError(f"{stream.peer} speaks no TLS")
-        secured = await secure_server(stream, credentials.context)
+        credentials = await self._renew(credentials)
+        try:
+            credentials.check_valid(time.time())
+        except AuthenticationError as exc:  # the source is to see for itself: there is no other way to tell it
+            log.error("no source will accept this daemon", reason=str(exc))
+        secured = await secure_server(stream, credentials)
         identity = secured.names[0] if secured.names else ""
         if not self._admits(secured.names):
             await turn_away(

@@ -375,7 +375,7 @@ class OutgoingHandoff:
                 self._log.info("the destination could not be told", reason=str(exc))
                 return
             with suppress(FusemigError):
-                while not link.has_aborted:
+                while link.aborted is None:
                     await link.receive()
 
     def _difference(self, ours: Sequence[native.DiskProof], theirs: Sequence[native.DiskProof]) -> str:

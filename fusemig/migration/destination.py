@@ -236,8 +236,17 @@ class DestinationMigration(IncomingMigration):
 
     async def _receive(self) -> None:
         assert self._receipt is not None
-        receive = partial(self._receive_all, self._receipt)
+        receive = partial(self._receive_and_hear_out, self._receipt)
         await run_beside(receive, self._receipt.keep, stop=self._receipt.stop)  # what was handed over is journaled
+
+    async def _receive_and_hear_out(self, receipt: Receipt) -> None:
+        """Receive; where the connection is lost and the source had said why it ends, that is the error."""
+        try:
+            await self._receive_all(receipt)
+        except ConnectionLostError:
+            if (abort := self._link.last_word()) is None:
+                raise
+            await self._handle(abort)
 
     async def _receive_all(self, receipt: Receipt) -> None:
         assert self._gathering is not None

@@ -13,23 +13,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from enum import Enum
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
 from fusemig.core.units import CHUNK_SIZE
-from fusemig.errors import ConnectionLostError, MigrationError, RemoteProtocolError
+from fusemig.errors import ConnectionLostError, FusemigError, MigrationError, RemoteProtocolError
 from fusemig.net.transport import SHORTLY_S
 from fusemig.wire import native
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from typing import Any
 
     from fusemig.disk.base import Buffer
-    from fusemig.errors import FusemigError
     from fusemig.net.transport import ByteStream
 
     Offload = Callable[..., Awaitable[Any]]
@@ -92,6 +91,8 @@ SLICE_S: Final = 1.0
 """How long a slice receives at most, so that a peer cannot keep a thread: between slices `Pace` is judged."""
 POLL_S: Final = 0.002
 """How long a slice waits for the next frame by itself, which is cheaper than coming back."""
+_MAX_LAST_BYTES: Final = 16 << 20
+"""More than a socket holds of what a peer sent before it was gone."""
 
 
 def drop_sent(buffers: list[memoryview], n: int) -> None:
@@ -154,8 +155,8 @@ class NativeLink:
         self._decoder = decoder
         self._pool = pool
         self._is_broken = False
-        self.has_aborted = False
-        """Whether the peer has said that it is over; it waits until we close."""
+        self.aborted: native.Abort | None = None
+        """With what the peer has said that it is over; it waits until we close."""
         self._pace = Pace(stream.peer)
         self._n_received = self._n_frames = 0
         self._unsent: list[memoryview] = []
@@ -265,7 +266,8 @@ class NativeLink:
             event = decoder.advance(n)
             if event is not None:
                 self._n_frames += 1
-                self.has_aborted = self.has_aborted or isinstance(event, native.Abort)
+                if isinstance(event, native.Abort):
+                    self.aborted = event
                 return event
             if time.monotonic() >= until:
                 raise trio.WouldBlock
@@ -290,10 +292,32 @@ class NativeLink:
             except trio.WouldBlock:
                 await self.wait_readable(deadline_s)
 
+    def last_word(self) -> native.Abort | None:
+        """Return the ABORT that the peer sent before it was gone, if it did; while nobody else receives.
+
+        A peer that says why it ends, and closes with something of ours unread, resets the connection: our next send
+        fails, and what it said is still there to be read.
+        """
+        until = self._n_received + _MAX_LAST_BYTES
+        with suppress(trio.WouldBlock, FusemigError):
+            while self.aborted is None and self._n_received < until:
+                self.receive_nowait()
+        return self.aborted
+
     def aborted_error(self, abort: native.Abort) -> FusemigError:
         """Return what the peer's ABORT means before the hand-off: the migration's end, or only this connection's."""
         reason = f"{self.peer} aborted the migration: {abort.reason}"
         return ConnectionLostError(reason) if abort.is_damaged else MigrationError(reason)
+
+    @contextmanager
+    def heard_out(self) -> Iterator[None]:
+        """Have the peer's last word be the error of a block that loses the connection."""
+        try:
+            yield
+        except ConnectionLostError as exc:
+            if (abort := self.last_word()) is None:
+                raise
+            raise self.aborted_error(abort) from exc
 
     async def linger(self, deadline_s: float) -> None:
         """Receive and forget until the peer closes, so that our last message is not lost with what it still sends.

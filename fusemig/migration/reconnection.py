@@ -114,6 +114,7 @@ class Reconnection:
 
         Raises:
             ConnectionLostError: there was no progress for too long.
+            AuthenticationError: because one side was not accepted any more.
         """
         now, limit_s = trio.current_time(), self._parameters.reconnect_limit_s
         if self._stalled_since is None:
@@ -121,6 +122,8 @@ class Reconnection:
             self._backoff.reset()
         delay_s = self._backoff.next_s()
         if now + delay_s > self._stalled_since + limit_s:
+            if isinstance(failure, AuthenticationError):
+                raise failure  # and no link can be seen to
             raise ConnectionLostError(
                 f"{failure}; for {limit_s:g} s nothing could be sent: see to the link and the destination, then go on"
                 " with `fusemig migrate --resume`"

@@ -160,9 +160,10 @@ class SourceMigration(OutgoingMigration):
         try:
             welcome = await self._greet(link, records)
             try:
-                passes = self._passes = await self._set_up(link, welcome, records)
-                await self._make_passes(passes)
-                await self._hand_off(link, passes)
+                with link.heard_out():
+                    passes = self._passes = await self._set_up(link, welcome, records)
+                    await self._make_passes(passes)
+                    await self._hand_off(link, passes)
             except BaseException as exc:
                 if self._passes is not None:
                     self._setup.note_lost(self._passes.sender)

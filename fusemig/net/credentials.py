@@ -6,7 +6,9 @@
     client-cert.pem, client-key.pem      needed to send
 
 Both sides prove who they are, with TLS 1.3 and nothing older; there is no way to ask for less. What is wrong with a
-file is an `AuthenticationError` that names it, when it is loaded and not when a peer calls.
+file is an `AuthenticationError` that names it, when it is loaded and not when a peer calls. Files are read anew for
+each connection (`Credentials.renewed`), so that a certificate can be renewed under a daemon that runs. TLS looks at one
+when a connection is made, and never again: one that expires ends no connection.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import os
 import ssl
 import stat
+import time
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -55,6 +58,42 @@ class Credentials(NamedTuple):
     directory: Path
     endpoint: Endpoint
     context: ssl.SSLContext
+    ends_at: float
+    """When the certificate ends, in seconds of the Unix epoch."""
+    state: tuple[tuple[int, ...], ...]
+    """Differs from that of other contents of the files."""
+
+    @property
+    def certificate(self) -> Path:
+        """The certificate's file."""
+        return self.directory / f"{self.endpoint}-cert.pem"
+
+    @property
+    def until(self) -> str:
+        """When the certificate ends, for people."""
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.ends_at))
+
+    def renewed(self) -> Credentials:
+        """Return them as the files are now, or these where nothing has changed; may sleep.
+
+        Raises:
+            AuthenticationError: as `load_credentials`.
+        """
+        if _state_of(self.directory, self.endpoint) == self.state:
+            return self
+        return load_credentials(self.directory, self.endpoint)
+
+    def check_valid(self, now: float) -> None:
+        """See that the certificate has not expired.
+
+        Raises:
+            AuthenticationError: it has, at ``now`` (seconds of the Unix epoch).
+        """
+        if now > self.ends_at:
+            raise AuthenticationError(
+                f"the certificate {self.certificate} has expired on {self.until}; renew it, which needs no restart, "
+                "then migrate again (--resume goes on)"
+            )
 
 
 def load_credentials(directory: Path, endpoint: Endpoint) -> Credentials:
@@ -63,6 +102,7 @@ def load_credentials(directory: Path, endpoint: Endpoint) -> Credentials:
     Raises:
         AuthenticationError: one cannot be read or used.
     """
+    state = _state_of(directory, endpoint)
     authority = directory / "ca-cert.pem"
     revocations = directory / "ca-crl.pem"
     certificate = directory / f"{endpoint}-cert.pem"
@@ -82,7 +122,7 @@ def load_credentials(directory: Path, endpoint: Endpoint) -> Credentials:
     _load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, _CERTIFICATE, "certificate")
     _check_file(key, _KEY, "private key")
     _load_chain(context, certificate, key)
-    return Credentials(directory, endpoint, context)
+    return Credentials(directory, endpoint, context, _ends_at(certificate), state)
 
 
 def load_own(directory: Path, *, is_destination: bool) -> tuple[Credentials | None, Credentials | None]:
@@ -96,6 +136,18 @@ def load_own(directory: Path, *, is_destination: bool) -> tuple[Credentials | No
     server = load_credentials(directory, Endpoint.SERVER) if is_destination else None
     has_client = not is_destination or (directory / f"{Endpoint.CLIENT}-cert.pem").exists()
     return server, load_credentials(directory, Endpoint.CLIENT) if has_client else None
+
+
+def _state_of(directory: Path, endpoint: Endpoint) -> tuple[tuple[int, ...], ...]:
+    found: list[tuple[int, ...]] = []
+    for name in ("ca-cert.pem", "ca-crl.pem", f"{endpoint}-cert.pem", f"{endpoint}-key.pem"):
+        try:
+            status = os.stat(directory / name)
+        except OSError as exc:
+            found.append((exc.errno or 0,))
+        else:
+            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return tuple(found)
 
 
 def _load_authority(context: ssl.SSLContext, path: Path) -> None:
@@ -129,6 +181,23 @@ def _load_chain(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
         raise AuthenticationError(f"{certificate} with {key} cannot be used ({_reason(exc)}): make them anew") from exc
     except OSError as exc:
         raise AuthenticationError(f"cannot read {certificate} or {key}: {exc.strerror or exc}") from exc
+
+
+def decode_certificate(path: Path) -> dict[str, Any]:
+    """Return what the first certificate of a file says, as `ssl.SSLSocket.getpeercert` does.
+
+    Raises:
+        OSError: it cannot be read, or is none (`ssl.SSLError`).
+    """
+    found: dict[str, Any] = ssl._ssl._test_decode_cert(path)  # type: ignore[attr-defined]  # noqa: SLF001  (no public one)
+    return found
+
+
+def _ends_at(path: Path) -> float:
+    try:
+        return ssl.cert_time_to_seconds(decode_certificate(path)["notAfter"])
+    except (OSError, ValueError) as exc:
+        raise AuthenticationError(f"the certificate in {path} does not say until when it is valid: replace it") from exc
 
 
 def _check_file(path: Path, marker: bytes, what: str) -> None:

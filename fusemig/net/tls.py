@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from fusemig.errors import FusemigError
+    from fusemig.net.credentials import Credentials
 
 HANDSHAKE_DEADLINE_S: Final = 10.0
 """For the whole handshake, however the bytes come."""
@@ -39,6 +40,8 @@ _CLOSE_DEADLINE_S: Final = 5.0
 _DISCARD_S: Final = 1.0
 _HANDSHAKE_BYTES: Final = 16 << 10
 _HANDSHAKE_RECORD: Final = 0x16
+_HAS_EXPIRED: Final = 10
+"""X509_V_ERR_CERT_HAS_EXPIRED (openssl/x509_vfy.h)."""
 _ALERTS: Final = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR", "HANDSHAKE_FAILURE")
 """In the name of an alert that says that our proof was not taken."""
 
@@ -49,15 +52,16 @@ _handshakes = trio.CapacityLimiter(1)
 class _Secured:
     """A socket and OpenSSL's state beside it, which never sees the socket: we move its records, many at once."""
 
-    def __init__(self, plain: socket.socket, context: ssl.SSLContext, hostname: str | None) -> None:
+    def __init__(self, plain: socket.socket, credentials: Credentials, hostname: str | None) -> None:
         """Take ``plain`` over; without a ``hostname`` we are the server."""
         plain.setblocking(False)
         self.socket = plain
+        self.credentials = credentials
         self.received = ssl.MemoryBIO()
         """Records from the peer."""
         self.to_send = ssl.MemoryBIO()
         """Records for the peer."""
-        self.state = context.wrap_bio(
+        self.state = credentials.context.wrap_bio(
             self.received, self.to_send, server_side=hostname is None, server_hostname=hostname
         )
 
@@ -71,8 +75,11 @@ class TlsStream(SocketStream):
         for end in (ours, relays):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PAIR_BUFFER_BYTES)
         super().__init__(trio.socket.from_stdlib_socket(ours), peer)
-        self.names = names_of(secured.state.getpeercert() or {})
+        certificate = secured.state.getpeercert() or {}
+        self.names = names_of(certificate)
         """The peer's (`names_of`)."""
+        self.until = str(certificate.get("notAfter", ""))
+        """When the peer's certificate ends, as OpenSSL writes it."""
         self._relay = _Relay(secured, relays, peer)
         self._relay.start()
 
@@ -96,6 +103,7 @@ class _Relay(threading.Thread):
         """Makes the error that ended the connection; set before the migration can see the end."""
         self._peer = peer
         self._outer = secured.socket
+        self._credentials = secured.credentials
         self._inner = inner
         inner.setblocking(False)
         self._state = secured.state
@@ -119,14 +127,32 @@ class _Relay(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._run()
+            self._run_to_the_end()
         except ssl.SSLError as exc:
             self._fail(exc)
-        except OSError as exc:
-            text = f"connection to {self._peer} lost: {exc.strerror or exc}"
-            self.failure = lambda: ConnectionLostError(text)
         finally:
             self._close()
+
+    def _run_to_the_end(self) -> None:
+        """Run; raises `ssl.SSLError` only."""
+        try:
+            self._run()
+        except ssl.SSLError:
+            raise
+        except OSError as exc:
+            self._hear_out()
+            text = f"connection to {self._peer} lost: {exc.strerror or exc}"
+            self.failure = lambda: ConnectionLostError(text)
+
+    def _hear_out(self) -> None:
+        """Take what the peer said before it reset the connection, and pass it on: it may be why."""
+        try:
+            while self._take_from_peer() | self._give_to_inner():
+                pass
+        except ssl.SSLError:
+            raise
+        except OSError:
+            return
 
     def _run(self) -> None:
         poll = _Poll(self._inner, self._outer)
@@ -233,7 +259,7 @@ class _Relay(threading.Thread):
 
     def _fail(self, exc: ssl.SSLError) -> None:
         if _is_about_us(exc):
-            text = _not_accepted(self._peer, exc)
+            text = _not_accepted(self._peer, exc, self._credentials)
             self.failure = lambda: AuthenticationError(text)
         else:
             text = f"connection to {self._peer} lost: TLS: {_words(exc)}"
@@ -281,8 +307,17 @@ class _Poll:
         return gone
 
 
-async def secure_client(stream: SocketStream, context: ssl.SSLContext, hostname: str) -> TlsStream:
+async def secure_client(
+    stream: SocketStream, credentials: Credentials, hostname: str, last_until: str = ""
+) -> TlsStream:
     """Prove to the peer who we are, and have it prove that it is ``hostname``; takes ``stream`` over.
+
+    Args:
+        stream: a new connection.
+        credentials: the client's.
+        hostname: what the peer's certificate must say.
+        last_until: `TlsStream.until` of the last connection there, for the error: of a certificate that is not taken
+            OpenSSL tells nothing.
 
     Raises:
         AuthenticationError: it did not, or speaks no TLS 1.3.
@@ -290,14 +325,20 @@ async def secure_client(stream: SocketStream, context: ssl.SSLContext, hostname:
     """
     peer = stream.peer
     try:
-        secured = await _shake_hands(stream, context, hostname)
+        secured = await _shake_hands(stream, credentials, hostname)
     except ssl.SSLCertVerificationError as exc:
+        if exc.verify_code == _HAS_EXPIRED:
+            raise AuthenticationError(
+                f"{peer} did not prove that it is '{hostname}': its certificate has expired"
+                f"{last_until and f' on {last_until}'}; renew server-cert.pem there, which needs no restart, then "
+                "migrate again (--resume goes on)"
+            ) from exc
         raise AuthenticationError(
             f"{peer} did not prove that it is '{hostname}': {exc.verify_message.rstrip('.')}; check ca-cert.pem here "
             "and server-cert.pem there, or name the host in its certificate with --tls-hostname"
         ) from exc
     except ssl.SSLError as exc:
-        raise AuthenticationError(_no_tls(peer, exc)) from exc
+        raise AuthenticationError(_no_tls(peer, exc, credentials)) from exc
     except OSError as exc:
         raise AuthenticationError(
             f"{peer} closed the connection in the TLS handshake: is `fusemig serve --tls-creds DIR` running there?"
@@ -305,7 +346,7 @@ async def secure_client(stream: SocketStream, context: ssl.SSLContext, hostname:
     return TlsStream(secured, peer)
 
 
-async def secure_server(stream: SocketStream, context: ssl.SSLContext) -> TlsStream:
+async def secure_server(stream: SocketStream, credentials: Credentials) -> TlsStream:
     """Prove to a peer who we are, and have it prove who it is; takes ``stream`` over.
 
     Raises:
@@ -314,10 +355,12 @@ async def secure_server(stream: SocketStream, context: ssl.SSLContext) -> TlsStr
     """
     peer = stream.peer
     try:
-        secured = await _shake_hands(stream, context, None)
+        secured = await _shake_hands(stream, credentials, None)
     except ssl.SSLCertVerificationError as exc:
         raise AuthenticationError(f"{peer} did not prove who it is: {exc.verify_message}") from exc
     except ssl.SSLError as exc:
+        if _is_about_us(exc):
+            raise AuthenticationError(_not_accepted(peer, exc, credentials)) from exc
         raise AuthenticationError(f"{peer} and we did not agree on TLS 1.3: {_words(exc)}") from exc
     except OSError as exc:
         raise AuthenticationError(f"{peer} left in the TLS handshake") from exc
@@ -335,11 +378,11 @@ async def has_tls_begun(stream: SocketStream) -> bool:
     raise ConnectionLostError(f"{stream.peer} said nothing within {HANDSHAKE_DEADLINE_S:g} s")
 
 
-async def _shake_hands(stream: SocketStream, context: ssl.SSLContext, hostname: str | None) -> _Secured:
+async def _shake_hands(stream: SocketStream, credentials: Credentials, hostname: str | None) -> _Secured:
     """Run the handshake, its arithmetic on a thread; on failure the connection is closed."""
     plain = stream.detach()
     try:
-        secured = _Secured(plain, context, hostname)
+        secured = _Secured(plain, credentials, hostname)
         with trio.fail_after(HANDSHAKE_DEADLINE_S):
             try:
                 await _shake_hands_until_done(secured)
@@ -404,9 +447,9 @@ async def _discard(plain: socket.socket) -> None:
                 await trio.lowlevel.wait_readable(plain)
 
 
-def _no_tls(peer: str, exc: ssl.SSLError) -> str:
+def _no_tls(peer: str, exc: ssl.SSLError, credentials: Credentials) -> str:
     if _is_about_us(exc):
-        return _not_accepted(peer, exc)
+        return _not_accepted(peer, exc, credentials)
     return f"no TLS 1.3 with {peer} ({_words(exc)}): is `fusemig serve --tls-creds DIR` running there?"
 
 
@@ -415,8 +458,11 @@ def _is_about_us(exc: ssl.SSLError) -> bool:
     return "ALERT" in reason and any(alert in reason for alert in _ALERTS)
 
 
-def _not_accepted(peer: str, exc: ssl.SSLError) -> str:
-    return f"{peer} did not accept our certificate ({_words(exc)}): check client-cert.pem here and ca-cert.pem there"
+def _not_accepted(peer: str, exc: ssl.SSLError, credentials: Credentials) -> str:
+    return (
+        f"{peer} did not accept our certificate ({_words(exc)}): check {credentials.certificate}, which is valid until "
+        f"{credentials.until}, and ca-cert.pem there"
+    )
 
 
 def _words(exc: ssl.SSLError) -> str:

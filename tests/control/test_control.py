@@ -7,6 +7,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -291,7 +292,10 @@ async def test_client_that_does_not_read_replies_is_dropped(sock: Path, monkeypa
     async with serving(sock), raw(sock) as slow, raw(sock) as quick:
         await slow.stream.send_all(b'{"execute":"x-fusemig-estimate","arguments":{"uri":"a"}}' * 50)
         assert await quick.ask('{"execute":"query-name"}') == {"return": {"name": "test"}}
-        await trio.sleep(0.3)  # past the deadline; the client has read nothing
+        hung_up = select.poll()
+        hung_up.register(slow.stream.socket.fileno(), 0)
+        while not hung_up.poll(0):  # the client has read nothing
+            await trio.sleep(0.01)
         with pytest.raises((EOFError, trio.BrokenResourceError)):
             await slow.read_to_the_end()
 

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 MEMORY = Path("/dev/shm")  # noqa: S108  # images there are quick and as sparse as anywhere
 NEEDED_BYTES = 2 << 30
 ENDING_S = 5.0
-"""What ends with its parent (`nbdkit --exit-with-parent`) has this long for it; a forgotten one never does."""
+"""What ends by itself has this long for it; what was forgotten never does.
+
+That is what ends with its parent (`nbdkit --exit-with-parent`), and a loop device that was detached while somebody else
+looked for a free one.
+"""
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def _clear_away(directory: Path) -> list[str]:
     """Remove what a test left in the kernel; name it."""
     left = []
     deadline = time.monotonic() + ENDING_S
-    while _processes_of(directory) and time.monotonic() < deadline:
+    while (_processes_of(directory) or loops_of(directory)) and time.monotonic() < deadline:
         time.sleep(0.02)
     for pid in _processes_of(directory):
         left.append(f"process {pid}")

@@ -41,6 +41,7 @@ def test_cancel_and_migrate_again(hosts: Hosts) -> None:
     assert migrate.finish() == (6, "", "fusemig: the migration was cancelled; the disks stay here\n")
     pwrite(source.file(), b"ours")
     assert source.command("cancel") == (0, "", "fusemig: no migration is running\n")
+    destination.wait_free()
     assert source.migrate(destination.uri, "--max-bandwidth", "0").exit_code == 0
     assert source.images["vda"].read_bytes() == destination.images["vda"].read_bytes()
 
@@ -57,8 +58,12 @@ def test_continue_is_refused_where_nothing_waits(hosts: Hosts) -> None:
 
 def test_progress_json_is_an_object_a_line(hosts: Hosts) -> None:
     """Every line of stdout is ``query-migrate``'s answer, the last one the outcome; stderr is silent."""
-    source, destination = hosts.pair(16 * MIB)
-    command = source.start_command("migrate", destination.uri, "--progress", "json", "--max-bandwidth", "8M")
+    source, destination = hosts.pair(2 * MIB)
+    source.pause_before_switchover()  # for as long as it takes until the command has looked again
+    command = source.start_command("migrate", destination.uri, "--progress", "json")
+    wait_until(lambda: command.stdout().count("\n") > 1, "two lines")
+    source.wait_phase("pre-switchover")
+    source.proceed()
     done = command.finish()
     assert done.exit_code == 0
     assert done.stderr == ""

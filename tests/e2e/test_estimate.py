@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from support.hosts import MIB, QmpRefusedError, pwrite, wait_until
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from support.hosts import Host, Hosts
 
 pytestmark = pytest.mark.fuse
@@ -43,17 +46,26 @@ def test_an_estimate_of_an_idle_disk_is_what_the_migration_takes(hosts: Hosts) -
     assert source.migration()["disk"]["transferred"] == pytest.approx(answer["expected-bytes"], rel=0.02)
 
 
+def write_on(path: Path, is_over: threading.Event) -> None:
+    """Write a disk's first half again and again."""
+    while not is_over.wait(0.01):
+        for offset in range(0, 8 * MIB, MIB):
+            pwrite(path, b"x" * MIB, offset)
+
+
 def test_what_guests_write_is_in_it(hosts: Hosts) -> None:
     """A guest that outruns the link is seen, without a destination; with the bandwidth that is named, it fits."""
     source, _ = hosts.pair(16 * MIB)
-
-    def writes_are_seen() -> bool:
-        for offset in range(0, 8 * MIB, MIB):
-            pwrite(source.file(), b"x" * MIB, offset)
-        return bool(source.qmp.execute("x-fusemig-estimate", {"link": 100_000})["dirty-rate"] > MIB)
-
-    wait_until(writes_are_seen, "the guest's writes")
+    is_over = threading.Event()
+    guest = threading.Thread(target=write_on, args=(source.file(), is_over), daemon=True)
+    guest.start()
+    wait_until(
+        lambda: source.qmp.execute("x-fusemig-estimate", {"link": 100_000})["dirty-rate"] > MIB, "the guest's writes"
+    )
     answer = estimate(source, "--link", "100K")
+    said = source.command("estimate", "--link", "100K").stdout
+    is_over.set()  # what is asked from here on is to be no more than that
+    guest.join(40)
     assert not answer["converges"]
     assert "expected-total-time" not in answer
     remedies = {remedy["kind"]: remedy["value"] for remedy in answer["remedies"]}
@@ -63,7 +75,6 @@ def test_what_guests_write_is_in_it(hosts: Hosts) -> None:
     assert "mirror" not in remedies  # the least that may be missing takes 2.5 s there, beyond the downtime limit
     faster = {remedy["kind"]: remedy["value"] for remedy in estimate(source, "--link", "1M")["remedies"]}
     assert faster.get("mirror", 0.8 * MIB) == pytest.approx(0.8 * MIB, rel=0.01)
-    said = source.command("estimate", "--link", "100K").stdout
     assert "will not converge" in said
     assert "of bandwidth" in said
     assert "--mode postcopy: guests are moved at once" in said
@@ -89,9 +100,9 @@ def test_estimates_that_cannot_be_made(hosts: Hosts) -> None:
 def test_a_running_migration_says_how_long_it_will_take(hosts: Hosts) -> None:
     """At a known rate the time left is what is left over the rate, and less and less."""
     source, destination = hosts.pair(24 * MIB)
-    source.start_migrate(destination.uri, "--max-bandwidth", "2M")
+    source.start_migrate(destination.uri, "--max-bandwidth", "1M")
     first = wait_until(lambda: source.migration().get("x-fusemig", {}).get("eta"), "a forecast")
-    assert 2_000 < first < 20_000
+    assert 2_000 < first < 40_000
     assert source.migration()["x-fusemig"]["converges"] is True
     assert source.migration()["expected-downtime"] < 300
     assert "s left" in source.command("status").stdout

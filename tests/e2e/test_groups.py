@@ -70,6 +70,7 @@ def test_one_that_is_refused_keeps_all(make: Callable[..., RealGroup]) -> None:
     check(group, writers, ["source"] * 2)
     assert list(group.directory.iterdir()) == []
     group.uris[1] = uri
+    group.destinations[0].wait_free()
     assert group.migrate().exit_code == 0
     assert group.owners() == ["destination"] * 2
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from support.hosts import MIB, pread, pwrite, write_random
+from support.hosts import MIB, pread, pwrite, wait_until, write_random
 from support.promlint import problems, value
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ def scrape(host: Host) -> str:
     return page
 
 
+def n_completed(host: Host, role: str) -> float:
+    """Return how many migrations have completed."""
+    return value(scrape(host), "fusemig_migrations_total", role=role, outcome="completed")
+
+
 def test_metrics_follow_a_migration(hosts: Hosts, place: Path) -> None:
     """Counters count the guest, gauges show the migration, and both say what `status` says; over TCP and UNIX."""
     image = write_random(place / "source.img", 8 * MIB)
@@ -69,13 +74,14 @@ def test_metrics_follow_a_migration(hosts: Hosts, place: Path) -> None:
     source.proceed()
     source.wait_phase("completed")
 
+    # What is counted when a migration has been cleared away may come a moment after what its end tells.
+    wait_until(lambda: n_completed(source, "source") == 1, "the source's count")
+    wait_until(lambda: n_completed(destination, "destination") == 1, "the destination's")
     page, there = scrape(source), scrape(destination)
-    assert value(page, "fusemig_migrations_total", role="source", outcome="completed") == 1
     assert value(page, "fusemig_freeze_seconds_count") == 1
     assert value(page, "fusemig_freeze_seconds_sum") == pytest.approx(source.status()["totals"]["frozen-ms"] / 1000)
     assert value(page, "fusemig_migration_sent_bytes") == source.migration()["disk"]["transferred"]
     assert value(page, "fusemig_disk_gate", disk="vda", gate="read-only") == 1
-    assert value(there, "fusemig_migrations_total", role="destination", outcome="completed") == 1
     assert value(there, "fusemig_disk_state", disk="vda", state="owner") == 1
 
 
@@ -89,6 +95,7 @@ def test_rejected_connections_have_a_reason(hosts: Hosts) -> None:
         with suppress(ConnectionResetError):  # it reads no more than it needs to say no
             while stranger.recv(4096):
                 pass
+    wait_until(lambda: destination.status()["incoming"]["rejected-connections"] == 1, "the rejection")
     page = scrape(destination)
     assert value(page, "fusemig_rejected_connections_total", reason="failed") == 1
     assert value(page, "fusemig_migrations_total", role="destination", outcome="failed") == 0

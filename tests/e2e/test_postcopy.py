@@ -19,7 +19,7 @@ import pytest
 from fusemig.records.epoch import EpochFile, Ownership
 from fusemig.wire import native
 from fusemig.wire.native import FrameType
-from support.hosts import MIB, QmpRefusedError, pread, pwrite, wait_until, write_random
+from support.hosts import MIB, QmpRefusedError, pread, pwrite, reserved_port, wait_until, write_random
 from support.loops import check_ext4, loop_device, mounted, run
 from support.proxy import Fault, FaultProxy
 
@@ -169,9 +169,14 @@ def test_a_lost_link_parks_reads_and_whole_blocks_need_none(hosts: Hosts, place:
 @pytest.mark.parametrize("side", ["source", "destination", "both"])
 def test_a_daemon_that_is_killed_goes_on(hosts: Hosts, place: Path, side: str) -> None:
     """What guests wrote to missing blocks before the kill is there after it, and the rest still comes."""
-    destination = hosts.destination()
-    port = destination.uri.rsplit(":", 1)[1]
-    with FaultProxy(destination.uri) as proxy:
+    with reserved_port() as port:
+        uri = f"tcp:127.0.0.1:{port}"
+        kill_and_go_on(hosts, place, side, uri, hosts.destination(incoming=uri))
+
+
+def kill_and_go_on(hosts: Hosts, place: Path, side: str, uri: str, destination: Host) -> None:
+    """Do so, with a destination that listens at ``uri``."""
+    with FaultProxy(uri) as proxy:
         source = interrupted(hosts, place, proxy, destination)
         original = source.images["vda"].read_bytes()
         new = random.Random(4).randbytes(MIB)
@@ -181,7 +186,7 @@ def test_a_daemon_that_is_killed_goes_on(hosts: Hosts, place: Path, side: str) -
             refused = hosts.make("plain", destination.images).serve()
             assert refused.exit_code != 0
             assert "is not all here" in refused.stderr
-            destination = hosts.start("destination", destination.images, incoming=f"tcp:127.0.0.1:{port}")
+            destination = hosts.start("destination", destination.images, incoming=uri)
         if side != "destination":
             source.kill()
             source = hosts.start("source", source.images)
@@ -227,12 +232,13 @@ def test_a_daemon_that_ends_answers_what_waits(hosts: Hosts, place: Path) -> Non
 def test_from_a_running_migration(hosts: Hosts, place: Path) -> None:
     """Half was sent before; a hot block is fetched as it is now and not as it was sent."""
     source, destination = hosts.pair(64 * MIB)
-    source.set_parameters(max_bandwidth=16 * MIB)
+    source.set_parameters(max_bandwidth=4 * MIB)
     source.qmp.execute("migrate", {"uri": destination.uri, "blk": True})
-    wait_until(lambda: source.migration().get("disk", {}).get("transferred", 0) > 4 * MIB, "the first chunks")
+    wait_until(lambda: source.migration().get("disk", {}).get("transferred", 0) > 2 * MIB, "the first chunks")
     pwrite(source.file(), b"newer than what was sent", 0, os.O_DSYNC)
     done = source.command("postcopy")
     assert done == (0, "", "fusemig: handing over; both hosts are needed until the destination has fetched the rest\n")
+    source.set_parameters(max_bandwidth=0)
     source.wait_phase("completed")
     assert source.migration()["disk"]["transferred"] < 70 * MIB
     assert source.images["vda"].read_bytes() == destination.images["vda"].read_bytes()

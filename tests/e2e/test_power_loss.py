@@ -97,7 +97,7 @@ def test_after_a_power_loss_nothing_is_believed_but_what_is_durable(
         pwrite(host.file(), b"cached", 4 * MIB)
         assert pread(host.file(), 6, 4 * MIB) == b"cached"
         host.lose_power()
-    wait_until(lambda: destination.status()["incoming"].get("error-desc"), "the destination's notice")
+    destination.wait_free()
     dirty_map = place / "vda.img.fusemig-dirty"
     assert pread(dirty_map, 1, PAGE_SIZE) == b"\x18"  # chunks 3 and 4
     pwrite(dirty_map, bytes(PAGE_SIZE), PAGE_SIZE)

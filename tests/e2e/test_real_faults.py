@@ -133,6 +133,7 @@ def kill_and_go_on(source: Host, destination: Host, victim: Host, seed: int) -> 
         if moment == "completed":
             return TOO_LATE
         return f"{moment}: {'asked' if is_doubted else 'reconnected' if not done.exit_code else 'taken'}"
+    destination.wait_free()
     second = RecordWriter(source.file(), N_SLOTS, N_SLOTS)
     is_refused = False
     again = source.migrate(uri, "--resume", "--insecure")
@@ -150,12 +151,13 @@ def test_link_cut_and_restored(hosts: Hosts, place: Path, cable: Link) -> None:
     """Shorter than the idle deadline: the migration waits and completes, the guest never noticed."""
     source, destination = start_pair(hosts, place, cable)
     guest = RecordWriter(source.file(), N_SLOTS)
-    command = source.start_migrate(destination.uri, "--max-bandwidth", "4M", "--insecure")
+    command = source.start_migrate(destination.uri, "--max-bandwidth", "256K", "--insecure")
     source.wait_phase("bulk")
     cable.cut()
     before = dict(guest.acknowledged)
     wait_until(lambda: guest.acknowledged != before, "a write during the cut")
     cable.restore()
+    source.set_parameters(max_bandwidth=0)
     done = command.finish(60)
     guest.stop()
     assert done.exit_code == 0, done.stderr
@@ -167,7 +169,7 @@ def test_link_half_open(hosts: Hosts, place: Path, cable: Link) -> None:
     """What the destination says is lost: the source goes on by itself, and the next migration completes."""
     source, destination = start_pair(hosts, place, cable)
     guest = RecordWriter(source.file(), N_SLOTS)
-    command = source.start_migrate(destination.uri, "--max-bandwidth", "1M", "--insecure")
+    command = source.start_migrate(destination.uri, "--max-bandwidth", "256K", "--insecure")
     source.wait_phase("bulk")
     cable.deafen(0)
     done = command.finish(80)
@@ -206,9 +208,10 @@ def test_a_destination_that_runs_full(hosts: Hosts, place: Path) -> None:
     with mounted("none", place / "small", "tmpfs", "size=8m") as small:
         destination = hosts.start("destination", {"vda": small / "b.img"}, incoming="tcp:127.0.0.1:0")
         guest = RecordWriter(source.file(), N_SLOTS)
-        command = source.start_migrate(destination.uri, "--max-bandwidth", "4M")
+        command = source.start_migrate(destination.uri, "--max-bandwidth", "128K")
         wait_until((small / "b.img").exists, "the image")
         (small / "somebody else's").write_bytes(bytes(6 * MIB))
+        source.set_parameters(max_bandwidth=0)
         done = command.finish()
         guest.stop()
         assert done.exit_code == 1
@@ -244,8 +247,15 @@ def injected(pid: int, fault: str, trace: str) -> Iterator[None]:
 
 
 def _is_traced(pid: int) -> bool:
-    with open(f"/proc/{pid}/status") as file:
-        return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in file)
+    """Tell whether all threads of a process are."""
+    for task in os.listdir(f"/proc/{pid}/task"):
+        try:
+            with open(f"/proc/{pid}/task/{task}/status") as file:
+                if not any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in file):
+                    return False
+        except OSError:
+            continue  # it has ended
+    return True
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])

@@ -217,6 +217,7 @@ def test_what_is_not_in_doubt_is_not_resolved(hosts: Hosts) -> None:
     assert "is busy: it is being received from" in refusal(destination, "destination")
     source.command("cancel")
     wait_until(lambda: destination.phase() == "failed", "the destination's notice")
+    wait_until(lambda: source.phase() == "cancelled", "the source's end")
     assert "the state is 'incoming': the image is incomplete" in refusal(destination, "destination")
     assert "the state is 'owner': this side owns the disk" in refusal(source, "destination")
     assert_migrates(source, destination)

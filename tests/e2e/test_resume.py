@@ -29,7 +29,7 @@ def interrupt(source: Host, destination: Host, *, transferred: int = HALF) -> No
     with FaultProxy(destination.uri) as proxy:
         proxy.arm(FrameType.DATA, Fault.CUT, nth=transferred // MIB)
         assert source.migrate(proxy.uri).exit_code == 1
-        wait_until(lambda: destination.status()["incoming"].get("error-desc"), "the destination's notice")
+        destination.wait_free()
 
 
 def write(source: Host, seed: int, n: int = 4) -> int:

@@ -55,7 +55,7 @@ def test_a_daemon_tells_its_manager_how_it_stands(hosts: Hosts, place: Path, man
     wait_until(lambda: manager.has("STATUS=1 disk, running; migration (source): failed"), "the failure in the status")
     assert not manager.has("STOPPING=1")
     assert source.stop() == 0
-    assert manager.has("STOPPING=1")
+    wait_until(lambda: manager.has("STOPPING=1"), "STOPPING=1")
     assert manager.messages.index("READY=1") < manager.messages.index("STOPPING=1")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -151,9 +151,10 @@ async def test_who_says_nothing_is_shown_out(monkeypatch: pytest.MonkeyPatch) ->
         for begin in (b"", b"GET /page HT"):
             stream = await trio.open_tcp_stream("127.0.0.1", port)
             async with stream:
-                if begin:
-                    await stream.send_all(begin)
-                assert await stream.receive_some() == b""
+                with suppress(trio.BrokenResourceError):  # shown out before it had begun
+                    if begin:
+                        await stream.send_all(begin)
+                    assert await stream.receive_some() == b""
 
 
 async def test_silent_clients_keep_nobody_out() -> None:

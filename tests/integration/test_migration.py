@@ -15,6 +15,7 @@ from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.tracked import Gate
 from fusemig.errors import ConnectionLostError, DiskError, GateClosedError, PeerRefusedError, StateError
 from fusemig.records.epoch import Ownership
+from fusemig.wire import native
 from support.pair import Pair
 from support.streams import carry, memory_connection
 
@@ -168,6 +169,30 @@ async def test_the_destination_hears_why_the_source_ends(
     assert pair.outgoing.phase is Phase.CANCELLED
     assert pair.incoming is not None
     assert str(pair.incoming.error).endswith("called the migration off: cancelled at the source")
+
+
+@pytest.mark.parametrize("n_sent", [3, 4])
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_what_a_peer_said_before_it_was_gone_is_the_reason(
+    tmp_path: Path, side: str, n_sent: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A side that comes to send, which fails, before it comes to receive, does not just lose its connection."""
+    pair = Pair(tmp_path, TWO_DISKS)
+    fill(pair)
+    listener, speaker = pair.streams if side == "source" else reversed(pair.streams)
+    pieces = iter(range(n_sent))
+
+    def leave(data: bytes) -> bytes:
+        if next(pieces, None) == n_sent - 1:
+            speaker.send_nowait([native.encode_message(native.Abort("for a reason"))])
+            speaker.close()
+        return data
+
+    listener.on_send = leave
+    await pair.migrate()
+    assert pair.incoming is not None
+    error = pair.outgoing.error if side == "source" else pair.incoming.error
+    assert str(error).endswith(": for a reason")
 
 
 async def test_a_damaged_frame_is_noticed(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

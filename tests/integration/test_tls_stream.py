@@ -7,8 +7,9 @@ import random
 import socket
 import ssl
 import stat
+import struct
 import threading
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,8 @@ def authority(tmp_path: Path) -> Authority:
 @asynccontextmanager
 async def secured(authority: Authority) -> AsyncIterator[tuple[tls.TlsStream, tls.TlsStream]]:
     """Connect two ends over TLS: the source's and the destination's."""
-    client = load_credentials(authority.client(), Endpoint.CLIENT).context
-    server = load_credentials(authority.server(), Endpoint.SERVER).context
+    client = load_credentials(authority.client(), Endpoint.CLIENT)
+    server = load_credentials(authority.server(), Endpoint.SERVER)
     near, far = await plain_pair()
     ends: list[tls.TlsStream] = []
 
@@ -233,8 +234,8 @@ async def fill(stream: ByteStream) -> bytes:
 
 async def test_who_is_not_accepted_hears_why(authority: Authority, tmp_path: Path) -> None:
     """The source's handshake ends first: it learns what the destination thinks of it when it goes on."""
-    client = load_credentials(authority.client(is_expired=True), Endpoint.CLIENT).context
-    server = load_credentials(authority.server(), Endpoint.SERVER).context
+    client = load_credentials(authority.client(is_expired=True), Endpoint.CLIENT)
+    server = load_credentials(authority.server(), Endpoint.SERVER)
     near, far = await plain_pair()
 
     async def serve() -> None:
@@ -249,6 +250,38 @@ async def test_who_is_not_accepted_hears_why(authority: Authority, tmp_path: Pat
                 await send_all(ours, bytes(1000))
                 await trio.sleep(0.01)
         await ours.aclose()
+
+
+@pytest.mark.parametrize("is_expired", [False, True], ids=["bytes", "alert"])
+async def test_what_was_said_before_a_reset_is_heard(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, is_expired: bool
+) -> None:
+    """A peer that says why and is gone, with a reset: a relay that comes to send first still passes it on."""
+    client = load_credentials(authority.client(is_expired=is_expired), Endpoint.CLIENT)
+    server = load_credentials(authority.server(), Endpoint.SERVER)
+    monkeypatch.setattr(tls._Relay, "start", lambda _self: None)
+    near, far = await plain_pair()
+    plain = far.detach()
+    plain.settimeout(20)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def serve() -> None:
+        with suppress(ssl.SSLError), server.context.wrap_socket(plain, server_side=True) as secure:
+            secure.sendall(b"this is why")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, serve)
+        ours = await tls.secure_client(near, client, HOST)
+    await send_all(ours, b"a word of ours")
+    threading.Thread.start(ours._relay)
+    if is_expired:
+        with pytest.raises(AuthenticationError, match=r"did not accept our certificate .*certificate expired"):
+            await receive_all(ours, 1)
+    else:
+        assert await receive_all(ours, 11) == b"this is why"
+        with pytest.raises(ConnectionLostError, match="lost"):
+            await receive_all(ours, 1)
+    await ours.aclose()
 
 
 async def test_an_idle_relay_sleeps(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,8 +308,8 @@ async def test_an_idle_relay_sleeps(authority: Authority, monkeypatch: pytest.Mo
 
 async def test_tampering_is_noticed(authority: Authority) -> None:
     """One flipped bit ends the connection, and no byte after it is delivered."""
-    client = load_credentials(authority.client(), Endpoint.CLIENT).context
-    server = load_credentials(authority.server(), Endpoint.SERVER).context
+    client = load_credentials(authority.client(), Endpoint.CLIENT)
+    server = load_credentials(authority.server(), Endpoint.SERVER)
     near, near_wire = await plain_pair()
     far_wire, far = await plain_pair()
     spoil = trio.Event()
@@ -337,7 +370,7 @@ async def send_slowly(stream: SocketStream, data: bytes) -> None:
 async def test_a_slow_handshake_ends(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that dribbles a valid hello, byte by byte, has the deadline of one that is silent."""
     monkeypatch.setattr(tls, "HANDSHAKE_DEADLINE_S", 0.3)
-    server = load_credentials(authority.server(), Endpoint.SERVER).context
+    server = load_credentials(authority.server(), Endpoint.SERVER)
     near_end, far_end = await plain_pair()
     incoming = ssl.MemoryBIO()
     outgoing = ssl.MemoryBIO()

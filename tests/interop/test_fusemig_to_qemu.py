@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fusemig.core.units import CHUNK_SIZE
-from support.hosts import assert_migrates, assert_unharmed, pread, pwrite, write_random
+from support.hosts import assert_migrates, assert_unharmed, pread, pwrite, wait_until, write_random
 from support.qemu import MACHINE, Drive, Qemu, QemuError, disk_bytes, is_available
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def test_a_destination_without_the_image(hosts: Hosts) -> None:
     destination = hosts.destination()
     done = source.migrate(destination.uri, "--wire", "qemu")
     assert done.exit_code == 1
-    assert "truncate -s SIZE" in destination.log()
+    wait_until(lambda: "truncate -s SIZE" in destination.log(), "the destination's word")
     assert_unharmed(source, destination)
     assert_migrates(source, destination)
 

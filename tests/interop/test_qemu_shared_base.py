@@ -95,7 +95,7 @@ def test_a_shared_base(hosts: Hosts, return_path: bool) -> None:
     destination = start_destination(hosts, {"vda": golden}, raw=("vdb",), size=3 * CHUNK_SIZE + 512)
     with Qemu(hosts.directory, drives=[drive, other]) as qemu:
         qemu.set_capabilities(return_path=return_path)
-        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=2 << 20)
+        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=1 << 20)
         qemu.start_migration(destination.uri, incremental=True)
         wait_until(lambda: destination.migration().get("disk", {}).get("transferred", 0) >= CHUNK_SIZE, "a chunk")
         qemu.monitor('qemu-io vda "write -P 9 2100k 9k"')  # sent already
@@ -125,7 +125,7 @@ def test_what_a_failed_attempt_left_is_forgotten(hosts: Hosts) -> None:
     second = make_overlay(hosts.directory / "second.qcow2", base, "write -P 8 20M 64k")
     destination = start_destination(hosts, {"vda": make_base(hosts.directory / "golden.raw")})
     with Qemu(hosts.directory, drives=[first]) as qemu:
-        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=4 << 20)
+        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=2 << 20)
         qemu.start_migration(destination.uri, incremental=True)
         wait_until(lambda: destination.migration().get("disk", {}).get("transferred", 0) >= CHUNK_SIZE, "a chunk")
         qemu.execute("migrate_cancel")

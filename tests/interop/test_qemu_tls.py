@@ -59,6 +59,11 @@ def is_owner(host: Host) -> bool:
     return bool(host.disk()["state"] == "owner")
 
 
+def is_refused(host: Host) -> bool:
+    """Tell whether it has refused a source that is not listed."""
+    return "who is not on the list of who is admitted" in host.log()
+
+
 def make_credentials(qemu: Qemu, directory: Path, endpoint: str, **parameters: str) -> None:
     """Give the QEMU credentials and migration parameters, as libvirt does."""
     qemu.execute(
@@ -93,7 +98,7 @@ def test_from_qemu(hosts: Hosts, authority: Authority) -> None:
             assert qemu.wait_migration()["status"] == expected
         if expected == "failed":
             assert image.read_bytes() == before
-            assert "who is not on the list of who is admitted" in there.log()
+            wait_until(partial(is_refused, there), "the refusal")
             there.stop()
         else:
             wait_until(partial(is_owner, there), "the take-over")

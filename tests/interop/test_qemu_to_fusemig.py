@@ -103,7 +103,7 @@ def test_a_guest_that_writes_meanwhile(hosts: Hosts) -> None:
     drives = make_drives(hosts.directory, {"vda": content})
     destination = make_destination(hosts, {"vda": len(content)})
     with Qemu(hosts.directory, drives=drives) as qemu:
-        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=8 << 20)
+        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=4 << 20)
         qemu.start_migration(destination.uri)
         wait_received(destination, CHUNK_SIZE)
         qemu.monitor('qemu-io vda "write -P 0x5a 512k 1M"')
@@ -124,9 +124,9 @@ def test_guests_that_write_all_the_time(hosts: Hosts, zero_blocks: bool) -> None
     destination = make_destination(hosts, {name: len(content) for name, content in contents.items()})
     with Qemu(hosts.directory, drives=drives) as qemu:
         qemu.set_capabilities(zero_blocks=zero_blocks, return_path=True)
-        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=8 << 20)
+        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=4 << 20)
         qemu.start_migration(destination.uri)
-        for n_received in range(1, 13):
+        for n_received in range(1, 9):
             wait_received(destination, n_received * CHUNK_SIZE)
             for name, content in contents.items():
                 n_sectors = len(content) // 512
@@ -203,7 +203,7 @@ def test_a_source_that_is_cancelled(hosts: Hosts) -> None:
     drives = make_drives(hosts.directory, {"vda": content})
     destination = make_destination(hosts, {"vda": len(content)})
     with Qemu(hosts.directory, drives=drives) as qemu:
-        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=4 << 20)
+        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=2 << 20)
         qemu.start_migration(destination.uri)
         wait_received(destination, CHUNK_SIZE)
         qemu.execute("migrate_cancel")

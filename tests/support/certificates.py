@@ -26,19 +26,22 @@ class Authority:
         self._directory = directory
         self._ca = trustme.CA()
 
-    def server(self, name: str = HOST, directory: str = "server", *, is_expired: bool = False) -> Path:
+    def server(
+        self, name: str = HOST, directory: str = "server", *, is_expired: bool = False, ends: datetime | None = None
+    ) -> Path:
         """Write a destination's credentials; return the directory."""
-        return self._write("server", name, directory, is_expired=is_expired)
+        return self._write("server", name, directory, _past() if is_expired else ends)
 
-    def client(self, name: str = SOURCE, directory: str = "client", *, is_expired: bool = False) -> Path:
+    def client(
+        self, name: str = SOURCE, directory: str = "client", *, is_expired: bool = False, ends: datetime | None = None
+    ) -> Path:
         """Write a source's credentials; return the directory."""
-        return self._write("client", name, directory, is_expired=is_expired)
+        return self._write("client", name, directory, _past() if is_expired else ends)
 
-    def _write(self, endpoint: str, name: str, directory: str, *, is_expired: bool) -> Path:
+    def _write(self, endpoint: str, name: str, directory: str, ends: datetime | None) -> Path:
         path = self._directory / directory
         path.mkdir(parents=True, exist_ok=True)
-        ends = datetime.now(UTC) - timedelta(days=1) if is_expired else None
-        starts = datetime.now(UTC) - timedelta(days=2) if is_expired else None
+        starts = None if ends is None else ends - timedelta(days=1)
         issued = self._ca.issue_cert(name, common_name=name, not_before=starts, not_after=ends)
         (path / "ca-cert.pem").write_bytes(self._ca.cert_pem.bytes())
         (path / f"{endpoint}-key.pem").write_bytes(issued.private_key_pem.bytes())
@@ -61,3 +64,7 @@ class Authority:
             builder = builder.add_revoked_certificate(one.build())
         key = load_pem_private_key(self._ca.private_key_pem.bytes(), None)
         return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)  # type: ignore[arg-type]
+
+
+def _past() -> datetime:
+    return datetime.now(UTC) - timedelta(days=1)

@@ -17,12 +17,12 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 DEADLINE_S = 40.0
 WATCHDOG_S = 100.0
@@ -81,6 +81,16 @@ def pread(path: Path, length: int, offset: int = 0) -> bytes:
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(length)
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Give a port of this host that only a listener gets that asks for it, also while none listens there."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        port: int = holder.getsockname()[1]
+        yield port
 
 
 class QmpRefusedError(Exception):
@@ -179,6 +189,10 @@ class Command:
                 env=environment,
             )
 
+    def stdout(self) -> str:
+        """Return its data so far."""
+        return self._out.read_text()
+
     def stderr(self) -> str:
         """Return what it has said so far."""
         return self._err.read_text()
@@ -190,7 +204,7 @@ class Command:
         except subprocess.TimeoutExpired:
             self.end()
             raise
-        return Finished(self.process.returncode, self._out.read_text(), self.stderr())
+        return Finished(self.process.returncode, self.stdout(), self.stderr())
 
     def end(self) -> None:
         """Kill it if it still runs."""
@@ -361,6 +375,10 @@ class Host:
         info: dict[str, Any] = wait_until(look, f"phase {phases} of {self.name}")
         return info
 
+    def wait_free(self) -> None:
+        """Wait until no migration that has failed holds a disk here: one that came before that would be told `busy`."""
+        wait_until(lambda: self.phase() in ("none", *OVER), f"the end of what {self.name} receives")
+
     def pause_before_switchover(self, *, is_on: bool = True) -> None:
         """Have migrations wait for `proceed` once they have converged."""
         one = {"capability": "pause-before-switchover", "state": is_on}
@@ -510,6 +528,7 @@ def assert_unharmed(source: Host, destination: Host | None = None, disk: str = "
 def assert_migrates(source: Host, destination: Host, disk: str = "vda") -> None:
     """See that the next migration completes with every byte: what the failed one did not send was not forgotten."""
     source.pause_before_switchover(is_on=False)
+    destination.wait_free()
     done = source.migrate(destination.uri, "--max-bandwidth", "0", "--downtime-limit", "2s")
     assert done.exit_code == 0, done.stderr
     assert source.images[disk].read_bytes() == destination.images[disk].read_bytes()

@@ -29,11 +29,15 @@ def run(*command: object, check: bool = True) -> str:
 
 def loops_of(directory: Path) -> list[str]:
     """Return the loop devices whose backing file lies in ``directory``, deleted or not."""
-    return [
-        f"/dev/{path.parts[3]}"
-        for path in Path("/sys/block").glob("loop*/loop/backing_file")
-        if path.read_text().startswith(f"{directory}/")
-    ]
+    found = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            backing = path.read_text()
+        except OSError:  # detached meanwhile, by another test
+            continue
+        if backing.startswith(f"{directory}/"):
+            found.append(f"/dev/{path.parts[3]}")
+    return found
 
 
 @contextmanager

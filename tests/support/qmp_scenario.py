@@ -179,6 +179,9 @@ async def play(steps: Sequence[Step], sockets: Mapping[Side, Path], uri: str) ->
                 except ExecuteError as error:
                     said["error"] = {"class": error.error_class, "desc": str(error)}
                 transcript.steps.append(said)
+                if step.execute == "quit" and "return" in said:
+                    # Before anything else is sent: what cannot be sent ends the connection, with all that is unread.
+                    await _wait_for_event("SHUTDOWN", listeners[step.side], transcript.events[step.side])
                 if step.wait_for:
                     await _wait_for(step.wait_for, listeners[step.side], transcript.events[step.side])
                     if (there := _END_THERE.get(step.wait_for)) is not None:
@@ -203,11 +206,19 @@ _END_THERE: Final = {"completed": "completed", "cancelled": "failed"}
 
 
 async def _wait_for(status: str, listener: EventListener, heard: list[dict[str, Any]]) -> None:
-    while True:
-        event = _plain(await asyncio.wait_for(listener.get(), DEADLINE_S))
-        heard.append(event)
-        if event == {"event": "MIGRATION", "data": {"status": status}}:
-            return
+    while (await _next_event(listener, heard)) != {"event": "MIGRATION", "data": {"status": status}}:
+        pass
+
+
+async def _wait_for_event(name: str, listener: EventListener, heard: list[dict[str, Any]]) -> None:
+    while (await _next_event(listener, heard))["event"] != name:
+        pass
+
+
+async def _next_event(listener: EventListener, heard: list[dict[str, Any]]) -> dict[str, Any]:
+    event = _plain(await asyncio.wait_for(listener.get(), DEADLINE_S))
+    heard.append(event)
+    return event
 
 
 async def _wait_for_run_state(client: QMPClient) -> None:

@@ -25,6 +25,11 @@ WRITE_DIRECT = (
 )
 WRITE = "fd = os.open(sys.argv[1], os.O_RDWR); print(os.pwrite(fd, sys.argv[2].encode(), int(sys.argv[3])))"
 """For `Background`: FILE TEXT OFFSET, and of the direct one FILE OFFSET."""
+WRITE_WHEN_TOLD = (
+    "fd = os.open(sys.argv[1], os.O_RDWR); print('open', flush=True); input(); "
+    "print(os.pwrite(fd, b'told', int(sys.argv[2])))"
+)
+"""FILE OFFSET: says when it has opened the file, and writes when it is told to."""
 
 
 def start(hosts: Hosts, *options: str, size: int = 8 * MIB, **how: object) -> Host:
@@ -42,7 +47,13 @@ class Background:
         """Start it."""
         code = f"import os, sys\ntry:\n    {code}\nexcept OSError as exc:\n    print('errno', exc.errno)"
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def tell(self) -> None:
+        """Let it go on, if it waits for that."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
 
     def finish(self) -> str:
         """Wait for its end; return what it printed, which is an errno if the call failed."""

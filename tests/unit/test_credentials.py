@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -96,6 +97,41 @@ def test_any_damage_raises_the_one_error(tmp_path: Path) -> None:
                 load_credentials(directory, Endpoint.CLIENT)
         (directory / name).write_bytes(whole)
     load_credentials(directory, Endpoint.CLIENT)
+
+
+def test_files_are_read_anew_when_they_have_changed(tmp_path: Path) -> None:
+    """What is as it was is not read again; what is being replaced is an error, and then the new one."""
+    authority = Authority(tmp_path)
+    directory = authority.client()
+    first = load_credentials(directory, Endpoint.CLIENT)
+    assert first.renewed() is first
+    certificate, key = directory / "client-cert.pem", directory / "client-key.pem"
+    old_key = key.read_bytes()
+    authority.client()
+    new_key = key.read_bytes()
+    key.write_bytes(old_key)  # only the certificate has been replaced so far
+    with pytest.raises(AuthenticationError, match=f"the key in {key} does not belong to {certificate}"):
+        first.renewed()
+    key.write_bytes(new_key)
+    second = first.renewed()
+    assert second.context is not first.context
+    assert second.renewed() is second
+    (directory / "ca-crl.pem").write_bytes(authority.revocations())
+    third = second.renewed()
+    assert third.context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
+    certificate.unlink()
+    with pytest.raises(AuthenticationError, match=f"cannot read the certificate {certificate}"):
+        third.renewed()
+
+
+def test_a_certificate_that_has_expired_is_named_with_its_end(tmp_path: Path) -> None:
+    """From the second after its end on; it can be loaded, for a daemon that has guests is not kept from them."""
+    ends = datetime(2031, 2, 3, 4, 5, 6, tzinfo=UTC)
+    ours = load_credentials(Authority(tmp_path).client(ends=ends), Endpoint.CLIENT)
+    ours.check_valid(ends.timestamp())
+    with pytest.raises(AuthenticationError) as caught:
+        ours.check_valid(ends.timestamp() + 1)
+    assert f"{tmp_path}/client/client-cert.pem has expired on 2031-02-03 04:05:06 UTC; renew it" in str(caught.value)
 
 
 # Who is admitted
