@@ -235,7 +235,8 @@ class Daemon:
                 partial(daemon_status, self), lambda: [block_stats(served) for served in self.disks.values()]
             ).page
             log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
-            await serve_http(self.metrics, Site({PATH: page}))
+            site = Site({PATH: page}, entrance=PATH, has_any_name=self.options.are_metrics_public)
+            await serve_http(self.metrics, site)
 
     @asynccontextmanager
     async def _open_metrics(self, text: str) -> AsyncIterator[Listener]:
