@@ -85,7 +85,7 @@ class OverlayFile(OverlayDisk):
             if not map_path.exists():
                 self._make_map(map_path, base, base_path)
             map_file = opened.enter_context(RawDisk(name, map_path, read_only=read_only, store=store))
-            allocation = AllocationMap(map_file, self._raw.size, boot_id())
+            allocation = AllocationMap(map_file, self._raw.size, boot_id(), is_inherited=map_file.is_inherited)
             served = _likeness(base)
             is_adopted = store is not None and store.has_mount and base.is_inherited
             if is_adopted and served == allocation.served:

@@ -257,6 +257,44 @@ def test_a_failed_sync_stays_failed(where: str) -> None:
     assert AllocationMap(store, SIZE, "another boot").mask(0, 8) == int(where == "map")
 
 
+@pytest.mark.parametrize("boot", ["boot", "another boot"])
+def test_a_map_that_is_in_memory_only_is_not_taken_for_durable(boot: str) -> None:
+    """Served anew after a sync of the map failed: what a guest writes and syncs then has its bits in the store.
+
+    After another boot that is what the store has, which is not written again.
+    """
+    rng = random.Random(1)
+    image, store = CrashDisk("d", SIZE, Fate(), rng), CrashDisk("d", map_size(SIZE), Fate(), rng)
+    disk = lay(image, base_disk(), store)
+    disk.pwrite(b"early", 0)
+    store.fail_to_write()
+    with pytest.raises(DiskError):
+        disk.flush()
+    if boot != "boot":
+        store.lose_power()
+    again = AllocationMap(store, SIZE, boot)
+    again.begin(image.flush, "")
+    disk = OverlayDisk(image, base_disk(), again)
+    disk.pwrite(b"later", 0)
+    disk.flush()
+    store.lose_power()
+    image.lose_power()
+    after = OverlayDisk(image, base_disk(), AllocationMap(store, SIZE, "the last boot"))
+    assert after.pread(5, 0) == b"later"
+
+
+def test_an_inherited_map_that_was_synced_is_not_written_again() -> None:
+    """Guests wait for a successor, and a sync through the open file that it inherits would have failed."""
+    store = FaultDisk(MemoryDisk("d", map_size(SIZE)))
+    disk = lay(MemoryDisk("d", SIZE), base_disk(), store)
+    disk.pwrite(b"early", 0)
+    disk.flush()
+    for is_inherited, n_writes in ((True, 2), (False, 3)):  # the recent map is emptied, the session written
+        count = store.add(Fault(frozenset({Operation.WRITE, Operation.ZERO}), nth=10**6))
+        AllocationMap(store, SIZE, "boot", is_inherited=is_inherited).begin(disk.image.flush, "")
+        assert count.n_seen == n_writes
+
+
 def test_what_is_written_during_a_flush_is_not_in_it() -> None:
     """A block that comes while the data is being synced must not be durable in the map: its data may not be."""
     rng = random.Random(1)
@@ -410,9 +448,10 @@ def test_a_failed_sync_does_not_keep_a_successor_from_starting(
         assert lost in str(disk.io_error)
         assert disk.pread(5, 10) == b"first"
         assert disk.allocated_bytes == number * BLOCK_SIZE
-        disk.pwrite(b"x", number * BLOCK_SIZE)
-        with pytest.raises(DiskError):
-            disk.flush()
+        for block in (0, number):  # one that it holds, and one that it does not
+            disk.pwrite(b"x", block * BLOCK_SIZE)
+            with pytest.raises(DiskError):
+                disk.flush()
     for store, disk in zip(stores, disks, strict=True):
         store.ending()
         disk.close()
