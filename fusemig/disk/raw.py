@@ -312,9 +312,9 @@ class RawDisk(Disk):
         with self._close_lock:
             if self._fd >= 0:
                 if self._store is not None:
-                    self._store.release(self._kept_as)
-                    if self._flush_error is not None:
-                        self._store.release(self._kept_failed)
+                    is_over = self._store.release(self._kept_as)
+                    if is_over and self._flush_error is not None:
+                        self._store.forget(self._kept_failed)  # as long as the open file lives on, so does its mark
                 os.close(self._fd)
                 if self._own_fd is not None:
                     os.close(self._own_fd)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -407,6 +407,27 @@ def test_a_failed_sync_stays_failed_for_every_successor(
         store.ending()
         disk.close()
         assert store.kept == {}
+
+
+@pytest.mark.parametrize("has_failed", [True, False])
+def test_a_sync_that_failed_as_a_successor_started_in_vain_is_known_to_the_next(
+    path: Path, monkeypatch: pytest.MonkeyPatch, has_failed: bool
+) -> None:
+    """The kernel has told the inherited file, which stays, and tells nobody again."""
+    first = Keeper()
+    with RawDisk("a", path, store=first):
+        vain = first.successor()
+        with RawDisk("a", path, store=vain) as disk, monkeypatch.context() as patch:
+            if has_failed:
+                patch.setattr(os, "fdatasync", _fail)
+            with pytest.raises(DiskError) if has_failed else nullcontext():
+                disk.flush()
+        heirs = vain.successor()
+        with RawDisk("a", path, store=heirs) as disk:
+            assert (disk.io_error is not None) == has_failed
+            heirs.ending()
+        assert heirs.kept == {}
+        first.ending()
 
 
 def _fail(_fd: int) -> None:
