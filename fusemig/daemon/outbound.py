@@ -462,10 +462,8 @@ class Outbound:
                 )
             if not served.is_writable:
                 raise StateError(f"disk '{served.name}' is read-only here, so there is nothing to hand off")
-            if served.image is not None and served.image.io_error is not None:
-                raise StateError(
-                    f"disk '{served.name}' has an I/O error and cannot be trusted: {served.image.io_error}"
-                )
+            if served.io_error is not None:
+                raise StateError(f"disk '{served.name}' has an I/O error and cannot be trusted: {served.io_error}")
         return chosen
 
     async def _run_outgoing(self, migration: OutgoingMigration, chosen: Sequence[ServedDisk]) -> None:
