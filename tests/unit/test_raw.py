@@ -469,11 +469,36 @@ def test_an_image_that_was_cut_has_no_holes_and_no_sync(tmp_path: Path) -> None:
     with RawDisk("vda", path) as disk:
         assert [extent.is_data for extent in disk.extents(0, 8192)] == [True]
         os.truncate(path, 4096)
-        for call in (lambda: list(disk.extents(0, 8192)), disk.flush, lambda: disk.pread(512, 4096)):
+        calls = (
+            lambda: list(disk.extents(0, 8192)),
+            disk.flush,
+            lambda: disk.pread(512, 4096),
+            lambda: disk.pwrite(b"y" * 512, 7680),
+        )
+        for call in calls:
             with pytest.raises(DiskError) as caught:
                 call()
             assert caught.value.errno == errno.EIO
         with pytest.raises(DiskError, match=r"'vda' .*: the image was cut from 8192 to 4096 bytes, restore it"):
             disk.flush()
+        assert "the image was cut" in str(disk.io_error)
         os.truncate(path, 8192)
         disk.flush()
+        assert disk.io_error is None
+
+
+def test_no_write_makes_a_cut_image_whole(tmp_path: Path) -> None:
+    """Of any length, in any order: what a guest writes behind the cut is written, and no sync vouches for the rest."""
+    path = tmp_path / "image"
+    for offset in range(0, 8192, 512):
+        for length in range(512, 8193 - offset, 512):
+            path.write_bytes(b"x" * 8192)
+            with RawDisk("vda", path) as disk:
+                os.truncate(path, 4096)
+                with pytest.raises(DiskError) if offset + length == 8192 else nullcontext():
+                    disk.pwrite(b"y" * length, offset)
+                with pytest.raises(DiskError, match="the image was cut"):
+                    disk.flush()
+                with pytest.raises(DiskError):
+                    disk.pread(8192, 0)
+                assert disk.io_error is not None
