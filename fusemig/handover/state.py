@@ -48,6 +48,7 @@ _MAGIC: Final = b"fusemig\x01"
 MAX_DOCUMENT: Final = SLOT_SIZE - _HEADER.size
 
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Nanoseconds = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
 
@@ -129,8 +130,20 @@ class Outgoing(_Record, frozen=True, kw_only=True):
     n_reconnects: Natural = 0
 
 
+class FileTimes(msgspec.Struct, frozen=True, rename="kebab", kw_only=True):
+    """Times of a file of the mount, in nanoseconds since the epoch; before it they are negative."""
+
+    atime_ns: Nanoseconds
+    mtime_ns: Nanoseconds
+    changed_ns: Nanoseconds
+    """When they were set."""
+
+
 class Hints(msgspec.Struct, frozen=True, omit_defaults=True, rename="kebab", kw_only=True):
     """What a successor can do without, so that an older one ignores what it has not heard of."""
+
+    times: dict[str, FileTimes] = {}
+    """Of the files whose times a guest has set, by name."""
 
 
 class State(_Record, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from fusemig.handover.state import (
     MAX_DOCUMENT,
     SLOT_SIZE,
     VERSION,
+    FileTimes,
     Hints,
     Mount,
     Outgoing,
@@ -129,6 +130,8 @@ def test_a_hint_that_nobody_has_heard_of_is_ignored() -> None:
     document = encode_state(State(mount=MOUNT))
     hinted = document.replace(b'"version":', b'"hints":{"of-tomorrow":[{"a":1}]},"version":')
     assert decode_state(hinted) == State(mount=MOUNT, hints=Hints())
+    times = Hints(times={"vda": FileTimes(atime_ns=-1, mtime_ns=2, changed_ns=3)})
+    assert decode_state(encode_state(State(mount=MOUNT, hints=times))).hints == times
     with pytest.raises(StateError, match="start `fusemig serve` anew"):
         decode_state(document.replace(b'"version":', b'"of-tomorrow":[],"version":'))
 
