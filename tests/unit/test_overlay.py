@@ -32,6 +32,8 @@ from support.keeper import Keeper
 from support.lost_pages import lost_pages
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fusemig.disk.base import Disk
     from fusemig.succession.fdstore import FdStore
 
@@ -496,8 +498,8 @@ def counted_digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that gets the digest of each base that is read as a whole from now on."""
     digests: list[str] = []
 
-    def count(disk: Disk) -> str:
-        digests.append(content_digest(disk))
+    def count(disk: Disk, between: Callable[[], None] = lambda: None) -> str:
+        digests.append(content_digest(disk, between))
         return digests[-1]
 
     monkeypatch.setattr(overlay_file, "content_digest", count)
@@ -521,7 +523,7 @@ def test_an_unchanged_base_is_not_read_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_successor_does_not_read_a_base_that_nobody_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guests wait for it. Whoever opens the overlay anew does read it, and a successor whose base was written."""
+    """Guests wait for it. Whoever opens the overlay anew does read it, and a successor whose base was replaced."""
     base = make_base(tmp_path)
     digests = counted_digests(monkeypatch)
     monkeypatch.setattr(overlay_file, "_YOUNG_NS", 1 << 62)
@@ -540,7 +542,11 @@ def test_a_successor_does_not_read_a_base_that_nobody_wrote(tmp_path: Path, monk
     os.link(base, tmp_path / "other name")
     assert [succeed(), succeed()] == [0, 0], "another time of change, by no write"
     os.utime(base)
-    assert [succeed(), succeed()] == [1, 0], "another time of the last write"
+    assert [succeed(), succeed()] == [0, 0], "another time of the last write"
+    before = len(digests)
+    assert [one.is_base_proved for one in disks[-3:]] == [True, False, False]
+    disks[-1].prove_base()
+    assert (disks[-1].is_base_proved, disks[-1].io_error, len(digests)) == (True, None, before + 1)
     found = base.stat()
     base.rename(tmp_path / "moved")
     shutil.copyfile(tmp_path / "moved", base)
@@ -591,16 +597,40 @@ def test_overlays_of_one_daemon_over_one_base(tmp_path: Path, monkeypatch: pytes
             assert len(owner.kept) == 3 * (2 - number)
 
 
-def test_a_successor_refuses_a_base_that_was_written(tmp_path: Path) -> None:
-    """Under the same inode, which no lock keeps everybody from."""
+def test_a_base_that_was_written_is_an_error_once_a_successor_has_read_it(tmp_path: Path) -> None:
+    """Under the same inode, which no lock keeps everybody from. Guests are served before that; later it is refused."""
     base = make_base(tmp_path)
     store = Keeper()
     open_file(tmp_path, store=store)
     with base.open("r+b") as file:
         file.write(b"?")
     os.utime(base, ns=(0, 0))
-    with pytest.raises(ConfigError, match="its contents differ"):
-        open_file(tmp_path, store=store.successor())
+    heirs = [store]
+    for _ in range(2):
+        heirs.append(heirs[-1].successor())
+        disk = open_file(tmp_path, store=heirs[-1])
+        disk.pwrite(b"guest", 0)
+        disk.flush()
+        with pytest.raises(_EndedError):
+            disk.prove_base(_end)
+        assert (disk.is_base_proved, disk.io_error) == (False, None)
+        disk.prove_base()
+        assert "its contents differ" in str(disk.io_error)
+        with pytest.raises(DiskError, match="its contents differ"):
+            disk.flush()
+        assert disk.pread(5, 0) == b"guest"
+    with base.open("r+b") as file:
+        file.truncate(base.stat().st_size - 512)
+    with pytest.raises(ConfigError, match="it has"):
+        open_file(tmp_path, store=heirs[-1].successor())
+
+
+class _EndedError(Exception):
+    pass
+
+
+def _end() -> None:
+    raise _EndedError
 
 
 def test_the_digest_is_of_the_contents(tmp_path: Path) -> None:
