@@ -19,8 +19,8 @@ import trio
 from fusemig.cli.exits import EXIT_CODES, fail
 from fusemig.cli.progress import make_display
 from fusemig.control.client import QmpError, open_control
-from fusemig.core.group import Standing, Step, Word, next_step
-from fusemig.errors import ConfigError, ConnectionLostError, FusemigError, StateError
+from fusemig.core.group import PAST, Standing, Step, Word, next_step
+from fusemig.errors import ConfigError, FusemigError, StateError
 from fusemig.failpoint import arm, reach
 from fusemig.records.decision import COORDINATOR, DecisionFile
 
@@ -45,7 +45,7 @@ class Member(Protocol):
         """Begin its migration; raises `FusemigError` if it refuses."""
 
     async def look(self) -> Standing:
-        """Return where it is; LOST is for ever."""
+        """Return where it is; MOVED, STAYS and LOST are for ever, and whatever goes wrong is LOST."""
 
     async def proceed(self) -> None:
         """Have it switch over."""
@@ -72,17 +72,18 @@ async def coordinate(
         StateError: nothing can be written or read in its directory: whatever is decided, each daemon finds it.
         FusemigError: a daemon refused to begin; the others were called off.
     """
-    await offload(decision.lay, Word.COMMIT, COORDINATOR)
-    await offload(decision.lay, Word.ABORT, f"{COORDINATOR}-abort")
     try:
-        return await _lead(members, decision, offload, is_called_off)
-    except BaseException:
-        # Whoever is pledged does as is decided, by somebody; the others need not wait for a switchover any more.
-        with trio.CancelScope(shield=True):
-            with suppress(StateError):
-                await offload(decision.propose, f"{COORDINATOR}-abort")
-            await _call_off(members)
-        raise
+        await offload(decision.lay, Word.COMMIT, COORDINATOR)
+        await offload(decision.lay, Word.ABORT, f"{COORDINATOR}-abort")
+        try:
+            return await _lead(members, decision, offload, is_called_off)
+        except BaseException:
+            # Whoever is pledged does as is decided, by somebody; the others need not wait for a switchover any more.
+            with trio.CancelScope(shield=True):
+                with suppress(StateError):
+                    await offload(decision.propose, f"{COORDINATOR}-abort")
+                await _call_off(members)
+            raise
     finally:
         with trio.CancelScope(shield=True):
             for who in (COORDINATOR, f"{COORDINATOR}-abort"):
@@ -149,6 +150,8 @@ class DaemonMember:
         self._control: ControlClient | None = None
         self._session = ""
         self._has_begun = False
+        self.standing = Standing.MOVING
+        """As it was seen last."""
         self._limit_ms = 0.0
 
     def connected(self, control: ControlClient) -> None:
@@ -173,13 +176,15 @@ class DaemonMember:
         self._has_begun = True
 
     async def look(self) -> Standing:
-        """Return where it is (`Member.look`)."""
+        """Return where it is (`Member.look`); it is asked no more once that is for ever."""
         assert self._control is not None
+        if self.standing in PAST:
+            return self.standing  # whatever becomes of the daemon now
         if self.lost is not None:
             return Standing.LOST
         try:
             info = await self._control.execute("query-migrate")
-        except ConnectionLostError as exc:
+        except FusemigError as exc:
             self.lost = exc
             return Standing.LOST
         own = info.get("x-fusemig", {})
@@ -189,17 +194,18 @@ class DaemonMember:
             return Standing.LOST
         self._session, self.info = session, info
         self._display.show(info, str(self.socket))
-        return standing_of(info, self._limit_ms)
+        self.standing = standing_of(info, self._limit_ms)
+        return self.standing
 
     async def proceed(self) -> None:
         """Have it switch over (`Member.proceed`)."""
         assert self._control is not None
         try:
             await self._control.execute("migrate-continue", {"state": "pre-switchover"})
-        except ConnectionLostError as exc:
-            self.lost = exc
         except QmpError:
             return  # it waits no more: the next look tells why
+        except FusemigError as exc:
+            self.lost = exc
 
     async def call_off(self) -> None:
         """Cancel its migration (`Member.call_off`)."""
@@ -207,10 +213,10 @@ class DaemonMember:
             return
         try:
             await self._control.execute("migrate_cancel")
-        except ConnectionLostError as exc:
-            self.lost = exc
         except QmpError:
             return  # it is pledged, and learns of it, or over
+        except FusemigError as exc:
+            self.lost = exc
 
 
 def standing_of(info: Mapping[str, Any], limit_ms: float) -> Standing:
@@ -295,7 +301,7 @@ async def migrate_group_command(directory: Path, texts: Sequence[str], request: 
         raise KeyboardInterrupt
     if isinstance(outcome, FusemigError):
         raise outcome
-    return _tell(members, outcome, decision, is_cancelled=interrupts[0] > 0, is_quiet=request.progress == "json")
+    return tell(members, outcome, decision, is_cancelled=interrupts[0] > 0, is_quiet=request.progress == "json")
 
 
 async def _count_interrupts(signals: AsyncIterator[int], counted: list[int], scope: trio.CancelScope) -> None:
@@ -321,7 +327,7 @@ async def _with_controls(
     return await connect(members)
 
 
-def _tell(
+def tell(
     members: Sequence[DaemonMember], word: Word, decision: DecisionFile, *, is_cancelled: bool, is_quiet: bool
 ) -> int:
     """Say what became of each daemon; return the exit code of the worst."""
@@ -329,11 +335,13 @@ def _tell(
     for member in members:
         status = member.info.get("status")
         own = member.info.get("x-fusemig", {})
-        if member.lost is not None:
-            follows = "its disks move" if word is Word.COMMIT else "its disks stay"
-            codes.append(
-                fail(f"{member.socket}: {member.lost}; the group is decided: {follows}, when it is served", "in-doubt")
+        if member.lost is not None and member.standing not in PAST:
+            outcome = (
+                "the group moves, and its disks with it, at the latest when they are served again"
+                if word is Word.COMMIT
+                else "the group was called off, so its disks stay"
             )
+            codes.append(fail(f"{member.socket}: {member.lost}; {outcome}: see `fusemig status` there", "in-doubt"))
         elif status == "completed":
             codes.append(0)
             if not is_quiet:

@@ -20,7 +20,7 @@ def block_info(served: ServedDisk) -> block.BlockInfo:
     node = block_node(served)
     if served.image is None or node is None:
         return block.BlockInfo(device=served.name)
-    io_status = block.IoStatus.OK if served.image.io_error is None else block.IoStatus.FAILED
+    io_status = block.IoStatus.OK if served.io_error is None else block.IoStatus.FAILED
     return block.BlockInfo(device=served.name, io_status=io_status, inserted=node)
 
 
@@ -86,7 +86,7 @@ def served_disk(served: ServedDisk) -> schema.ServedDisk:
         read_only=served.is_read_only,
         missing_bytes=0 if loan is None else loan.missing_bytes,
         waiting_requests=0 if loan is None else loan.wants.n_waiting,
-        io_error=served.image is not None and served.image.io_error is not None,
+        io_error=served.io_error is not None,
         dirty_bytes=0 if disk is None else min(disk.written_chunks * CHUNK_SIZE, disk.size),
         epoch=UNSET if record is None else record.epoch,
         in_doubt=(served.doubt or "its destination was not asked yet")

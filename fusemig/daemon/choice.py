@@ -53,8 +53,8 @@ def _check_may_move(served: ServedDisk) -> None:
         )
     if not served.is_writable:
         raise StateError(f"disk '{served.name}' is read-only here, so there is nothing to hand off")
-    if served.image is not None and served.image.io_error is not None:
-        raise StateError(f"disk '{served.name}' has an I/O error and cannot be trusted: {served.image.io_error}")
+    if served.io_error is not None:
+        raise StateError(f"disk '{served.name}' has an I/O error and cannot be trusted: {served.io_error}")
 
 
 def resume_point(last: OutgoingMigration | None, chosen: Sequence[ServedDisk]) -> ResumePoint:

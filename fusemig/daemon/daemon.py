@@ -50,8 +50,9 @@ from fusemig.daemon.security import Security, check_address
 from fusemig.daemon.supervision import ask_mount, supervise
 from fusemig.daemon.upgrade import Upgrade
 from fusemig.daemon.web import Web, token_path
+from fusemig.disk.overlay_file import OverlayFile
 from fusemig.disk.tracked import Gate
-from fusemig.errors import FusemigError
+from fusemig.errors import DiskError, FusemigError
 from fusemig.fuse.lanes import open_lane
 from fusemig.fuse.preflight import MountOptions
 from fusemig.net.http_server import Site, serve_http
@@ -199,6 +200,7 @@ class Daemon:
                 nursery.start_soon(self.doubts.watch)
                 nursery.start_soon(self.security.load_later)
                 nursery.start_soon(self._watch_heat)
+                nursery.start_soon(self._prove_bases)
                 await nursery.start(self.migrator.run)
                 await self.inheritance.take_up()
                 await nursery.start(self.inbound.run)
@@ -240,7 +242,8 @@ class Daemon:
                 partial(daemon_status, self), lambda: [block_stats(served) for served in self.disks.values()]
             ).page
             log.info("answering Prometheus", uri=str(self.metrics.uri), path=PATH)
-            await serve_http(self.metrics, Site({PATH: page}))
+            site = Site({PATH: page}, entrance=PATH, has_any_name=self.options.are_metrics_public)
+            await serve_http(self.metrics, site)
 
     @asynccontextmanager
     async def _open_metrics(self, text: str) -> AsyncIterator[Listener]:
@@ -296,6 +299,21 @@ class Daemon:
                     served.disk.heat.tick(now, counters.written_bytes, counters.n_writes)
             self.history.tick(now)
             await trio.sleep_until(now + EPOCH_S)
+
+    async def _prove_bases(self) -> None:
+        """Read, beside the guests, the bases that were written under a predecessor: one after the other."""
+        for served in self.disks.values():
+            image = served.image
+            if not isinstance(image, OverlayFile) or image.is_base_proved:
+                continue
+            log.warning("its base was written while it was served; reading it", disk=served.name)
+            try:
+                await trio.to_thread.run_sync(image.prove_base, trio.from_thread.check_cancelled)
+            except DiskError as exc:
+                log.error("the base could not be read", disk=served.name, reason=str(exc))
+            else:
+                if image.io_error is not None:
+                    log.error("the disk is not to be trusted", disk=served.name, reason=str(image.io_error))
 
     def stop(self, reason: str) -> None:
         """Ask for an orderly end; returns at once."""

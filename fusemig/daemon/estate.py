@@ -91,6 +91,7 @@ class Estate:
         self._check_room()
         self._open_disks()
         self._compare()
+        self._restore_times()
         if self.found is not None and self.found.is_stopped:
             for served in self.disks.values():
                 served.set_held(is_held=True)
@@ -175,6 +176,15 @@ class Estate:
                 f"the mount at {then.mountpoint} lives on and was made with other options "
                 f"({difference(then, now)}): start `fusemig serve` with those, or unmount it first"
             )
+
+    def _restore_times(self) -> None:
+        if self.found is None or self.found.hints is None:
+            return
+        for name, times in self.found.hints.times.items():
+            served = self.disks.get(name)
+            if served is not None and served.image is not None:
+                written_ns = served.image.stat().st_mtime_ns
+                served.export.restore_times(times.atime_ns, times.mtime_ns, times.changed_ns, written_ns)
 
     def mount(self) -> Mount:
         """Return what guests know of the mount."""

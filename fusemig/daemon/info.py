@@ -134,8 +134,8 @@ def run_state(daemon: Daemon) -> schema.RunState:
 def io_error(daemon: Daemon) -> str | None:
     """Return which disk must not be written any more, and why; None if all is well."""
     for served in daemon.disks.values():
-        if served.image is not None and served.image.io_error is not None:
-            return f"disk '{served.name}' has an I/O error: {served.image.io_error}"
+        if served.io_error is not None:
+            return f"disk '{served.name}' has an I/O error: {served.io_error}"
     return None
 
 

@@ -21,7 +21,7 @@ from fusemig.core.phase import MigrationPhase
 from fusemig.daemon.qmp_objects import load, make_object
 from fusemig.errors import FusemigError, StateError
 from fusemig.fuse.lane_mount import DataLaneMount
-from fusemig.handover.state import Parameters, State
+from fusemig.handover.state import FileTimes, Hints, Parameters, State
 from fusemig.net.credentials import Endpoint
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Inheritance:
         self._estate = daemon.estate
         self.found = self._estate.found
         """What the daemon before this one left."""
+        self._estate.exports.on_times_set = self.keep_anyhow
 
     # What is left
 
@@ -79,8 +80,17 @@ class Inheritance:
             objects=tuple(security.described.values()),
             listening="" if listener is None else str(listener.uri),
             outgoing=self.left_outgoing or daemon.migrator.lasting,
+            hints=self._hints(),
             n_predecessors=0 if self.found is None else self.found.n_predecessors + 1,
         )
+
+    def _hints(self) -> Hints | None:
+        exports = [served.export for served in self._daemon.disks.values() if served.export.changed_ns]
+        times = {
+            one.name: FileTimes(atime_ns=one.atime_ns, mtime_ns=one.mtime_ns, changed_ns=one.changed_ns)
+            for one in exports
+        }
+        return Hints(times=times) if times else None
 
     @property
     def pause_s(self) -> float | None:

@@ -131,6 +131,11 @@ class ServedDisk:
         """Whether guests may write now or are only waiting for a switchover."""
         return self.disk is not None and self.disk.gate is not Gate.READ_ONLY
 
+    @property
+    def io_error(self) -> DiskError | None:
+        """The sync that failed for good, of the image, of an overlay's map or of that of what is still missing."""
+        return None if self.disk is None else self.disk.io_error
+
     def _open(self, gate: Gate) -> None:
         self.image = self._open_image()
         self.disk = TrackedDisk(self.image, gate=gate, detect_zeroes=self._detect_zeroes)
@@ -254,7 +259,7 @@ class ServedDisk:
 
     def is_as_released(self, offer: DiskOffer) -> bool:
         """Tell whether the image is, provably, what was released to the source; before it is marked. May sleep."""
-        if self.image is None or self.image.io_error is not None:
+        if self.image is None or self.io_error is not None:
             return False
         return is_as_released(
             self.epoch_file.record,

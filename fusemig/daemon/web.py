@@ -11,14 +11,12 @@ Rules:
 1. One view a second is made for all who watch, and none while nobody does.
 2. Who can connect can look. Who acts shows the token, in ``Authorization: Bearer``, which no page of another origin can
    make a browser send. The token is new with each daemon and lies in a file of mode 0600 beside the control socket.
-3. A request is answered only under a name that cannot be somebody else's: an address or ``localhost``; a page of
-   another origin, however it got there, reads nothing (DNS rebinding).
+3. A page of another origin, however it got there, reads nothing (`fusemig.net.http_server`, rule 5).
 """
 
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import os
 import secrets
 from contextlib import contextmanager, suppress
@@ -122,25 +120,10 @@ class Web:
             pages={"/": lambda _request: _html(self._page), "/history": self._history, "/report": self._report},
             actions=dict.fromkeys(ACTIONS, self._act),
             streams={"/events": self._views.watching},
-            check=self._check,
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._views.run)
             nursery.start_soon(serve_http, self._listener, site)
-
-    def _check(self, request: Request) -> Answer | None:
-        host = request.headers.get("host", "")
-        if not _is_nobody_elses(host, self._listener.uri.host):
-            return refusal(
-                HTTPStatus.MISDIRECTED_REQUEST,
-                "this page is not shown under that name: go to it by its address, or as localhost",
-            )
-        origin = request.headers.get("origin")
-        is_foreign = origin is not None and origin not in (f"http://{host}", f"https://{host}")
-        site = request.headers.get("sec-fetch-site", "none")
-        if is_foreign or (site not in ("none", "same-origin") and request.path != "/"):
-            return refusal(HTTPStatus.FORBIDDEN, "another page asked for this: open the page itself")
-        return None
 
     def _history(self, _request: Request) -> Answer:
         return Answer(codec.encode_value(self._records()), _JSON)
@@ -179,19 +162,6 @@ def _html(page: HtmlPage) -> Answer:
         ("Cross-Origin-Resource-Policy", "same-origin"),
     )
     return Answer(page.text.encode(), "text/html; charset=utf-8", headers=headers)
-
-
-def _is_nobody_elses(host: str, listens_at: str) -> bool:
-    """Tell whether a ``Host`` header is a name that no stranger can have lead here."""
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    name = name.removeprefix("[").removesuffix("]").lower()
-    if name in ("localhost", listens_at.lower()) and name:
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True  # a browser that goes to an address has asked no name server
 
 
 class _Views:

@@ -17,8 +17,12 @@ B is a bit for each block, rounded up to 4 KiB. The file is sparse. Rules:
    Then the page cache has every write, synced or not, and a daemon that was killed lost nothing that it acknowledged.
    After a power loss it is not looked at: it may have reached the store before the data did.
 5. A new session begins with everything that was read of both maps made durable, then the recent map emptied, then the
-   session written. Where a sync fails for good, the session of this boot goes on instead, recent map and all.
+   session written. Where a sync fails for good, the session of this boot goes on instead, recent map and all, and no
+   later `persist` succeeds.
 6. Bits are never cleared, except all of them by `forget`: first the map, durably, then (by the caller) the data.
+7. What is read of the durable map is taken for durable after another boot, since it can only come from the store, and
+   where the open file was inherited, which would tell of a sync that failed. Else it is written again: a page that the
+   kernel could not write stays in memory as if it were clean, and a sync through a new open file knows nothing of it.
 
 A block whose bit a power loss took away reads as the base again. Only a write that nobody had synced can be lost so,
 and it is lost as a whole: what it had copied from the base is in the base still.
@@ -116,8 +120,10 @@ class AllocationMap:
     `mask` and `runs` take no lock: bits only appear, and appear when their blocks are whole.
     """
 
-    def __init__(self, store: Disk, disk_size: int, boot: str) -> None:
+    def __init__(self, store: Disk, disk_size: int, boot: str, *, is_inherited: bool = False) -> None:
         """Read the map of a disk of ``disk_size`` bytes, as the host with this boot id may see it; writes nothing.
+
+        ``is_inherited`` says of ``store`` what `RawDisk.is_inherited` does: that its flush fails if one ever did.
 
         Raises:
             ConfigError: it is damaged, of a later version or of a disk of another size.
@@ -146,6 +152,8 @@ class AllocationMap:
         self._is_of_this_boot = session is not None and session.boot == boot
         self.served = session.served if session is not None and self._is_of_this_boot else ""
         """What `begin` was told of the base that is served from then on, if that was in this boot."""
+        self._is_proved = is_inherited or not self._is_of_this_boot
+        """Whether what the durable map says is in its store, and not only in memory."""
         self._load(_DURABLE_AT, is_durable=True)
         if self._is_of_this_boot:
             self._load(_DURABLE_AT + self._region, is_durable=False)
@@ -194,7 +202,12 @@ class AllocationMap:
         Raises:
             DiskError: the store failed; the map is as it was.
         """
-        if self._pages:
+        if not self._is_proved:
+            sync_data()
+            self._write_used()
+            self._store.flush()
+            self._pages.clear()
+        elif self._pages:
             self.persist(sync_data)
         else:
             self._store.flush()  # a daemon that was killed may have written the durable map and not synced it yet
@@ -310,6 +323,10 @@ class AllocationMap:
             at = stop
         self._used.set_range(used_from, used_to)
         sync_data()
+        self._write_used()
+
+    def _write_used(self) -> None:
+        """Write the durable map as it is in memory, but for what has no bits; nobody uses the map meanwhile."""
         with memoryview(self.bits) as bits:
             for page, stop in self._used.runs():
                 for low in range(page * _PAGE, stop * _PAGE, _STEP):
@@ -341,6 +358,8 @@ class AllocationMap:
                     raise
                 return
         sync_data()
+        if (error := self._store.io_error) is not None:
+            raise error
 
     def forget(self) -> None:
         """Have the overlay hold nothing, durably; the caller then frees the data. Nobody may write meanwhile.

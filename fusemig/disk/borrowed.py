@@ -306,7 +306,7 @@ def reopen(image: RawDisk, path: Path, kept: FdStore | None = None) -> BorrowedD
         )
     with ExitStack() as opened:
         store = opened.enter_context(RawDisk(image.name, path, store=kept))
-        allocation = AllocationMap(store, image.size, boot_id())
+        allocation = AllocationMap(store, image.size, boot_id(), is_inherited=store.is_inherited)
         allocation.resume(image, "")
         opened.pop_all()
     return BorrowedDisk(image, allocation, Wants(image.name))

@@ -58,6 +58,7 @@ class OverlayDisk(Disk):
         self._claims_changed = threading.Condition()
         self._claims: list[tuple[int, int]] = []  # guarded by _claims_changed
         self._flush_error: DiskError | None = None
+        self._distrust: DiskError | None = None
 
     @property
     def shared_base(self) -> BaseIdentity:
@@ -223,6 +224,12 @@ class OverlayDisk(Disk):
             self._flush_error = exc
             raise
         self._flush_error = None
+        if self._distrust is not None:
+            raise self._distrust
+
+    def distrust(self, error: DiskError) -> None:
+        """Have every flush fail from now on: what guests read of the base is not what they wrote over."""
+        self._distrust = error
 
     def drop_cache(self) -> None:
         """Flush, and have later reads of what the overlay holds come from the store."""
@@ -236,7 +243,7 @@ class OverlayDisk(Disk):
     @property
     def io_error(self) -> DiskError | None:
         """Why the last flush failed, or the sync of a store that stays failed, perhaps under an earlier daemon."""
-        return self._flush_error or self.image.io_error or self._allocation.io_error
+        return self._distrust or self._flush_error or self.image.io_error or self._allocation.io_error
 
     def forget(self) -> None:
         """Make the disk equal to its base again, durably; nobody may write meanwhile.

@@ -8,13 +8,16 @@ The three are opened together or not at all. A new map gets its name only when i
 image holds no data, so a crash in between leaves what is taken for a new overlay.
 
 All of the base is read when its stamp does not tell that it is the same. A successor has no time for that while guests
-wait, and they were served from this base already. So it takes the base for the same if it is the open file that its
-predecessor left, its lock never given up, with the size and the time of its last write as they were. It blesses nothing
-by that: the old stamp is kept, and whoever opens the overlay anew later reads the base.
+wait, and they were served from this base already. So it goes on with the base if it is the open file that its
+predecessor left, its lock never given up, with the size as it was. It blesses nothing by that: the old stamp is kept,
+and whoever opens the overlay anew later reads the base. If the time of its last write is not what it was when it was
+found to be the right one, the base is to be read beside the guests (`OverlayFile.prove_base`): one that differs is an
+I/O error from then on.
 """
 
 from __future__ import annotations
 
+import errno
 import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
@@ -26,16 +29,18 @@ from fusemig.disk.allocation import AllocationMap, BaseIdentity, boot_id, map_si
 from fusemig.disk.overlay import OverlayDisk, check_sizes
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.stamp import stamp_of
-from fusemig.errors import ConfigError
+from fusemig.errors import ConfigError, DiskError
 from fusemig.records.epoch import sync_directory
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
     from pathlib import Path
 
     from fusemig.disk.base import Disk
     from fusemig.succession.fdstore import FdStore
 
+_CONTENTS: Final = "its contents differ"
 _ZEROS: Final = bytes(CHUNK_SIZE)
 _YOUNG_NS: Final = 2_000_000_000
 """A base that changed so lately may change again without its times telling."""
@@ -59,7 +64,7 @@ class OverlayFile(OverlayDisk):
 
         An overlay that does not exist is made, as large as its base; so is the map of an image without any data
         (``truncate -s SIZE``), which may be larger than the base. May read all of the base; for a mount that lives on,
-        only a base that was written or replaced.
+        only a base that was replaced.
 
         ``store`` and ``known_size`` are as `RawDisk` has them.
 
@@ -70,7 +75,7 @@ class OverlayFile(OverlayDisk):
         self.path = path
         self.read_only = read_only
         with ExitStack() as opened:
-            base = opened.enter_context(_open_base(name, path, base_path, store))
+            self._base_file = base = opened.enter_context(_open_base(name, path, base_path, store))
             if not read_only and not path.exists() and not map_path.exists():
                 create_image(path, base.size)
             if map_path.exists() and not path.exists():
@@ -85,17 +90,40 @@ class OverlayFile(OverlayDisk):
             if not map_path.exists():
                 self._make_map(map_path, base, base_path)
             map_file = opened.enter_context(RawDisk(name, map_path, read_only=read_only, store=store))
-            allocation = AllocationMap(map_file, self._raw.size, boot_id())
+            allocation = AllocationMap(map_file, self._raw.size, boot_id(), is_inherited=map_file.is_inherited)
             served = _likeness(base)
             is_adopted = store is not None and store.has_mount and base.is_inherited
-            if is_adopted and served == allocation.served:
-                stamp = allocation.stamp
+            self._base_path = base_path
+            self.is_base_proved = not is_adopted or served == allocation.served
+            """Whether nobody has written the base, as far as can be told, since it was found to be the right one."""
+            if is_adopted:
+                _check_size(base, base_path, path, allocation)
+                stamp, served = allocation.stamp, allocation.served
             else:
                 stamp = _check_base(base, base_path, path, allocation)
             super().__init__(self._raw, base, allocation)
             if not read_only:
                 allocation.resume(self._raw, stamp, served)
             opened.pop_all()
+
+    def prove_base(self, between: Callable[[], None] = lambda: None) -> None:
+        """Read all of a base that may have been written; one that is another makes this disk one with an `io_error`.
+
+        That it is the right one is not kept: the next daemon reads it too, until the overlay is opened anew.
+
+        Args:
+            between: called between chunks; what it raises ends the reading, and nothing is found.
+
+        Raises:
+            DiskError: a store failed.
+        """
+        base, allocation = self._base_file, self._allocation
+        if content_digest(base, between) != allocation.base.digest:
+            self.distrust(
+                DiskError(errno.EIO, _another(base, self._base_path, self.path, allocation, _CONTENTS), 0, base.size)
+            )
+        else:
+            self.is_base_proved = True
 
     def _make_map(self, map_path: Path, base: RawDisk, base_path: Path) -> None:
         image = self._raw
@@ -128,8 +156,8 @@ class OverlayFile(OverlayDisk):
         return self._raw.statvfs()
 
 
-def content_digest(disk: Disk) -> str:
-    """Return a digest of a disk's bytes; holes and zeros are the same. Reads all of its data.
+def content_digest(disk: Disk, between: Callable[[], None] = lambda: None) -> str:
+    """Return a digest of a disk's bytes; holes and zeros are the same. Reads all of its data, ``between`` after chunks.
 
     It tells accidents, not attackers: xxh3 is no cryptographic hash.
     """
@@ -144,6 +172,7 @@ def content_digest(disk: Disk) -> str:
             offset = chunk * CHUNK_SIZE
             view = buffer[: min(CHUNK_SIZE, disk.size - offset)]
             disk.pread_into(view, offset)
+            between()
             if not _ZEROS.startswith(view):
                 digest.update(chunk.to_bytes(8, "little"))
                 digest.update(view)
@@ -166,19 +195,24 @@ def _check_base(base: RawDisk, base_path: Path, path: Path, allocation: Allocati
 
     Its contents are read only if its times or its inode differ from those of the last time.
     """
-    known = allocation.base
+    _check_size(base, base_path, path, allocation)
     stamp = _stamp_of(base)
-    how = ""
-    if base.size != known.size:
-        how = f"it has {base.size} bytes, not {known.size}"
-    elif (not stamp or stamp != allocation.stamp) and content_digest(base) != known.digest:
-        how = "its contents differ"
-    if how:
-        raise ConfigError(
-            f"base {base_path} of disk '{base.name}' is not the one that {path} was made over ({known.path}): {how}; "
-            "restore it: the overlay holds nothing but what differs from it"
-        )
+    if (not stamp or stamp != allocation.stamp) and content_digest(base) != allocation.base.digest:
+        raise ConfigError(_another(base, base_path, path, allocation, _CONTENTS))
     return stamp
+
+
+def _check_size(base: RawDisk, base_path: Path, path: Path, allocation: AllocationMap) -> None:
+    known = allocation.base.size
+    if base.size != known:
+        raise ConfigError(_another(base, base_path, path, allocation, f"it has {base.size} bytes, not {known}"))
+
+
+def _another(base: RawDisk, base_path: Path, path: Path, allocation: AllocationMap, how: str) -> str:
+    return (
+        f"base {base_path} of disk '{base.name}' is not the one that {path} was made over ({allocation.base.path}): "
+        f"{how}; restore it: the overlay holds nothing but what differs from it"
+    )
 
 
 def _stamp_of(base: RawDisk) -> str:

@@ -8,6 +8,9 @@ Syncing: the kernel reports that it lost pages once to each open file (errseq_t)
 fail and the other succeed without them. So one runs at a time, and a flush is answered by the first that *began* after
 it was asked for, with the others that waited. A failure stays.
 
+An image that somebody cuts is noticed by its size, which no write of ours restores: only one that ends where the disk
+ends could, and such a write looks first. So what is behind the cut is never taken for zeros that a guest wrote.
+
 A successor inherits the open file, and must not inherit its silence. That something failed is kept beside it. What the
 kernel told a daemon that was killed before it could keep that, the kernel still owes to the kept file: daemons sync
 through an open file of their own, and a successor's first flush through the kept one.
@@ -175,9 +178,11 @@ class RawDisk(Disk):
         """Write all of ``data``.
 
         Raises:
-            DiskError: the store's error; ENOSPC when it is full.
+            DiskError: the store's error; ENOSPC when it is full; EIO for the end of an image that was cut.
         """
         done, length = 0, len(data)
+        if offset + length == self.size:
+            self._check_whole()
         while done < length:
             try:
                 done += os.pwrite(self._fd, memoryview(data)[done:] if done else data, offset + done)
@@ -262,8 +267,8 @@ class RawDisk(Disk):
 
     @property
     def io_error(self) -> DiskError | None:
-        """The failed fdatasync that made this disk untrustworthy, if one did."""
-        return self._flush_error
+        """The failed fdatasync that made this disk untrustworthy, if one did, or that the image is cut now."""
+        return self._flush_error or self._cut_error()
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield data and holes as SEEK_DATA and SEEK_HOLE tell them; all data where the store cannot."""
@@ -285,9 +290,14 @@ class RawDisk(Disk):
 
     def _check_whole(self) -> None:
         """Raise `DiskError` (EIO) if somebody has cut the image since it was opened."""
-        if self.is_regular and (size := os.fstat(self._fd).st_size) < self.size:
-            what = f"disk '{self.name}' ({self.path}): the image was cut from {self.size} to {size} bytes, restore it"
-            raise DiskError(errno.EIO, what, size, self.size - size)
+        if (error := self._cut_error()) is not None:
+            raise error
+
+    def _cut_error(self) -> DiskError | None:
+        if not self.is_regular or self._fd < 0 or (size := os.fstat(self._fd).st_size) >= self.size:
+            return None
+        what = f"disk '{self.name}' ({self.path}): the image was cut from {self.size} to {size} bytes, restore it"
+        return DiskError(errno.EIO, what, size, self.size - size)
 
     def check_in_place(self) -> None:
         """Raise `DiskError` (ENOENT) if somebody has removed the image or put another file in its place."""
@@ -319,9 +329,9 @@ class RawDisk(Disk):
         with self._close_lock:
             if self._fd >= 0:
                 if self._store is not None:
-                    self._store.release(self._kept_as)
-                    if self._flush_error is not None:
-                        self._store.release(self._kept_failed)
+                    is_over = self._store.release(self._kept_as)
+                    if is_over and self._flush_error is not None:
+                        self._store.forget(self._kept_failed)  # as long as the open file lives on, so does its mark
                 os.close(self._fd)
                 if self._own_fd is not None:
                     os.close(self._own_fd)

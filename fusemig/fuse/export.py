@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from fusemig.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from fusemig.disk.tracked import TrackedDisk
 
@@ -41,7 +41,27 @@ class Export:
     atime_ns: int = field(default_factory=time.time_ns)
     """Only utimens sets it: reads leave no trace, as under noatime."""
     changed_ns: int = 0
-    """Time of the last utimens."""
+    """Time of the last utimens; 0: there was none."""
+
+    def set_times(self, atime_ns: int | None, mtime_ns: int | None, now_ns: int) -> None:
+        """Set what a guest sets with utimens."""
+        if atime_ns is not None:
+            self.atime_ns = atime_ns
+        if mtime_ns is not None:
+            self.mtime_ns = mtime_ns
+        self.changed_ns = now_ns
+
+    def restore_times(self, atime_ns: int, mtime_ns: int, changed_ns: int, written_ns: int) -> None:
+        """Be as under a predecessor; what was written after the times were set has changed mtime.
+
+        Args:
+            atime_ns: as it was set.
+            mtime_ns: as it was set, or as it was later.
+            changed_ns: when they were set.
+            written_ns: when the image was written last.
+        """
+        self.atime_ns, self.changed_ns = atime_ns, changed_ns
+        self.mtime_ns = written_ns if written_ns > changed_ns else mtime_ns
 
     @property
     def size(self) -> int:
@@ -61,6 +81,8 @@ class Exports:
         """Start without exports."""
         self._by_inode: dict[int, Export] = {}
         self._by_name: dict[str, Export] = {}
+        self.on_times_set: Callable[[], None] = lambda: None
+        """Called after a utimens of any of them, before it is answered."""
 
     def add(self, name: str, disk: TrackedDisk | None, *, read_only: bool = False) -> Export:
         """Add a disk; only before the mount is made.

@@ -188,11 +188,12 @@ class DiskOperations(pyfuse3.Operations):
             if attr.st_size != export.size:
                 raise FUSEError(errno.EPERM)
             return self._entries.of_file(export)
-        if fields.update_atime:
-            export.atime_ns = attr.st_atime_ns
-        if fields.update_mtime:
-            export.mtime_ns = attr.st_mtime_ns
-        export.changed_ns = time.time_ns()
+        export.set_times(
+            attr.st_atime_ns if fields.update_atime else None,
+            attr.st_mtime_ns if fields.update_mtime else None,
+            time.time_ns(),
+        )
+        self._exports.on_times_set()
         return self._entries.of_file(export)
 
     @_guarded

@@ -7,9 +7,13 @@ Rules:
 
 1. A document of a version that is not known here is refused before anything else in it is looked at, and so is one with
    a member or a word that is not known: a successor that understands half of what it is told must not serve.
-2. A write goes to the slot of the older document; a header has a checksum of what follows. So whoever is killed while
+2. So that an older version can follow all the same, a member that says what is so without it anyway is not written:
+   what came later is in the way of an older reader only while it is in use. So a new member has a default, which means
+   what older versions do, and of which there is one object (None, False, "", (), a small number): it is told by
+   identity. What a successor can do without goes into `Hints`, of which what is not known is ignored.
+3. A write goes to the slot of the older document; a header has a checksum of what follows. So whoever is killed while
    writing leaves the former document readable.
-3. No secrets: credentials are named by their directory, and loaded from there again.
+4. No secrets: credentials are named by their directory, and loaded from there again.
 
 The document goes from one process to the next on the same host, in memory that a reboot empties: whatever must survive
 that lies beside the images.
@@ -44,11 +48,14 @@ _MAGIC: Final = b"fusemig\x01"
 MAX_DOCUMENT: Final = SLOT_SIZE - _HEADER.size
 
 Natural = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Nanoseconds = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
-    """Base of everything in the document."""
+class _Record(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, rename="kebab", kw_only=True
+):
+    """Base of what must be understood in the document."""
 
 
 class ServedFile(_Record, frozen=True, kw_only=True):
@@ -123,11 +130,27 @@ class Outgoing(_Record, frozen=True, kw_only=True):
     n_reconnects: Natural = 0
 
 
+class FileTimes(msgspec.Struct, frozen=True, rename="kebab", kw_only=True):
+    """Times of a file of the mount, in nanoseconds since the epoch; before it they are negative."""
+
+    atime_ns: Nanoseconds
+    mtime_ns: Nanoseconds
+    changed_ns: Nanoseconds
+    """When they were set."""
+
+
+class Hints(msgspec.Struct, frozen=True, omit_defaults=True, rename="kebab", kw_only=True):
+    """What a successor can do without, so that an older one ignores what it has not heard of."""
+
+    times: dict[str, FileTimes] = {}
+    """Of the files whose times a guest has set, by name."""
+
+
 class State(_Record, frozen=True, kw_only=True):
     """Everything."""
 
-    software: str = __version__
-    """Who wrote it, for people."""
+    software: str = msgspec.field(default_factory=lambda: __version__)
+    """Who wrote it, for people; always written, as the version is."""
     mount: Mount
     sizes: dict[str, Natural] = {}
     """Bytes of the disks that have an image, by name, as guests know them: a cut image is not a smaller disk."""
@@ -141,9 +164,10 @@ class State(_Record, frozen=True, kw_only=True):
     outgoing: Outgoing | None = None
     n_predecessors: Natural = 0
     """How many daemons served the mount before the one that wrote this."""
+    hints: Hints | None = None
     left_s: float = 0.0
     """When that one stopped taking requests for its successor, on the clock of `Outgoing.began_s`; 0: it did not."""
-    version: int = VERSION
+    version: int = msgspec.field(default_factory=lambda: VERSION)
 
 
 class _Versioned(msgspec.Struct, frozen=True):

@@ -194,7 +194,12 @@ class JoinedStream(_Bundle):
         return n
 
     def _read_heads(self) -> bool:
-        """Read headers until it is known whose turn it is, or no more are there; return whether a stream has ended."""
+        """Read headers until it is known whose turn it is, or no more are there; return whether that is the end.
+
+        A stream that has ended ends them all, but not before what is there already on the others. What is still under
+        way on them may come too late: nobody ends in order with something unacknowledged.
+        """
+        has_ended = False
         for at in self._order.unknown():
             scratch = memoryview(bytearray(STRIPE_HEAD_SIZE - len(self._heads[at])))
             try:
@@ -204,14 +209,15 @@ class JoinedStream(_Bundle):
             if not n:
                 if self._heads[at]:
                     raise ConnectionLostError(f"{self.peer} closed the connection inside a header")
-                return True
+                has_ended = True
+                continue
             self._heads[at] += scratch[:n]
             if len(self._heads[at]) == STRIPE_HEAD_SIZE:
                 head, self._heads[at] = self._heads[at], b""
                 self._order.note_head(at, head)
                 if self._order.turn is not None:
-                    break
-        return False
+                    return False
+        return has_ended
 
     def poll_readable(self, timeout_s: float) -> bool:
         """Wait in this thread for the connection that is due, or for those that may be."""

@@ -145,7 +145,7 @@ class DestinationMigration(IncomingMigration):
             ConnectionLostError: the source is gone.
         """
         try:
-            gathering = self._host.gatherings.find(join.session)
+            gathering = self._host.gatherings.find(join)
             gathering.join(join, self._link.stream)
         except PeerRefusedError as exc:
             await self._refuse(str(exc))

@@ -1,16 +1,15 @@
 """How further connections become a migration's: the source makes them, the destination knows them by a token.
 
     source    join_streams     connect, JOIN, JOINED; one after the other; then STREAMS on the first
-    host      Gatherings       who waits for which token
+    host      Gatherings       who waits, by token
     dest.     Gathering        a migration's places, until the source has said how many it took
 
-A stranger who guesses takes nothing: the token is 128 random bits, and a place is given once. With TLS a connection is
-admitted as every other one before it may say JOIN.
+A stranger who guesses takes nothing: the token is 128 random bits, new with each attempt, and a place is given once.
+With TLS a connection is admitted as every other one before it may say JOIN.
 """
 
 from __future__ import annotations
 
-import hmac
 import secrets
 from typing import TYPE_CHECKING, Final
 
@@ -51,10 +50,8 @@ class Gathering:
         """Give a connection its place; whoever brings it keeps it open until `over`.
 
         Raises:
-            PeerRefusedError: it does not belong here.
+            PeerRefusedError: there is no such place, or not any more.
         """
-        if not hmac.compare_digest(join.token.encode(), self.token.encode()):
-            raise PeerRefusedError("the token is not that of the migration")
         if not self.is_open or not 1 <= join.place < self.n_streams or join.place in self._streams:
             raise PeerRefusedError(f"place {join.place} of {self.n_streams} is not free")
         self._streams[join.place] = stream
@@ -91,26 +88,28 @@ class Gatherings:
         self._waiting: dict[str, Gathering] = {}
 
     def begin(self, session: str, n_streams: int) -> Gathering:
-        """Begin one, in place of what an earlier connection of the same migration left."""
-        gathering = self._waiting[session] = Gathering(session, n_streams)
+        """Begin one; those that wait already, of the same migration too, lose nothing by it."""
+        gathering = Gathering(session, n_streams)
+        self._waiting[gathering.token] = gathering
         return gathering
 
     def end(self, gathering: Gathering) -> None:
         """End one; idempotent."""
         gathering.end()
-        if self._waiting.get(gathering.session) is gathering:
-            del self._waiting[gathering.session]
+        self._waiting.pop(gathering.token, None)
 
-    def find(self, session: str) -> Gathering:
-        """Return that of a migration.
+    def find(self, join: native.Join) -> Gathering:
+        """Return that which a connection belongs to.
+
+        A session is no secret, and whoever names one in HELLO may not be its source: so the token alone tells.
 
         Raises:
             PeerRefusedError: there is none.
         """
-        try:
-            return self._waiting[session]
-        except KeyError as exc:
-            raise PeerRefusedError("no migration waits for this connection") from exc
+        gathering = self._waiting.get(join.token)
+        if gathering is None or gathering.session != join.session:
+            raise PeerRefusedError("no migration waits for this connection")
+        return gathering
 
 
 async def join_streams(

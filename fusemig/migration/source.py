@@ -121,8 +121,8 @@ class SourceMigration(OutgoingMigration):
         if self._pledge is None:
             await self._move()
             return
-        await self._pledge.prepare()
         try:
+            await self._pledge.prepare()
             await self._move()
         finally:
             if all(_is_past_pledge(lent) for lent in self._disks.lent):

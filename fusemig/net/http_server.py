@@ -12,10 +12,13 @@ h11 reads and writes the protocol; this module moves the bytes. Rules:
 3. At most `MAX_STREAMS` streams run at once. A client that does not take an event in `EXCHANGE_S` seconds is dropped;
    one that is slow misses events, and nothing is queued for it.
 4. A page that raises is answered 500 and logged; the server goes on.
+5. A request is answered only under a name that cannot be somebody else's, an address or ``localhost`` (DNS rebinding),
+   and not if a page of another origin made it: what a browser can be made to fetch is for no other page to read.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -78,8 +81,10 @@ class Site:
     pages: Mapping[str, Page]
     actions: Mapping[str, Action] = field(default_factory=dict)
     streams: Mapping[str, Stream] = field(default_factory=dict)
-    check: Callable[[Request], Answer | None] = lambda _request: None
-    """Returns the refusal of a request that is not to be answered, whatever it asks for."""
+    entrance: str = "/"
+    """The page that a link on another one may lead to: what follows a link reads nothing."""
+    has_any_name: bool = False
+    """Whether it is answered under every name, because whoever reaches it may read it."""
 
 
 async def serve_http(listener: Listener, site: Site) -> None:
@@ -89,7 +94,7 @@ async def serve_http(listener: Listener, site: Site) -> None:
     async def handle(connection: Connection) -> None:
         with trio.move_on_after(EXCHANGE_S) as scope:
             with suppress(ConnectionLostError):  # whoever asked has gone
-                await _Exchange(site, connection, places, scope).run()
+                await _Exchange(site, listener.uri.host, connection, places, scope).run()
 
     await listener.serve(handle)
 
@@ -103,9 +108,15 @@ class _Exchange:
     """One connection."""
 
     def __init__(
-        self, site: Site, connection: Connection, places: trio.CapacityLimiter, scope: trio.CancelScope
+        self,
+        site: Site,
+        listens_at: str,
+        connection: Connection,
+        places: trio.CapacityLimiter,
+        scope: trio.CancelScope,
     ) -> None:
         self._site = site
+        self._listens_at = listens_at
         self._connection = connection
         self._stream: SocketStream = connection.stream
         self._places = places
@@ -120,7 +131,7 @@ class _Exchange:
                 return
             method = head.method.decode("ascii", "replace")
             request = _read(head)
-            answer = self._site.check(request)
+            answer = _refuse_stranger(self._site, request, self._listens_at)
             if answer is None and method == "GET" and request.path in self._site.streams:
                 answer = await self._run_stream(self._site.streams[request.path])
                 if answer is None:
@@ -227,6 +238,35 @@ def _read(head: h11.Request) -> Request:
         name, value = raw_name.decode("ascii", "replace"), raw_value.decode("ascii", "replace")
         headers[name] = f"{headers[name]},{value}" if name in headers else value
     return Request(parts.path, dict(parse_qsl(parts.query)), headers)
+
+
+def _refuse_stranger(site: Site, request: Request, listens_at: str) -> Answer | None:
+    """Return the refusal of what a page of another origin may have had a browser ask for."""
+    host = request.headers.get("host", "")
+    if not (site.has_any_name or _is_nobody_elses(host, listens_at)):
+        return refusal(
+            HTTPStatus.MISDIRECTED_REQUEST,
+            "nothing is shown here under that name: come by an address, or as localhost",
+        )
+    origin = request.headers.get("origin")
+    is_foreign = origin is not None and origin not in (f"http://{host}", f"https://{host}")
+    maker = request.headers.get("sec-fetch-site", "none")
+    if is_foreign or (maker not in ("none", "same-origin") and request.path != site.entrance):
+        return refusal(HTTPStatus.FORBIDDEN, "another page asked for this: open the page itself")
+    return None
+
+
+def _is_nobody_elses(host: str, listens_at: str) -> bool:
+    """Tell whether a ``Host`` header is a name that no stranger can have lead here."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    name = name.removeprefix("[").removesuffix("]").lower()
+    if name in ("localhost", listens_at.lower()) and name:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True  # a browser that goes to an address has asked no name server
 
 
 def _allowed(site: Site, path: str) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ Rules:
 
 1. What is kept is in the store when `keep` returns: the datagram is queued, whatever becomes of this process.
 2. `release` forgets what was inherited only when the daemon ends in order, or when it has no mount that outlives it: a
-   successor that fails while it starts must not take away what the next one needs, and leaves nothing of its own.
+   successor that fails while it starts must not take away what the next one needs, and leaves nothing of its own but
+   what it learned of what stays: the mark of a failed sync goes with the file that it marks.
 3. Without a store everything here does nothing, and says so by `is_on`.
 4. A full store drops what it is sent and tells nobody, so what it has room for is counted here (``$FDSTORE``), and the
    marks of failed syncs have places of their own: nothing else takes them.
@@ -135,10 +136,12 @@ class FdStore:
         """Whether nobody comes after this daemon: it ends in order, or nothing outlives it."""
         return self._is_ending or not self.has_mount or not self.is_on
 
-    def release(self, name: str) -> None:
-        """Forget it, if nobody comes after us, or if it was not there before us."""
-        if self.is_last or name in self._own:
+    def release(self, name: str) -> bool:
+        """Forget it, if nobody comes after us, or if it was not there before us; tell whether that was so."""
+        is_over = self.is_last or name in self._own
+        if is_over:
             self.forget(name)
+        return is_over
 
     def keep_sockets(self, prefix: str, sockets: Iterable[HasDescriptor]) -> None:
         """Keep listening sockets as ``PREFIX0``, ``PREFIX1``, ...: who connects meanwhile waits for a successor."""

@@ -30,10 +30,23 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
+def _connect(host: Host) -> http.client.HTTPConnection:
+    kind, _, rest = host.status()["metrics"].partition(":")
+    return _UnixConnection(rest) if kind == "unix" else http.client.HTTPConnection(rest)
+
+
+def ask_under(name: str, host: Host) -> int:
+    """Ask as a browser does that was lead to the daemon by this name; return the status of the answer."""
+    connection = _connect(host)
+    connection.request("GET", "/metrics", headers={"Host": name})
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
 def scrape(host: Host) -> str:
     """Ask a daemon for its metrics where its status says, with the client of the standard library."""
-    kind, _, rest = host.status()["metrics"].partition(":")
-    connection = _UnixConnection(rest) if kind == "unix" else http.client.HTTPConnection(rest)
+    connection = _connect(host)
     connection.request("GET", "/metrics")
     response = connection.getresponse()
     page = response.read().decode()
@@ -53,7 +66,8 @@ def test_metrics_follow_a_migration(hosts: Hosts, place: Path) -> None:
     """Counters count the guest, gauges show the migration, and both say what `status` says; over TCP and UNIX."""
     image = write_random(place / "source.img", 8 * MIB)
     source = hosts.start("source", {"vda": image}, options=("--metrics", "tcp:127.0.0.1:0"))
-    destination = hosts.destination(options=("--metrics", f"unix:{place}/metrics"))
+    destination = hosts.destination(options=("--metrics", f"unix:{place}/metrics", "--metrics-insecure"))
+    assert (ask_under("evil.example", source), ask_under("evil.example", destination)) == (421, 200)
     before = scrape(source)
     pwrite(source.file(), b"x" * 4096, 0)
     pread(source.file(), 4096)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from support.heirs import ResilientHost
 from support.hosts import MIB, pread, pwrite, wait_until, write_random
 
 if TYPE_CHECKING:
@@ -62,6 +63,28 @@ def test_a_killed_daemon_loses_nothing(hosts: Hosts, place: Path) -> None:
     assert other.file().read_bytes() == base
     assert other.file().stat().st_blocks == 0
     assert (place / "golden.img").read_bytes() == base
+
+
+def test_a_base_that_was_written_keeps_no_guest_waiting(hosts: Hosts, place: Path) -> None:
+    """A successor answers first and reads the base then: one that differs is an error for its guests' syncs."""
+    base = write_random(place / "golden.img", SIZE)
+    host = ResilientHost("host", place / "host", {"vda": place / "vda.img"}, bases={"vda": base})
+    hosts.adopt(host)
+    host.start()
+    pwrite(host.file(), b"before", 5)
+    pwrite(base, b"?" * 512, 2 * MIB)
+    host.kill_daemon()
+    host.wait_for_successor()
+    assert pread(host.file(), 6, 5) == b"before"
+    wait_until(lambda: host.status()["status"] == "io-error", "the base to be read")
+    fd = os.open(host.file(), os.O_WRONLY)
+    try:
+        assert os.pwrite(fd, b"behind", 5) == 6
+        with pytest.raises(OSError, match="Input/output"):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    assert host.qmp.execute("query-block")[0]["io-status"] == "failed"
 
 
 def test_an_overlay_is_not_served_without_its_base(hosts: Hosts, place: Path) -> None:

@@ -295,11 +295,18 @@ def test_failed_pwrite_at_the_destination(hosts: Hosts) -> None:
 
 
 def test_a_cut_image_is_not_sent_as_zeros(hosts: Hosts) -> None:
-    """Somebody truncates the source's image: reads get EIO, and no migration takes the rest for a hole."""
+    """Somebody truncates the source's image: reads get EIO, and no migration takes the rest for a hole.
+
+    Nor does a guest's write at the disk's end make the file as large as before, with zeros where the rest was.
+    """
     source, destination = hosts.pair(SIZE)
+    assert source.status()["status"] == "running"
     os.truncate(source.images["vda"], MIB)
     with pytest.raises(OSError, match="Input/output"):
         pread(source.file(), 4096, 2 * MIB)
+    with pytest.raises(OSError, match="Input/output"):
+        pwrite(source.file(), b"x" * 4096, SIZE - 4096)
+    assert (source.status()["status"], source.disk()["io-error"]) == ("io-error", True)
     done = source.migrate(destination.uri)
     assert done.exit_code == 1
     assert f"the image was cut from {SIZE} to {MIB} bytes, restore it" in done.stderr

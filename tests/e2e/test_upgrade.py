@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -210,6 +211,50 @@ def test_what_was_stopped_stays_stopped(host: ResilientHost, how: str) -> None:
     host.qmp.execute("cont")
     wait_until(lambda: parked.is_answered, "the answer")
     assert pread(host.images["vda"], 6) == b"parked"
+
+
+def ask(path: Path) -> os.stat_result:
+    """Return what the daemon says, and not what the kernel has kept: a read makes it ask."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.pread(fd, 1, 0)
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("how", ["crash", pytest.param("upgrade", marks=pytest.mark.nightly)])
+def test_times_that_a_guest_set_outlive_the_daemon(hosts: Hosts, place: Path, how: str) -> None:
+    """As `cp --preserve` and rsync leave them; a write after that has changed mtime, for a successor too."""
+    disks = {name: write_random(place / name, SIZE) for name in ("set", "written", "left")}
+    host = ResilientHost("host", place / "host", disks)
+    hosts.adopt(host)
+    host.start()
+    atime_ns, mtime_ns = 1_600_000_000_000_000_001, 1_500_000_000_123_456_789
+    for name in ("set", "written"):
+        pwrite(host.file(name), b"before" * 512, 0)
+        os.utime(host.file(name), ns=(atime_ns, mtime_ns))
+    was_set_ns = time.time_ns()
+
+    def is_later() -> bool:  # by the clock of file systems, which is coarse
+        os.utime(disks["written"])
+        return disks["written"].stat().st_mtime_ns > was_set_ns
+
+    wait_until(is_later, "the next tick")
+    pwrite(host.file("written"), b"behind" * 512, 0)
+    if how == "crash":
+        host.kill_daemon()
+        host.wait_for_successor()
+    else:
+        upgrade(host)
+    found = {name: ask(host.file(name)) for name in disks}
+    assert [(one.st_atime_ns == atime_ns, one.st_mtime_ns == mtime_ns) for one in found.values()] == [
+        (True, True),
+        (True, False),
+        (False, False),
+    ]
+    assert found["written"].st_mtime_ns > was_set_ns
+    assert all(one.st_ctime_ns > mtime_ns for one in found.values())
 
 
 def test_what_was_set_over_qmp_outlives_a_crash(hosts: Hosts, place: Path) -> None:

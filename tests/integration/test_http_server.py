@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from fusemig.net import http_server
-from fusemig.net.http_server import Answer, Site, refusal, serve_http
+from fusemig.net.http_server import Answer, Site, serve_http
 from fusemig.net.listener import listening
 from fusemig.net.transport import parse_uri
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fusemig.net.http_server import Request
 
 DEADLINE_S = 20.0
+TOO_LARGE = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
 def _echo(request: Request) -> Answer:
@@ -33,10 +34,6 @@ def _break(_request: Request) -> Answer:
 async def _act(_request: Request) -> Answer:
     await trio.lowlevel.checkpoint()
     return Answer(b"done", "text/plain")
-
-
-def _check(request: Request) -> Answer | None:
-    return refusal(HTTPStatus.FORBIDDEN, "not you") if "x-bad" in request.headers else None
 
 
 class Ticker:
@@ -60,13 +57,14 @@ class Ticker:
 
 
 @asynccontextmanager
-async def serving(ticker: Ticker | None = None) -> AsyncIterator[int]:
+async def serving(ticker: Ticker | None = None, *, has_any_name: bool = False) -> AsyncIterator[int]:
     """Serve two pages, an action and a stream; give the port."""
     site = Site(
         pages={"/page": _echo, "/bug": _break},
         actions={"/act": _act},
         streams={"/events": (ticker or Ticker()).watching},
-        check=_check,
+        entrance="/page",
+        has_any_name=has_any_name,
     )
     with trio.fail_after(DEADLINE_S):
         async with listening(parse_uri("tcp:127.0.0.1:0")) as listener, trio.open_nursery() as nursery:
@@ -88,7 +86,7 @@ async def ask(port: int, request: bytes) -> tuple[int, bytes, bytes]:
 async def test_a_page_is_made_for_whoever_asks() -> None:
     """Type, length, no caching, and the end of the connection; the query is no part of the path."""
     async with serving() as port:
-        status, head, body = await ask(port, b"GET /page?a=1 HTTP/1.1\r\nHost: x\r\nAccept: this\r\n\r\n")
+        status, head, body = await ask(port, b"GET /page?a=1 HTTP/1.1\r\nHost: localhost\r\nAccept: this\r\n\r\n")
     assert status == HTTPStatus.OK
     assert body == b"you take this\n"
     assert f"content-length: {len(body)}".encode() in head.lower()
@@ -99,7 +97,7 @@ async def test_a_page_is_made_for_whoever_asks() -> None:
 async def test_head_has_no_body() -> None:
     """The length is the page's all the same."""
     async with serving() as port:
-        status, head, body = await ask(port, b"HEAD /page HTTP/1.1\r\nHost: x\r\n\r\n")
+        status, head, body = await ask(port, b"HEAD /page HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (status, body) == (HTTPStatus.OK, b"")
     assert b"content-length: 10" in head.lower()
 
@@ -107,20 +105,20 @@ async def test_head_has_no_body() -> None:
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
-        (b"GET /none HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.NOT_FOUND),
-        (b"POST /page HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
-        (b"GET /page HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
-        (b"GET /bug HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.INTERNAL_SERVER_ERROR),
-        (b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi", HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
-        (b"POST /act HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
-        (b"GET /act HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
-        (b"POST /events HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
-        (b"OPTIONS /act HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
-        (b"GET /page HTTP/1.1\r\nHost: x\r\nX-Bad: 1\r\n\r\n", HTTPStatus.FORBIDDEN),
-        (b"GET /events HTTP/1.1\r\nHost: x\r\nX-Bad: 1\r\n\r\n", HTTPStatus.FORBIDDEN),
-        (b"POST /act HTTP/1.1\r\nHost: x\r\nX-Bad: 1\r\n\r\n", HTTPStatus.FORBIDDEN),
-        (b"GET //[ HTTP/1.1\r\nHost: x\r\n\r\n", HTTPStatus.BAD_REQUEST),
-        (b"GET /page HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", HTTPStatus.BAD_REQUEST),
+        (b"GET /none HTTP/1.1\r\nHost: localhost\r\n\r\n", HTTPStatus.NOT_FOUND),
+        (b"POST /page HTTP/1.1\r\nHost: localhost\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
+        (b"GET /page HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhello", TOO_LARGE),
+        (b"GET /bug HTTP/1.1\r\nHost: localhost\r\n\r\n", HTTPStatus.INTERNAL_SERVER_ERROR),
+        (b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nhi", TOO_LARGE),
+        (b"POST /act HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", TOO_LARGE),
+        (b"GET /act HTTP/1.1\r\nHost: localhost\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
+        (b"POST /events HTTP/1.1\r\nHost: localhost\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
+        (b"OPTIONS /act HTTP/1.1\r\nHost: localhost\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
+        (b"GET /page HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n\r\n", HTTPStatus.FORBIDDEN),
+        (b"GET /events HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n\r\n", HTTPStatus.FORBIDDEN),
+        (b"POST /act HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n\r\n", HTTPStatus.FORBIDDEN),
+        (b"GET //[ HTTP/1.1\r\nHost: localhost\r\n\r\n", HTTPStatus.BAD_REQUEST),
+        (b"GET /page HTTP/1.1\r\nHost: localhost\r\nHost: y\r\n\r\n", HTTPStatus.BAD_REQUEST),
         (b"GET /page HTTP/1.1\r\n\r\n", HTTPStatus.BAD_REQUEST),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", HTTPStatus.BAD_REQUEST),
     ],
@@ -130,7 +128,44 @@ async def test_what_is_not_served_is_refused_and_the_next_one_is_answered(reques
     async with serving() as port:
         got, _, body = await ask(port, request_)
         assert got == status, body
-        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == HTTPStatus.OK
+        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: localhost\r\n\r\n"))[0] == HTTPStatus.OK
+
+
+NAMED_BY_A_STRANGER = b"Host: evil.example\r\n"
+ASKED_BY_A_PAGE = b"Host: localhost\r\nOrigin: http://evil.example\r\n"
+ASKED_BY_A_LINK = b"Host: localhost\r\nSec-Fetch-Site: cross-site\r\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_any_name", "status"),
+    [
+        (b"GET /page", False, HTTPStatus.MISDIRECTED_REQUEST),
+        (b"GET /events", False, HTTPStatus.MISDIRECTED_REQUEST),
+        (b"POST /act", False, HTTPStatus.MISDIRECTED_REQUEST),
+        (b"GET /none", False, HTTPStatus.MISDIRECTED_REQUEST),
+        (b"GET /page", True, HTTPStatus.OK),
+    ],
+)
+async def test_a_name_that_is_anybodys_is_answered_only_where_anybody_may_read(
+    asked: bytes, has_any_name: bool, status: HTTPStatus
+) -> None:
+    """A page that has its own name lead here (DNS rebinding) is of the same origin to a browser, and reads all."""
+    async with serving(has_any_name=has_any_name) as port:
+        assert (await ask(port, asked + b" HTTP/1.1\r\n" + NAMED_BY_A_STRANGER + b"\r\n"))[0] == status
+        for name in (b"127.0.0.1:1", b"[::1]", b"LOCALHOST"):
+            assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: " + name + b"\r\n\r\n"))[0] == HTTPStatus.OK
+
+
+@pytest.mark.parametrize("has_any_name", [False, True])
+async def test_another_page_has_nothing_fetched(has_any_name: bool) -> None:
+    """It may lead to the entrance, by which it reads nothing."""
+    async with serving(has_any_name=has_any_name) as port:
+        for path, header, status in (
+            (b"/page", ASKED_BY_A_PAGE, HTTPStatus.FORBIDDEN),
+            (b"/events", ASKED_BY_A_LINK, HTTPStatus.FORBIDDEN),
+            (b"/page", ASKED_BY_A_LINK, HTTPStatus.OK),
+        ):
+            assert (await ask(port, b"GET " + path + b" HTTP/1.1\r\n" + header + b"\r\n"))[0] == status
 
 
 async def test_a_head_without_end_is_not_kept() -> None:
@@ -141,7 +176,7 @@ async def test_a_head_without_end_is_not_kept() -> None:
             with pytest.raises(trio.BrokenResourceError):
                 while True:
                     await stream.send_all(b"a" * 4096)
-        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == HTTPStatus.OK
+        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: localhost\r\n\r\n"))[0] == HTTPStatus.OK
 
 
 async def test_who_says_nothing_is_shown_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +196,7 @@ async def test_silent_clients_keep_nobody_out() -> None:
     """More of them than there are places, and a page is still answered."""
     async with serving() as port:
         silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(12)]
-        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == HTTPStatus.OK
+        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: localhost\r\n\r\n"))[0] == HTTPStatus.OK
         for stream in silent:
             await stream.aclose()
 
@@ -170,13 +205,13 @@ async def test_an_action_is_done_when_it_is_posted() -> None:
     """With or without a length of 0."""
     async with serving() as port:
         for length in (b"", b"Content-Length: 0\r\n"):
-            status, _, body = await ask(port, b"POST /act HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n")
+            status, _, body = await ask(port, b"POST /act HTTP/1.1\r\nHost: localhost\r\n" + length + b"\r\n")
             assert (status, body) == (HTTPStatus.OK, b"done")
 
 
 async def _open_stream(port: int) -> tuple[trio.SocketStream, bytes]:
     stream = await trio.open_tcp_stream("127.0.0.1", port)
-    await stream.send_all(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+    await stream.send_all(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
     data = b""
     while b"\r\n\r\n" not in data:
         got = await stream.receive_some()
@@ -197,7 +232,7 @@ async def test_a_stream_sends_events_until_its_client_goes() -> None:
         await stream.aclose()
         while ticker.n_listening:
             await trio.sleep(0.001)
-        status, head, _ = await ask(port, b"HEAD /events HTTP/1.1\r\nHost: x\r\n\r\n")
+        status, head, _ = await ask(port, b"HEAD /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert (status, b"text/event-stream" in head) == (HTTPStatus.OK, True)
 
 
@@ -205,9 +240,9 @@ async def test_there_are_so_many_streams_and_no_more() -> None:
     """The next one is told so, pages are still answered, and a place that is given back can be had."""
     async with serving() as port:
         streams = [(await _open_stream(port))[0] for _ in range(http_server.MAX_STREAMS)]
-        status, _, body = await ask(port, b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+        status, _, body = await ask(port, b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert (status, b"watching" in body) == (HTTPStatus.SERVICE_UNAVAILABLE, True)
-        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == HTTPStatus.OK
+        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: localhost\r\n\r\n"))[0] == HTTPStatus.OK
         await streams.pop().aclose()
         while True:
             stream, head = await _open_stream(port)
@@ -232,4 +267,4 @@ async def test_a_client_that_takes_nothing_is_dropped(monkeypatch: pytest.Monkey
         monkeypatch.undo()
         await stream.aclose()
         ticker.event = b"data: 1\n\n"
-        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == HTTPStatus.OK
+        assert (await ask(port, b"GET /page HTTP/1.1\r\nHost: localhost\r\n\r\n"))[0] == HTTPStatus.OK

@@ -131,20 +131,31 @@ def test_a_place_is_given_once() -> None:
     gatherings = Gatherings()
     gathering = gatherings.begin("5e55", 3)
     stream = memory_connection()[1]
-    assert gatherings.find("5e55") is gathering
-    for token, place in (("", 1), (gathering.token[:-1], 1), (gathering.token, 0), (gathering.token, 3)):
-        with pytest.raises(PeerRefusedError):
-            gathering.join(native.Join("5e55", token, place), stream)
-    gathering.join(native.Join("5e55", gathering.token, 1), stream)
+    for session, token in (("5e55", ""), ("5e55", gathering.token[:-1]), ("0the4", gathering.token)):
+        with pytest.raises(PeerRefusedError, match="no migration waits"):
+            gatherings.find(native.Join(session, token, 1))
+    for place in (0, 3):
+        with pytest.raises(PeerRefusedError, match=f"place {place} of 3 is not free"):
+            gathering.join(native.Join("5e55", gathering.token, place), stream)
+    join = native.Join("5e55", gathering.token, 1)
+    gatherings.find(join).join(join, stream)
     with pytest.raises(PeerRefusedError, match="place 1 of 3 is not free"):
-        gathering.join(native.Join("5e55", gathering.token, 1), stream)
-    later = gatherings.begin("5e55", 2)  # the source has connected again before the first one was noticed to be gone
-    assert later.token != gathering.token
+        gatherings.find(join).join(join, stream)
     gatherings.end(gathering)
-    assert gatherings.find("5e55") is later
-    gatherings.end(later)
     with pytest.raises(PeerRefusedError, match="no migration waits"):
-        gatherings.find("5e55")
+        gatherings.find(join)
+
+
+def test_two_attempts_of_one_migration_take_nothing_from_each_other() -> None:
+    """A later one, or anybody who names the same session, keeps no connection from its place; each finds its own."""
+    gatherings = Gatherings()
+    first, later = gatherings.begin("5e55", 2), gatherings.begin("5e55", 2)
+    for gathering in (first, later):
+        assert gatherings.find(native.Join("5e55", gathering.token, 1)) is gathering
+    gatherings.end(first)
+    with pytest.raises(PeerRefusedError, match="no migration waits"):
+        gatherings.find(native.Join("5e55", first.token, 1))
+    assert gatherings.find(native.Join("5e55", later.token, 1)) is later
 
 
 async def test_a_count_that_is_wrong(autojump_clock: trio.testing.MockClock) -> None:
@@ -177,6 +188,20 @@ async def test_the_end_of_a_connection_between_pieces_and_inside_one() -> None:
             for _ in range(9):
                 with suppress(trio.WouldBlock):
                     stream.receive_nowait(buffer)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+async def test_the_end_of_a_connection_does_not_overtake_what_is_there_already(at: int) -> None:
+    """Several pieces on another one, before or behind it in order; then it is the end of the stream."""
+    pairs = [memory_connection() for _ in range(3)]
+    stream = JoinedStream([there for _, there in pairs])
+    pairs[1][0].close()
+    for position in range(0, 12, 4):
+        pairs[at][0].send_nowait([encode_stripe(position, 4) + b"data"])
+    buffer, received = memoryview(bytearray(100)), b""
+    while n := stream.receive_nowait(buffer):
+        received += buffer[:n]
+    assert received == b"data" * 3
 
 
 async def test_a_piece_that_was_begun_is_ended_with_whatever_comes_next() -> None:

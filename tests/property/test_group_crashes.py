@@ -194,6 +194,20 @@ async def run(directory: Path, pairs: Sequence[Hosts], life: Life) -> None:
                 call_off(hosts)  # what waits at pre-switchover
 
 
+def test_a_source_that_finds_no_coordinator_leaves_nothing(fast_directory: Path) -> None:
+    """It has laid its proposal by then, which nobody would ever look at."""
+
+    async def main() -> None:
+        hosts = Hosts(fast_directory, is_power_lost=False, is_flight_lost=False)
+        source = await hosts.migrate(fast_directory / "group")
+        assert source.phase is MigrationPhase.FAILED
+        assert "group.coordinator.proposal is not there" in str(source.error)
+        assert hosts.check() == "source"
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert not list(fast_directory.glob("*.proposal"))
+
+
 @pytest.mark.parametrize("who", ["coordinator", "source", pytest.param("power", marks=pytest.mark.nightly)])
 def test_each_death(fast_directory: Path, who: str) -> None:
     """At every step of it: all or none, by itself."""

@@ -7,10 +7,12 @@ orders two writes but a flush between them.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from fusemig.core.units import SECTOR_SIZE
 from fusemig.disk.memory import MemoryDisk
+from fusemig.errors import DiskError
 
 if TYPE_CHECKING:
     import random
@@ -49,6 +51,7 @@ class CrashDisk(MemoryDisk):
         self.durable = bytearray(size)
         self._fate = fate
         self._rng = rng
+        self._is_failing = False
         self._history: dict[int, list[bytes]] = {}
         """The states of each sector since the last flush, but not the durable one."""
 
@@ -75,12 +78,22 @@ class CrashDisk(MemoryDisk):
     def flush(self) -> None:
         """Make all of it durable; at the end, perhaps."""
         is_end = self._fate.meet()
+        if self._is_failing:
+            self._is_failing = False
+            self._history.clear()
+            raise DiskError(errno.EIO, f"disk '{self.name}': pages were lost", 0, self.size)
         if not is_end or self._rng.random() < 0.5:
-            self.durable[:] = self.content
+            for sector in self._history:
+                part = slice(sector * SECTOR_SIZE, (sector + 1) * SECTOR_SIZE)
+                self.durable[part] = self.content[part]
             self._history.clear()
             self.n_flushes += 1
         if is_end:
             raise KilledError
+
+    def fail_to_write(self) -> None:
+        """Have the next flush fail as Linux does: pages that were not written stay in memory, as if they were clean."""
+        self._is_failing = True
 
     def lose_power(self) -> None:
         """Keep of what was not durable whatever the medium happens to hold."""

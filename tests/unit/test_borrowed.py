@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusemig.core.units import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE, n_blocks
+from fusemig.daemon.block_info import block_info, served_disk
 from fusemig.daemon.disk_spec import DiskSpec
 from fusemig.daemon.served import ServedDisk
 from fusemig.disk.allocation import AllocationMap, map_size
@@ -22,9 +23,11 @@ from fusemig.disk.base import Disk, Extent
 from fusemig.disk.borrowed import BorrowedDisk, Wants, borrow, new_map, reopen
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.raw import RawDisk, create_image
+from fusemig.disk.tracked import Gate
 from fusemig.errors import DiskError, RemoteProtocolError
 from fusemig.fuse.export import Exports
 from fusemig.migration.borrow import PIECE_BLOCKS, FetchPlan, Loan, Request, hot_requests
+from fusemig.qmp.block import IoStatus
 from fusemig.records.epoch import EpochRecord, Ownership
 from fusemig.wire import native
 from support.hosts import wait_until
@@ -380,6 +383,28 @@ def test_a_loan_is_repaid_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert served.ownership is Ownership.RELEASED
     assert next(count) == 1, "it was written out once"
     assert not errors
+    served.close()
+
+
+@pytest.mark.parametrize("lost", ["d.img", "d.img.fusemig-loan", None])
+def test_a_failed_sync_is_shown_wherever_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str | None
+) -> None:
+    """Of the image or of the map of what is missing: guests' flushes fail for either, so status says so of either."""
+    served = ServedDisk(DiskSpec("d", tmp_path / "d.img"), Exports(), None, is_incoming=True)
+    served.receive(native.DiskOffer("d", 1 << 20, "i", 0), "5e55", "peer")
+    served.borrow([(3, 9)])
+    assert served.disk is not None
+    served.disk.set_gate(Gate.OPEN)
+    served.disk.pwrite(b"g" * BLOCK_SIZE, 3 * BLOCK_SIZE)
+    if lost is None:
+        served.disk.flush()
+    else:
+        with lost_pages(monkeypatch, tmp_path / lost), pytest.raises(DiskError):
+            served.disk.flush()
+    shown = (served_disk(served).io_error, block_info(served).io_status)
+    assert shown == ((False, IoStatus.OK) if lost is None else (True, IoStatus.FAILED))
+    assert (lost or "None") in str(served.io_error)
     served.close()
 
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
 
-from fusemig.cli.group import check_request, parse_places, standing_of
+from fusemig.cli.group import DaemonMember, check_request, coordinate, parse_places, standing_of, tell
 from fusemig.cli.migrate import MigrateRequest
+from fusemig.cli.progress import make_display
+from fusemig.control.client import QmpError
 from fusemig.core.group import OVER, PAST, Conduct, Standing, Step, Word, conduct, next_step
-from fusemig.errors import ConfigError, MigrationError, StateError
+from fusemig.errors import (
+    ConfigError,
+    ConnectionLostError,
+    FusemigError,
+    MigrationError,
+    RemoteProtocolError,
+    StateError,
+)
 from fusemig.migration.link import BufferPool, NativeLink
 from fusemig.migration.pledge import Pledge
 from fusemig.records.decision import COORDINATOR, DecisionFile
@@ -23,7 +32,8 @@ from support.streams import memory_connection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
+
+    from fusemig.control.client import ControlClient
 
 
 @pytest.mark.parametrize(
@@ -158,6 +168,107 @@ def test_a_directory_that_a_power_loss_empties(tmp_path: Path) -> None:
         DecisionFile(memory / "g").check([tmp_path])
     DecisionFile(memory / "g").check([memory])
     DecisionFile(tmp_path / "g").check([memory])
+
+
+class Daemon:
+    """What a coordinator hears at a control socket: an answer to each `query-migrate`, or an error."""
+
+    def __init__(self, *said: tuple[str, str] | FusemigError) -> None:
+        """Say these in turn, each a status and a phase, the last one for ever."""
+        self._said = list(said)
+        self.n_asked = 0
+
+    async def execute(self, command: str, arguments: object = None) -> Any:
+        await trio.lowlevel.checkpoint()
+        if command == "query-migrate-parameters":
+            return {"downtime-limit": 300}
+        if command != "query-migrate":
+            return {}
+        self.n_asked += 1
+        now = self._said.pop(0) if len(self._said) > 1 else self._said[0]
+        if isinstance(now, FusemigError):
+            raise now
+        status, phase = now
+        own = {"phase": phase, "session": "5e55", "pass": 3}
+        return {"status": status, "x-fusemig": own, "expected-downtime": 1, "total-time": 9.0}
+
+
+WAITS, PLEDGED, MOVED = ("pre-switchover", "pre-switchover"), ("device", "pledged"), ("completed", "completed")
+GONE = ConnectionLostError("the daemon closed the connection")
+GARBAGE = RemoteProtocolError("the daemon sent a second greeting")
+
+
+def left_in(directory: Path) -> list[str]:
+    """Return what lies in the group's directory."""
+    return [path.name for path in directory.iterdir()]
+
+
+async def lead(directory: Path, *daemons: Daemon) -> tuple[Word, list[DaemonMember], DecisionFile]:
+    """Lead daemons that say what they say through a group."""
+    request, decision = MigrateRequest(socket=Path(), uri="", progress="none"), DecisionFile(directory / "g")
+    with make_display("none") as display:
+        members = [DaemonMember(Path(f"/run/{n}"), "unix:/x", request, display) for n in range(len(daemons))]
+        for member, daemon in zip(members, daemons, strict=True):
+            member.connected(cast("ControlClient", daemon))
+        with trio.fail_after(20):
+            return await coordinate(members, decision, inline), members, decision
+
+
+async def test_a_daemon_that_ends_when_its_disks_have_moved_is_not_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that becomes of it changes that; nobody needs the decision any more."""
+    first = Daemon(WAITS, PLEDGED, MOVED, GONE)
+    second = Daemon(WAITS, PLEDGED, PLEDGED, PLEDGED, PLEDGED, MOVED)
+    word, members, decision = await lead(tmp_path, first, second)
+    assert word is Word.COMMIT
+    assert [member.standing for member in members] == [Standing.MOVED] * 2
+    assert first.n_asked == 3
+    assert left_in(tmp_path) == []
+    assert tell(members, word, decision, is_cancelled=False, is_quiet=False) == 0
+    assert "closed the connection" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [GONE, GARBAGE, QmpError("GenericError", "an internal error")])
+async def test_a_daemon_that_is_lost_after_the_decision_is_told_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: FusemigError
+) -> None:
+    """However it is lost, the group moves: the decision stays for it, and the command tells of all before it fails."""
+    word, members, decision = await lead(tmp_path, Daemon(WAITS, PLEDGED, MOVED), Daemon(WAITS, PLEDGED, error))
+    assert word is Word.COMMIT
+    assert left_in(tmp_path) == ["g.decision"]
+    assert tell(members, word, decision, is_cancelled=False, is_quiet=False) == 7
+    said = capsys.readouterr().err
+    assert f"/run/1: {error}; the group moves, and its disks with it" in said
+    assert "/run/0: completed" in said
+
+
+@pytest.mark.parametrize("error", [GONE, GARBAGE])
+async def test_a_daemon_that_is_lost_before_the_decision_keeps_the_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: FusemigError
+) -> None:
+    """All stay, and that is what is said."""
+    word, members, decision = await lead(
+        tmp_path, Daemon(WAITS, PLEDGED, ("cancelled", "cancelled")), Daemon(WAITS, error)
+    )
+    assert word is Word.ABORT
+    assert tell(members, word, decision, is_cancelled=False, is_quiet=False) == 7
+    assert f"/run/1: {error}; the group was called off, so its disks stay" in capsys.readouterr().err
+
+
+async def test_a_directory_that_fills_up_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator could lay one of its proposals and not the other."""
+    lay = DecisionFile.lay
+
+    def fail(self: DecisionFile, word: Word, who: str) -> None:
+        if word is Word.ABORT:
+            raise StateError("No space left on device")
+        lay(self, word, who)
+
+    monkeypatch.setattr(DecisionFile, "lay", fail)
+    with pytest.raises(StateError, match="No space"):
+        await lead(tmp_path, Daemon(WAITS))
+    assert left_in(tmp_path) == []
 
 
 def test_places() -> None:

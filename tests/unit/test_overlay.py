@@ -32,6 +32,8 @@ from support.keeper import Keeper
 from support.lost_pages import lost_pages
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fusemig.disk.base import Disk
     from fusemig.succession.fdstore import FdStore
 
@@ -257,6 +259,44 @@ def test_a_failed_sync_stays_failed(where: str) -> None:
     assert AllocationMap(store, SIZE, "another boot").mask(0, 8) == int(where == "map")
 
 
+@pytest.mark.parametrize("boot", ["boot", "another boot"])
+def test_a_map_that_is_in_memory_only_is_not_taken_for_durable(boot: str) -> None:
+    """Served anew after a sync of the map failed: what a guest writes and syncs then has its bits in the store.
+
+    After another boot that is what the store has, which is not written again.
+    """
+    rng = random.Random(1)
+    image, store = CrashDisk("d", SIZE, Fate(), rng), CrashDisk("d", map_size(SIZE), Fate(), rng)
+    disk = lay(image, base_disk(), store)
+    disk.pwrite(b"early", 0)
+    store.fail_to_write()
+    with pytest.raises(DiskError):
+        disk.flush()
+    if boot != "boot":
+        store.lose_power()
+    again = AllocationMap(store, SIZE, boot)
+    again.begin(image.flush, "")
+    disk = OverlayDisk(image, base_disk(), again)
+    disk.pwrite(b"later", 0)
+    disk.flush()
+    store.lose_power()
+    image.lose_power()
+    after = OverlayDisk(image, base_disk(), AllocationMap(store, SIZE, "the last boot"))
+    assert after.pread(5, 0) == b"later"
+
+
+def test_an_inherited_map_that_was_synced_is_not_written_again() -> None:
+    """Guests wait for a successor, and a sync through the open file that it inherits would have failed."""
+    store = FaultDisk(MemoryDisk("d", map_size(SIZE)))
+    disk = lay(MemoryDisk("d", SIZE), base_disk(), store)
+    disk.pwrite(b"early", 0)
+    disk.flush()
+    for is_inherited, n_writes in ((True, 2), (False, 3)):  # the recent map is emptied, the session written
+        count = store.add(Fault(frozenset({Operation.WRITE, Operation.ZERO}), nth=10**6))
+        AllocationMap(store, SIZE, "boot", is_inherited=is_inherited).begin(disk.image.flush, "")
+        assert count.n_seen == n_writes
+
+
 def test_what_is_written_during_a_flush_is_not_in_it() -> None:
     """A block that comes while the data is being synced must not be durable in the map: its data may not be."""
     rng = random.Random(1)
@@ -410,9 +450,10 @@ def test_a_failed_sync_does_not_keep_a_successor_from_starting(
         assert lost in str(disk.io_error)
         assert disk.pread(5, 10) == b"first"
         assert disk.allocated_bytes == number * BLOCK_SIZE
-        disk.pwrite(b"x", number * BLOCK_SIZE)
-        with pytest.raises(DiskError):
-            disk.flush()
+        for block in (0, number):  # one that it holds, and one that it does not
+            disk.pwrite(b"x", block * BLOCK_SIZE)
+            with pytest.raises(DiskError):
+                disk.flush()
     for store, disk in zip(stores, disks, strict=True):
         store.ending()
         disk.close()
@@ -457,8 +498,8 @@ def counted_digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that gets the digest of each base that is read as a whole from now on."""
     digests: list[str] = []
 
-    def count(disk: Disk) -> str:
-        digests.append(content_digest(disk))
+    def count(disk: Disk, between: Callable[[], None] = lambda: None) -> str:
+        digests.append(content_digest(disk, between))
         return digests[-1]
 
     monkeypatch.setattr(overlay_file, "content_digest", count)
@@ -482,7 +523,7 @@ def test_an_unchanged_base_is_not_read_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_successor_does_not_read_a_base_that_nobody_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guests wait for it. Whoever opens the overlay anew does read it, and a successor whose base was written."""
+    """Guests wait for it. Whoever opens the overlay anew does read it, and a successor whose base was replaced."""
     base = make_base(tmp_path)
     digests = counted_digests(monkeypatch)
     monkeypatch.setattr(overlay_file, "_YOUNG_NS", 1 << 62)
@@ -501,7 +542,11 @@ def test_a_successor_does_not_read_a_base_that_nobody_wrote(tmp_path: Path, monk
     os.link(base, tmp_path / "other name")
     assert [succeed(), succeed()] == [0, 0], "another time of change, by no write"
     os.utime(base)
-    assert [succeed(), succeed()] == [1, 0], "another time of the last write"
+    assert [succeed(), succeed()] == [0, 0], "another time of the last write"
+    before = len(digests)
+    assert [one.is_base_proved for one in disks[-3:]] == [True, False, False]
+    disks[-1].prove_base()
+    assert (disks[-1].is_base_proved, disks[-1].io_error, len(digests)) == (True, None, before + 1)
     found = base.stat()
     base.rename(tmp_path / "moved")
     shutil.copyfile(tmp_path / "moved", base)
@@ -552,16 +597,40 @@ def test_overlays_of_one_daemon_over_one_base(tmp_path: Path, monkeypatch: pytes
             assert len(owner.kept) == 3 * (2 - number)
 
 
-def test_a_successor_refuses_a_base_that_was_written(tmp_path: Path) -> None:
-    """Under the same inode, which no lock keeps everybody from."""
+def test_a_base_that_was_written_is_an_error_once_a_successor_has_read_it(tmp_path: Path) -> None:
+    """Under the same inode, which no lock keeps everybody from. Guests are served before that; later it is refused."""
     base = make_base(tmp_path)
     store = Keeper()
     open_file(tmp_path, store=store)
     with base.open("r+b") as file:
         file.write(b"?")
     os.utime(base, ns=(0, 0))
-    with pytest.raises(ConfigError, match="its contents differ"):
-        open_file(tmp_path, store=store.successor())
+    heirs = [store]
+    for _ in range(2):
+        heirs.append(heirs[-1].successor())
+        disk = open_file(tmp_path, store=heirs[-1])
+        disk.pwrite(b"guest", 0)
+        disk.flush()
+        with pytest.raises(_EndedError):
+            disk.prove_base(_end)
+        assert (disk.is_base_proved, disk.io_error) == (False, None)
+        disk.prove_base()
+        assert "its contents differ" in str(disk.io_error)
+        with pytest.raises(DiskError, match="its contents differ"):
+            disk.flush()
+        assert disk.pread(5, 0) == b"guest"
+    with base.open("r+b") as file:
+        file.truncate(base.stat().st_size - 512)
+    with pytest.raises(ConfigError, match="it has"):
+        open_file(tmp_path, store=heirs[-1].successor())
+
+
+class _EndedError(Exception):
+    pass
+
+
+def _end() -> None:
+    raise _EndedError
 
 
 def test_the_digest_is_of_the_contents(tmp_path: Path) -> None:

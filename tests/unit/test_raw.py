@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -409,6 +409,27 @@ def test_a_failed_sync_stays_failed_for_every_successor(
         assert store.kept == {}
 
 
+@pytest.mark.parametrize("has_failed", [True, False])
+def test_a_sync_that_failed_as_a_successor_started_in_vain_is_known_to_the_next(
+    path: Path, monkeypatch: pytest.MonkeyPatch, has_failed: bool
+) -> None:
+    """The kernel has told the inherited file, which stays, and tells nobody again."""
+    first = Keeper()
+    with RawDisk("a", path, store=first):
+        vain = first.successor()
+        with RawDisk("a", path, store=vain) as disk, monkeypatch.context() as patch:
+            if has_failed:
+                patch.setattr(os, "fdatasync", _fail)
+            with pytest.raises(DiskError) if has_failed else nullcontext():
+                disk.flush()
+        heirs = vain.successor()
+        with RawDisk("a", path, store=heirs) as disk:
+            assert (disk.io_error is not None) == has_failed
+            heirs.ending()
+        assert heirs.kept == {}
+        first.ending()
+
+
 def _fail(_fd: int) -> None:
     raise OSError(errno.EIO, "lost pages")
 
@@ -448,11 +469,36 @@ def test_an_image_that_was_cut_has_no_holes_and_no_sync(tmp_path: Path) -> None:
     with RawDisk("vda", path) as disk:
         assert [extent.is_data for extent in disk.extents(0, 8192)] == [True]
         os.truncate(path, 4096)
-        for call in (lambda: list(disk.extents(0, 8192)), disk.flush, lambda: disk.pread(512, 4096)):
+        calls = (
+            lambda: list(disk.extents(0, 8192)),
+            disk.flush,
+            lambda: disk.pread(512, 4096),
+            lambda: disk.pwrite(b"y" * 512, 7680),
+        )
+        for call in calls:
             with pytest.raises(DiskError) as caught:
                 call()
             assert caught.value.errno == errno.EIO
         with pytest.raises(DiskError, match=r"'vda' .*: the image was cut from 8192 to 4096 bytes, restore it"):
             disk.flush()
+        assert "the image was cut" in str(disk.io_error)
         os.truncate(path, 8192)
         disk.flush()
+        assert disk.io_error is None
+
+
+def test_no_write_makes_a_cut_image_whole(tmp_path: Path) -> None:
+    """Of any length, in any order: what a guest writes behind the cut is written, and no sync vouches for the rest."""
+    path = tmp_path / "image"
+    for offset in range(0, 8192, 512):
+        for length in range(512, 8193 - offset, 512):
+            path.write_bytes(b"x" * 8192)
+            with RawDisk("vda", path) as disk:
+                os.truncate(path, 4096)
+                with pytest.raises(DiskError) if offset + length == 8192 else nullcontext():
+                    disk.pwrite(b"y" * length, offset)
+                with pytest.raises(DiskError, match="the image was cut"):
+                    disk.flush()
+                with pytest.raises(DiskError):
+                    disk.pread(8192, 0)
+                assert disk.io_error is not None

@@ -11,12 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusemig import __version__
 from fusemig.errors import StateError
 from fusemig.handover import state as state_module
 from fusemig.handover.state import (
     MAX_DOCUMENT,
     SLOT_SIZE,
     VERSION,
+    FileTimes,
+    Hints,
     Mount,
     Outgoing,
     Parameters,
@@ -82,6 +85,62 @@ def test_the_format_of_version_1() -> None:
         is_stopped=True,
         outgoing=Outgoing(request=Request(uri="unix:/there", disks=("vda",)), session="s", began_s=1.5),
     )
+
+
+def older_reader(record: type[msgspec.Struct], unknown: str) -> type[msgspec.Struct]:
+    """Return a record as a version read it that had not heard of one member yet, and refused what it did not know."""
+    fields = [
+        (one.name, one.type) if one.required else (one.name, one.type, msgspec.field(default=one.default))
+        for one in msgspec.structs.fields(record)
+        if one.name != unknown and one.default_factory is msgspec.NODEFAULT
+    ]
+    return msgspec.defstruct(
+        f"Older{record.__name__}", fields, forbid_unknown_fields=True, rename="kebab", kw_only=True
+    )
+
+
+OPTIONAL = [
+    (record, one.name)
+    for record in (Mount, ServedFile, Request, Outgoing)
+    for one in msgspec.structs.fields(record)
+    if not one.required
+]
+PLAIN: dict[type[msgspec.Struct], msgspec.Struct] = {
+    Mount: Mount(mountpoint="/mnt", files=()),
+    ServedFile: ServedFile(name="vda", inode=2, path="/a.img"),
+    Request: Request(uri="unix:/there", disks=("vda",)),
+    Outgoing: Outgoing(request=Request(uri="unix:/there", disks=("vda",)), session="s", began_s=1.5),
+}
+IN_USE: dict[type, object] = {bool: True, str: "heat", int: 3, float: 2.5}
+
+
+@pytest.mark.parametrize(("record", "member"), OPTIONAL)
+def test_an_older_version_reads_what_uses_nothing_newer(record: type[msgspec.Struct], member: str) -> None:
+    """Whichever member it has not heard of; in use it is refused."""
+    plain, older = PLAIN[record], older_reader(record, member)
+    msgspec.json.decode(msgspec.json.encode(plain), type=older)
+    used = IN_USE.get(type(getattr(plain, member)), True)
+    in_use = msgspec.structs.replace(plain, **{member: used})
+    with pytest.raises(msgspec.ValidationError, match="unknown field"):
+        msgspec.json.decode(msgspec.json.encode(in_use), type=older)
+
+
+def test_a_hint_that_nobody_has_heard_of_is_ignored() -> None:
+    """Beside others; a member of anything else that nobody has heard of is not."""
+    document = encode_state(State(mount=MOUNT))
+    hinted = document.replace(b'"version":', b'"hints":{"of-tomorrow":[{"a":1}]},"version":')
+    assert decode_state(hinted) == State(mount=MOUNT, hints=Hints())
+    times = Hints(times={"vda": FileTimes(atime_ns=-1, mtime_ns=2, changed_ns=3)})
+    assert decode_state(encode_state(State(mount=MOUNT, hints=times))).hints == times
+    with pytest.raises(StateError, match="start `fusemig serve` anew"):
+        decode_state(document.replace(b'"version":', b'"of-tomorrow":[],"version":'))
+
+
+def test_who_wrote_it_and_the_version_are_always_said() -> None:
+    """Another version is told by them before it looks at anything else."""
+    found = msgspec.json.decode(encode_state(State(mount=MOUNT)))
+    assert (found["version"], found["software"]) == (VERSION, __version__)
+    assert set(found) == {"version", "software", "mount"}, "what is as ever is not written"
 
 
 def test_another_version_is_refused_by_name() -> None:
