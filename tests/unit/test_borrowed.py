@@ -20,8 +20,9 @@ from fusemig.disk.allocation import AllocationMap, map_size
 from fusemig.disk.base import Disk, Extent
 from fusemig.disk.borrowed import BorrowedDisk, Wants, borrow, new_map, reopen
 from fusemig.disk.memory import MemoryDisk
+from fusemig.disk.overlay_file import OverlayFile
 from fusemig.disk.raw import RawDisk, create_image
-from fusemig.errors import DiskError, RemoteProtocolError
+from fusemig.errors import ConfigError, DiskError, RemoteProtocolError
 from fusemig.fuse.export import Exports
 from fusemig.migration.borrow import PIECE_BLOCKS, FetchPlan, Loan, Request, hot_requests
 from fusemig.records.epoch import EpochRecord, Ownership
@@ -159,12 +160,16 @@ def test_what_does_not_come_is_an_error(end: str) -> None:
 # What to ask for
 
 
-@pytest.mark.parametrize("lost", ["image", "map", None])
+@pytest.mark.parametrize("lost", ["image", "map", None, "overlay", "overlay-map", "map over an overlay"])
 def test_a_failed_sync_stays_failed_for_every_successor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str | None
 ) -> None:
-    """Of the image or of its map; what has come and what guests wrote is here all the same, and the rest is fetched."""
-    create_image(tmp_path / "image", SIZE)
+    """Of the image or of a map; what has come and what guests wrote is here all the same, and the rest is fetched."""
+    if lost is not None and "overlay" in lost:
+        create_image(tmp_path / "base", SIZE)
+        lost = lost.split()[0]
+    else:
+        create_image(tmp_path / "image", SIZE)
     stores = [Keeper()]
     disks = [borrow(open_image(tmp_path, stores[0]), tmp_path / "map", [(3, 9)], stores[0])]
     disks[0].pwrite(b"g" * BLOCK_SIZE, 3 * BLOCK_SIZE)
@@ -191,8 +196,11 @@ def test_a_failed_sync_stays_failed_for_every_successor(
         assert store.kept == {}
 
 
-def open_image(directory: Path, store: Keeper) -> RawDisk:
-    """Open the image of a directory."""
+def open_image(directory: Path, store: Keeper) -> RawDisk | OverlayFile:
+    """Open the image of a directory, which is an overlay if there is a base."""
+    if (directory / "base").exists():
+        paths = (directory / name for name in ("overlay", "base", "overlay-map"))
+        return OverlayFile("d", *paths, store=store)
     return RawDisk("d", directory / "image", store=store, role="image")
 
 
@@ -380,6 +388,69 @@ def test_a_loan_is_repaid_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert next(count) == 1, "it was written out once"
     assert not errors
     served.close()
+
+
+@pytest.fixture
+def overlay_spec(tmp_path: Path) -> DiskSpec:
+    """Leave a destination's overlay of which two blocks are missing, and one came; its base is full of 0xBB."""
+    spec = DiskSpec("d", tmp_path / "d.img", base=tmp_path / "golden.img")
+    (tmp_path / "golden.img").write_bytes(b"\xbb" * SIZE)
+    with closing(ServedDisk(spec, Exports(), None, is_incoming=True)) as served:
+        served.receive(native.DiskOffer("d", SIZE, "i", 0), "5e55", "peer").image.write_zeroes(0, BLOCK_SIZE)
+        served.borrow([(3, 5)])
+        record = EpochRecord(state=Ownership.PREPARED, image_id="i", epoch=1, session="5e55", is_loan=True)
+        served.epoch_file.write(record)
+    return spec
+
+
+def test_an_overlay_that_is_not_all_here_is_opened_again(overlay_spec: DiskSpec) -> None:
+    """Prepared, then ours, then repaid; each time as it was left."""
+    for state in (Ownership.PREPARED, Ownership.BORROWING):
+        with closing(ServedDisk(overlay_spec, Exports(), None, is_incoming=True)) as served:
+            assert served.ownership is state
+            assert served.loan is not None
+            assert list(served.loan.missing(0, BLOCKS)) == [(3, 5)]
+            assert served.is_writable is (state is Ownership.BORROWING)
+            record = served.epoch_file.record
+            assert record is not None
+            served.epoch_file.write(record.taken() if state is Ownership.PREPARED else record)
+    with closing(ServedDisk(overlay_spec, Exports(), None, is_incoming=True)) as served:
+        loan = served.loan
+        assert served.disk is not None
+        assert loan is not None
+        served.disk.pwrite(b"w" * BLOCK_SIZE, 4 * BLOCK_SIZE)
+        loan.fill(memoryview(bytearray(b"f" * 2 * BLOCK_SIZE)), 3 * BLOCK_SIZE, 2 * BLOCK_SIZE)
+        served.disk.pwrite(b"cut", 8 * BLOCK_SIZE + 1)
+        served.repay()
+        assert (served.ownership, served.loan) == (Ownership.OWNER, None)
+    assert not overlay_spec.path.with_name("d.img.fusemig-loan").exists()
+    with closing(ServedDisk(overlay_spec, Exports(), None, is_incoming=False)) as served:
+        assert served.disk is not None
+        found = served.disk.pread(SIZE, 0)
+    parts = [b"\0" * BLOCK_SIZE, b"\xbb" * 2 * BLOCK_SIZE, b"f" * BLOCK_SIZE, b"w" * BLOCK_SIZE, b"\xbb" * SIZE]
+    expected = bytearray(b"".join(parts)[:SIZE])
+    expected[8 * BLOCK_SIZE + 1 : 8 * BLOCK_SIZE + 4] = b"cut"
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("gone", "match"),
+    [
+        ("d.img.fusemig-loan", "the map of what is missing, .* is gone"),
+        ("d.img.fusemig-map", "the map .*fusemig-map of overlay .* is missing: restore it"),
+        ("golden.img", "does not exist: name the image that the overlay lies over"),
+        ("", "its contents differ"),
+    ],
+    ids=["the loan's map", "the overlay's map", "the base", "the base's contents"],
+)
+def test_an_overlay_that_lacks_what_it_needs_is_not_served(overlay_spec: DiskSpec, gone: str, match: str) -> None:
+    """Of the image alone, which holds no data yet, nobody could tell which bytes are the disk's."""
+    if gone:
+        overlay_spec.path.with_name(gone).unlink()
+    else:
+        overlay_spec.path.with_name("golden.img").write_bytes(b"\xbc" * SIZE)
+    with pytest.raises(ConfigError, match=match):
+        ServedDisk(overlay_spec, Exports(), None, is_incoming=True)
 
 
 class Vast(Disk):
