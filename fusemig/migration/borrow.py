@@ -3,6 +3,7 @@
     FetchPlan     what to ask for next: what a guest waits for, then what is hot, then the rest of the disks in order
     Borrowing     keeps as much asked for as the link needs, fills what comes, and says WHOLE at the end
 
+Runs of missing blocks that are shorter than a piece are asked for together, where the source takes that (LEND says so).
 What is asked for in advance is bounded by time, not by size: a guest's own request has that much before it.
 """
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 PIECE_BLOCKS: Final = 64
 """Most blocks of a FETCH, so that a guest's request never waits behind a long one."""
+SEARCH_BLOCKS: Final = 4096
+"""How much of a map is looked at in one go for the runs of a FETCH."""
 AHEAD_S: Final = 0.01
 """How long the source is to be busy with what was asked for."""
 MIN_AHEAD_BYTES: Final = 512 << 10
@@ -54,34 +57,52 @@ class Loan:
 
 
 class Request(NamedTuple):
-    """Blocks ``first`` to ``stop - 1`` of a disk."""
+    """Blocks ``first`` to ``stop - 1`` of a disk, and perhaps more runs behind them, in ascending order."""
 
     disk: int
     first: int
     stop: int
+    more: tuple[tuple[int, int], ...] = ()
 
-    def overlaps(self, other: Request) -> bool:
-        """Tell whether the two have a block in common."""
-        return self.disk == other.disk and self.first < other.stop and other.first < self.stop
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Return all runs of blocks."""
+        return (self.first, self.stop), *self.more
+
+    @property
+    def end(self) -> int:
+        """Return the block after the last."""
+        return self.more[-1][1] if self.more else self.stop
+
+    @property
+    def n_bytes(self) -> int:
+        """Return how much it is, in whole blocks."""
+        return sum(stop - first for first, stop in self.runs) * BLOCK_SIZE
 
 
 class FetchPlan:
     """Decides what to ask for; no I/O."""
 
-    def __init__(self, disks: Sequence[BorrowedDisk], hot: Sequence[Request] = ()) -> None:
-        """Plan for what is missing of ``disks``, known by their index; ``hot`` goes before the rest of them."""
+    def __init__(self, disks: Sequence[BorrowedDisk], hot: Sequence[Request] = (), max_runs: int = 1) -> None:
+        """Plan for what is missing of ``disks``, known by their index; ``hot`` goes before the rest of them.
+
+        At most ``max_runs`` runs are asked for at once.
+        """
         self._disks = disks
+        self._max_runs = max(1, min(max_runs, native.MAX_FETCH_RUNS))
         self._urgent: deque[Request] = deque()
         self._hot = deque(hot)
         self._cursor = (0, 0)
         self.asked: deque[Request] = deque()
         """What was asked for and has not come, in order."""
+        self._due: list[tuple[int, int]] = []
+        """What of the request that is being answered is still to come, as offset and length; empty between two."""
 
     def next(self) -> Request | None:
         """Return what to ask for now and count it as asked for; None: nothing that was not asked for is missing."""
         for index, disk in enumerate(self._disks):
             while (wanted := disk.wants.take()) is not None:
-                self._urgent.extend(self._pieces(Request(index, *wanted)))
+                self._urgent.append(Request(index, *wanted))
         request = self._next_of(self._urgent) or self._next_of(self._hot) or self._next_in_order()
         if request is not None:
             self.asked.append(request)
@@ -89,52 +110,74 @@ class FetchPlan:
 
     def _next_of(self, queue: deque[Request]) -> Request | None:
         while queue:
+            wanted = queue.popleft()
             # Some of it may have come, or be on its way.
-            pieces = list(self._pieces(queue.popleft()))
-            if pieces:
-                queue.extendleft(reversed(pieces[1:]))
-                return pieces[0]
+            runs: list[tuple[int, int]] = []
+            if self._gather(runs, self._pieces(*wanted[:3])):
+                queue.appendleft(wanted._replace(first=runs[-1][1]))
+            if runs:
+                return _request(wanted.disk, runs)
         return None
 
     def _next_in_order(self) -> Request | None:
-        """Return the next piece after the last one in order: all that is missing before it was asked for.
+        """Return the next runs after the last ones in order: all that is missing before them was asked for.
 
         A map is walked once, from one missing block to the next: a disk has many millions of them, and this runs for
         every piece.
         """
-        while self._cursor[0] < len(self._disks):
-            index, block = self._cursor
-            disk = self._disks[index]
-            first = disk.next_missing(block)
-            if first is None:
-                self._cursor = (index + 1, 0)
-                continue
-            stop = min(n_blocks(disk.size), first + PIECE_BLOCKS)
-            for request in self._pieces(Request(index, first, stop)):
-                self._cursor = (index, request.stop)
-                return request
-            self._cursor = (index, stop)  # all of it is under way
-        return None
+        span = PIECE_BLOCKS if self._max_runs == 1 else SEARCH_BLOCKS
+        runs: list[tuple[int, int]] = []
+        index, block = self._cursor
+        while index < len(self._disks):
+            first = self._disks[index].next_missing(block)
+            if first is not None:
+                stop = min(n_blocks(self._disks[index].size), first + span)
+                is_full = self._gather(runs, self._pieces(index, first, stop))
+                block = runs[-1][1] if is_full else stop
+                if is_full:
+                    break
+            elif runs:
+                break
+            else:
+                index, block = index + 1, 0
+        self._cursor = index, block
+        return _request(index, runs) if runs else None
 
-    def _pieces(self, wanted: Request) -> Iterator[Request]:
+    def _gather(self, runs: list[tuple[int, int]], pieces: Iterator[tuple[int, int]]) -> bool:
+        """Add pieces to the runs of a FETCH while it takes them; return whether it takes no more."""
+        n = sum(stop - first for first, stop in runs)
+        for first, stop in pieces:
+            n += stop - first
+            if n > PIECE_BLOCKS:
+                return True
+            runs.append((first, stop))
+            if n == PIECE_BLOCKS or len(runs) == self._max_runs:
+                return True
+        return False
+
+    def _pieces(self, disk: int, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield what is missing of a range and not asked for, in pieces."""
-        under_way = sorted(asked for asked in self.asked if asked.overlaps(wanted))
-        for first, stop in self._disks[wanted.disk].missing(wanted.first, wanted.stop):
-            at = first
-            while at < stop:
-                while under_way and under_way[0].stop <= at:
-                    del under_way[0]
-                end = min(stop, at + PIECE_BLOCKS, under_way[0].first if under_way else stop)
+        asked = (one for one in self.asked if one.disk == disk and one.first < stop and first < one.end)
+        under_way = deque(sorted(run for one in asked for run in one.runs if run[0] < stop and first < run[1]))
+        for low, high in self._disks[disk].missing(first, stop):
+            at = low
+            while at < high:
+                while under_way and under_way[0][1] <= at:
+                    under_way.popleft()
+                end = min(high, at + PIECE_BLOCKS, under_way[0][0] if under_way else high)
                 if end > at:
-                    yield Request(wanted.disk, at, end)
+                    yield at, end
                     at = end
                 else:
-                    at = under_way[0].stop
+                    at = under_way[0][1]
 
-    def expect(self, frame: native.DataFrame | native.ZeroFrame, nth: int = 0) -> Request:
+    def expect(self, frame: native.DataFrame | native.ZeroFrame, nth: int = 0) -> Request | None:
         """Return what a frame answers, the ``nth`` since `answered` was called for what was filled in.
 
         It may be called from another thread than `next`, which only adds to what is asked for.
+
+        Returns:
+            None: more of the answer is to come.
 
         Raises:
             RemoteProtocolError: it is not what was asked for first.
@@ -143,17 +186,27 @@ class FetchPlan:
             raise RemoteProtocolError("the source sent what nobody asked for")
         request = self.asked[nth]
         size = self._disks[request.disk].size
-        (offset, length), *more = frame.extents
-        end = offset + length
+        due = self._due or [
+            (first * BLOCK_SIZE, min(size, stop * BLOCK_SIZE) - first * BLOCK_SIZE) for first, stop in request.runs
+        ]
+        sent, rest = list(frame.extents), list[tuple[int, int]]()
         is_data = isinstance(frame, native.DataFrame)
-        due = request.first * BLOCK_SIZE, min(size, request.stop * BLOCK_SIZE)
-        is_right = end == due[1] if is_data else due[1] <= end <= size and (end == size or not end % BLOCK_SIZE)
-        if more or frame.disk != request.disk or offset != due[0] or not is_right:
-            raise RemoteProtocolError(
-                f"the source sent {offset}+{length} of disk {frame.disk} where "
-                f"{due[0]}+{due[1] - due[0]} of disk {request.disk} was due"
+        is_right = sent == due
+        if not is_right and not is_data and request.more:
+            rest = sorted({*due}.difference(sent))
+            is_right = len(rest) + len(sent) == len(due)
+        elif not is_right and not is_data and len(sent) == 1:
+            (offset, length), end = sent[0], sum(sent[0])
+            is_right = (
+                offset == due[0][0] and length >= due[0][1] and end <= size and (end == size or not end % BLOCK_SIZE)
             )
-        return request
+        if frame.disk != request.disk or not is_right:
+            raise RemoteProtocolError(
+                f"the source sent {sent[0][0]}+{sent[0][1]} of disk {frame.disk} where "
+                f"{due[0][0]}+{due[0][1]} of disk {request.disk} was due"
+            )
+        self._due = rest
+        return None if rest else request
 
     def answered(self) -> Request:
         """Take note that what was asked for first is here, and return it."""
@@ -163,6 +216,10 @@ class FetchPlan:
     def is_done(self) -> bool:
         """Whether nothing is missing and nothing is under way."""
         return not self.asked and not any(disk.missing_bytes for disk in self._disks)
+
+
+def _request(disk: int, runs: Sequence[tuple[int, int]]) -> Request:
+    return Request(disk, *runs[0], tuple(runs[1:]))
 
 
 def hot_requests(hot: Sequence[bytes], loans: Sequence[Loan]) -> list[Request]:
@@ -198,6 +255,7 @@ class Borrowing:
         pool: BufferPool,
         offload: Offload,
         hot: Sequence[bytes] = (),
+        max_runs: int = 1,
     ) -> None:
         """Prepare to fetch what is missing of ``loans``, in the order in which the source named them.
 
@@ -207,6 +265,7 @@ class Borrowing:
             pool: gave the link its buffers.
             offload: runs calls that may sleep.
             hot: as LEND has it.
+            max_runs: as LEND has it.
 
         Raises:
             RemoteProtocolError: ``hot`` does not fit the disks.
@@ -216,7 +275,7 @@ class Borrowing:
         self._pool = pool
         self._offload = offload
         self._disks = [loan.disk for loan in loans if loan.disk is not None]
-        self._plan = FetchPlan(self._disks, hot_requests(hot, loans))
+        self._plan = FetchPlan(self._disks, hot_requests(hot, loans), max_runs)
         # The source counts all the disks that it named.
         self._wire_index = [index for index, loan in enumerate(loans) if loan.disk is not None]
         self._ahead_bytes = MIN_AHEAD_BYTES
@@ -283,8 +342,9 @@ class Borrowing:
                 request = self._plan.next()
                 if request is None:
                     break
-                self._asked_bytes += (request.stop - request.first) * BLOCK_SIZE
-                await self._link.send_message(native.Fetch(self._wire_index[request.disk], request.first, request.stop))
+                self._asked_bytes += request.n_bytes
+                disk, first, stop, more = request
+                await self._link.send_message(native.Fetch(self._wire_index[disk], first, stop, list(more)))
             if not self._plan.is_done:
                 await self._wake.wait()
 
@@ -294,8 +354,7 @@ class Borrowing:
             event = await self._offload(self._take_in)
             n_bytes = 0
             for _ in range(self._n_filled):
-                request = self._plan.answered()
-                n_bytes += (request.stop - request.first) * BLOCK_SIZE
+                n_bytes += self._plan.answered().n_bytes
             if n_bytes:
                 self._count(n_bytes)
                 self._wake.set()
@@ -325,8 +384,9 @@ class Borrowing:
             event = event._replace(disk=self._wire_index.index(event.disk))
             request = self._plan.expect(event, self._n_filled)
             self._fill(event)
-            self._n_filled += 1
-            done += (request.stop - request.first) * BLOCK_SIZE
+            if request is not None:
+                self._n_filled += 1
+                done += request.n_bytes
             if time.monotonic() >= until:
                 break
         return Need.SLICE
@@ -341,13 +401,16 @@ class Borrowing:
 
     def _fill(self, frame: native.DataFrame | native.ZeroFrame) -> None:
         disk = self._disks[frame.disk]
-        offset, length = frame.extents[0]
         if isinstance(frame, native.ZeroFrame):
-            disk.fill(None, offset, length)
+            for offset, length in frame.extents:
+                disk.fill(None, offset, length)
             return
         frame.verify()
-        disk.fill(frame.payload, offset, length)
-        self.received_bytes += length
+        at = 0
+        for offset, length in frame.extents:
+            disk.fill(frame.payload[at : at + length], offset, length)
+            at += length
+        self.received_bytes += at
         buffer = frame.payload.obj
         assert isinstance(buffer, bytearray)
         self._pool.give_back(buffer)

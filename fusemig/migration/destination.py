@@ -177,7 +177,7 @@ class DestinationMigration(IncomingMigration):
                     return
                 self._log = self._log.bind(migration=self.session[:8])
                 self._enter(MigrationPhase.POSTCOPY)
-                self._borrowing = Borrowing(self._link, loans, self._pool, self._offload, lend.hot)
+                self._borrowing = Borrowing(self._link, loans, self._pool, self._offload, lend.hot, lend.max_runs)
                 await self._borrowing.run()
                 self._enter(MigrationPhase.COMPLETED)
         except PeerRefusedError as exc:

@@ -63,6 +63,8 @@ class World:
         self.store = CrashDisk("d", map_size(SIZE), self.fate, rng)
         self.overlay_store = CrashDisk("d", map_size(SIZE), self.fate, rng)
         self.boot = 0
+        self.knows_runs = seed % 4 < 3
+        """Whether the destination asks for several runs at once, where the source takes that."""
         self.n_deaths = self.n_cuts = self.n_power_losses = 0
         self.is_repaid = False
         self.may: list[set[bytes]] = [{bytes(content[at : at + 512])} for at in range(0, SIZE, SECTOR_SIZE)]
@@ -219,8 +221,11 @@ class World:
         pool = BufferPool()
         link = NativeLink(stream, native.Decoder(native.FROM_SOURCE, preface=True), pool)
         try:
-            assert isinstance(await link.receive(), native.Lend)
-            await Borrowing(link, [Loan(None if self.is_repaid else disk, self._repay)], pool, inline).run()
+            lend = await link.receive()
+            assert isinstance(lend, native.Lend)
+            max_runs = lend.max_runs if self.knows_runs else 1
+            loans = [Loan(None if self.is_repaid else disk, self._repay)]
+            await Borrowing(link, loans, pool, inline, max_runs=max_runs).run()
         except KilledError:
             self.die()
         except BaseExceptionGroup as group:
