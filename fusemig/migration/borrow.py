@@ -98,12 +98,17 @@ class FetchPlan:
         self._due: list[tuple[int, int]] = []
         """What of the request that is being answered is still to come, as offset and length; empty between two."""
 
-    def next(self) -> Request | None:
-        """Return what to ask for now and count it as asked for; None: nothing that was not asked for is missing."""
+    def next(self, *, only_wanted: bool = False) -> Request | None:
+        """Return what to ask for now and count it as asked for; None: nothing that was not asked for is missing.
+
+        With ``only_wanted``: nothing but what a guest waits for.
+        """
         for index, disk in enumerate(self._disks):
             while (wanted := disk.wants.take()) is not None:
                 self._urgent.append(Request(index, *wanted))
-        request = self._next_of(self._urgent) or self._next_of(self._hot) or self._next_in_order()
+        request = self._next_of(self._urgent)
+        if request is None and not only_wanted:
+            request = self._next_of(self._hot) or self._next_in_order()
         if request is not None:
             self.asked.append(request)
         return request
@@ -338,10 +343,8 @@ class Borrowing:
     async def _ask(self) -> None:
         while not self._plan.is_done:
             self._wake = trio.Event()
-            while self._asked_bytes < self._ahead_bytes:
-                request = self._plan.next()
-                if request is None:
-                    break
+            # What a guest waits for goes at once, however much is asked for.
+            while request := self._plan.next(only_wanted=self._asked_bytes >= self._ahead_bytes):
                 self._asked_bytes += request.n_bytes
                 disk, first, stop, more = request
                 await self._link.send_message(native.Fetch(self._wire_index[disk], first, stop, list(more)))

@@ -342,6 +342,31 @@ async def test_a_source_that_sends_something_else_is_not_believed(what: str, aut
     assert not any(image.content)
 
 
+async def test_what_a_guest_waits_for_is_asked_for_at_once(autojump_clock: object) -> None:
+    """Also while as much is asked for as may be in advance, and nothing of that comes."""
+    image, store = MemoryDisk("d", SIZE), MemoryDisk("d", map_size(SIZE))
+    disk = BorrowedDisk(image, new_map(store, image, [(0, 150)], "boot"), Wants("d"))
+    there, back = Pipe(), Pipe()
+    source = NativeLink(
+        FaultyStream("destination", there, back), native.Decoder(native.FROM_DESTINATION, preface=False), BufferPool()
+    )
+    pool = BufferPool()
+    link = NativeLink(FaultyStream("source", back, there), native.Decoder(native.FROM_SOURCE, preface=False), pool)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Borrowing(link, [Loan(disk)], pool, inline).run)
+        assert isinstance(await source.receive(), native.Welcome)
+        assert await source.receive() == native.Fetch(0, 0, 64)
+        assert await source.receive() == native.Fetch(0, 64, 128)
+        with trio.move_on_after(1) as scope:
+            await source.receive()
+        assert scope.cancelled_caught, "that was all that is asked for in advance"
+        disk.wants._wanted.append((140, 144))
+        assert disk.wants._alarm is not None
+        disk.wants._alarm()
+        assert await source.receive() == native.Fetch(0, 140, 144)
+        nursery.cancel_scope.cancel()
+
+
 async def test_answers_that_come_together_are_taken_in_together(autojump_clock: object) -> None:
     """Each is held against what was asked for in its turn."""
     image, store = MemoryDisk("d", SIZE), MemoryDisk("d", map_size(SIZE))
