@@ -4,7 +4,8 @@
     Borrowing     keeps as much asked for as the link needs, fills what comes, and says WHOLE at the end
 
 Runs of missing blocks that are shorter than a piece are asked for together, where the source takes that (LEND says so).
-What is asked for in advance is bounded by time, not by size: a guest's own request has that much before it.
+What is asked for in advance is bounded by time, not by size: what is on its way, and as much more as a guest's own
+request may have before it. How long the way is, is seen first, from a few pieces that are asked for one by one.
 """
 
 from __future__ import annotations
@@ -36,9 +37,14 @@ PIECE_BLOCKS: Final = 64
 SEARCH_BLOCKS: Final = 4096
 """How much of a map is looked at in one go for the runs of a FETCH."""
 AHEAD_S: Final = 0.01
-"""How long the source is to be busy with what was asked for."""
+"""How long the source is to be busy with what was asked for; a guest's own request waits for that."""
+AHEAD_SHARE: Final = 0.25
+"""Or this share of the way there and back, if that is more: a guest does not notice it beside that."""
+N_DELAYS: Final = 3
+"""How many pieces are asked for one by one, to see how long the way is: the least of them counts."""
 MIN_AHEAD_BYTES: Final = 512 << 10
-MAX_AHEAD_BYTES: Final = 4 << 20
+MAX_AHEAD_BYTES: Final = 16 << 20
+"""What 1 Gbit/s has under way where a round trip takes 100 ms."""
 KEEP_INTERVAL_S: Final = 5.0
 """How often what came is made durable, so that a crash of the host does not cost more."""
 ALIVE_INTERVAL_S: Final = 5.0
@@ -283,7 +289,11 @@ class Borrowing:
         self._plan = FetchPlan(self._disks, hot_requests(hot, loans), max_runs)
         # The source counts all the disks that it named.
         self._wire_index = [index for index, loan in enumerate(loans) if loan.disk is not None]
-        self._ahead_bytes = MIN_AHEAD_BYTES
+        self._ahead_bytes = PIECE_BLOCKS * BLOCK_SIZE
+        self._slice_bytes = MIN_AHEAD_BYTES // 2
+        self._delays_s: list[float] = []
+        self._asked_at = 0.0
+        """When something was asked for with nothing under way."""
         self._asked_bytes = 0
         self._throughput = Throughput()
         self._busy_since = 0.0
@@ -345,6 +355,8 @@ class Borrowing:
             self._wake = trio.Event()
             # What a guest waits for goes at once, however much is asked for.
             while request := self._plan.next(only_wanted=self._asked_bytes >= self._ahead_bytes):
+                if not self._asked_bytes:
+                    self._asked_at = trio.current_time()
                 self._asked_bytes += request.n_bytes
                 disk, first, stop, more = request
                 await self._link.send_message(native.Fetch(self._wire_index[disk], first, stop, list(more)))
@@ -371,11 +383,11 @@ class Borrowing:
     def _take_in(self) -> native.Event | Need:
         """Receive, check and fill what is there, in a worker thread; `_n_filled` counts the answers.
 
-        It comes back after half of what is asked for in advance, so that more is asked for meanwhile.
+        It comes back after half of what is not on its way, so that more is asked for meanwhile.
         """
         done = 0
         until = time.monotonic() + SLICE_S
-        while done < self._ahead_bytes // 2:
+        while done < self._slice_bytes:
             try:
                 event = self._link.receive_shortly()
             except trio.WouldBlock:
@@ -399,8 +411,18 @@ class Borrowing:
         self._asked_bytes -= n_bytes
         self._throughput.add(n_bytes, now - self._busy_since)
         self._busy_since = now
-        ahead = int(self._throughput.per_second * AHEAD_S)
-        self._ahead_bytes = max(MIN_AHEAD_BYTES, min(MAX_AHEAD_BYTES, ahead))
+        if len(self._delays_s) < N_DELAYS:
+            self._delays_s.append(now - self._asked_at)
+            if len(self._delays_s) < N_DELAYS:
+                return
+            # What came one by one says nothing of the rate; and where that grows, an old average holds it back.
+            self._throughput = Throughput(max(0.2, min(1.0, 4 * min(self._delays_s))))
+            self._ahead_bytes = MIN_AHEAD_BYTES
+            return
+        delay_s, rate = min(self._delays_s), self._throughput.per_second
+        spare_s = max(AHEAD_S, delay_s * AHEAD_SHARE)
+        self._ahead_bytes = max(MIN_AHEAD_BYTES, min(MAX_AHEAD_BYTES, int(rate * (delay_s + spare_s))))
+        self._slice_bytes = max(MIN_AHEAD_BYTES, min(self._ahead_bytes, int(rate * spare_s))) // 2
 
     def _fill(self, frame: native.DataFrame | native.ZeroFrame) -> None:
         disk = self._disks[frame.disk]
