@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from fusemig.migration.borrow import Loan
+    from fusemig.migration.fetch_plan import Loan
     from fusemig.wire.native import AskedDisk
 
 SIZE = 12 * CHUNK_SIZE + 1536

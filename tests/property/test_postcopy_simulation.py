@@ -23,7 +23,8 @@ from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.errors import ConnectionLostError, DiskError, FusemigError
-from fusemig.migration.borrow import Borrowing, Loan
+from fusemig.migration.borrow import Borrowing
+from fusemig.migration.fetch_plan import Loan
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import BufferPool, NativeLink
 from fusemig.records.epoch import EpochFile, EpochRecord, Ownership

@@ -19,9 +19,9 @@ from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import PeerRefusedError
-from fusemig.migration.borrow import Loan
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
+from fusemig.migration.fetch_plan import Loan
 from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.joining import Gatherings
 from fusemig.migration.source import SourceMigration

@@ -24,7 +24,7 @@ from fusemig.disk.overlay_file import OverlayFile
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.errors import ConfigError, DiskError, RemoteProtocolError
 from fusemig.fuse.export import Exports
-from fusemig.migration.borrow import PIECE_BLOCKS, FetchPlan, Loan, Request, hot_requests
+from fusemig.migration.fetch_plan import PIECE_BLOCKS, FetchPlan, Loan, Request, hot_requests
 from fusemig.records.epoch import EpochRecord, Ownership
 from fusemig.wire import native
 from support.hosts import wait_until
