@@ -298,8 +298,9 @@ def test_scattered_blocks_are_asked_for_together(distance: int, n_requests: int)
     assert len(requests) == n_requests
     found = [block for request in requests for first, stop in request.runs for block in range(first, stop)]
     assert found == list(range(0, blocks, distance))
-    alone = FetchPlan([disk])
-    assert alone.next() == Request(0, 0, PIECE_BLOCKS if distance == 1 else 1), "a source that takes one run gets one"
+    for max_runs in (1, 0, -5):
+        alone = FetchPlan([disk], max_runs=max_runs)
+        assert alone.next() == Request(0, 0, PIECE_BLOCKS if distance == 1 else 1), "a source that takes one gets one"
 
 
 def test_scattered_blocks_that_a_guest_waits_for_are_asked_for_together() -> None:
