@@ -16,7 +16,7 @@ from fusemig.disk.room import Need, lack
 from fusemig.errors import AuthenticationError, FusemigError, PeerRefusedError, StateError
 from fusemig.log_context import log_fields
 from fusemig.migration.arrival import greet
-from fusemig.migration.borrow import Loan
+from fusemig.migration.fetch_plan import Loan
 from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.joining import Gatherings
 from fusemig.migration.witness import RecalledDisk

@@ -141,7 +141,6 @@ class ServedDisk:
         self.disk = TrackedDisk(self.image, gate=gate, detect_zeroes=self._detect_zeroes)
         record = self.epoch_file.record
         if record is not None and record.is_loan and record.state in (Ownership.BORROWING, Ownership.PREPARED):
-            assert isinstance(self.image, RawDisk)
             self._lay(borrowed.reopen(self.image, self._loan_path, self._store))
         self.disk.set_held(self._is_held)
         if not self.is_read_only:
@@ -151,7 +150,7 @@ class ServedDisk:
 
     def borrow(self, missing: Sequence[tuple[int, int]]) -> None:
         """Take note that runs of blocks are to be fetched once the disk is ours (`IncomingDisk.borrow`)."""
-        assert isinstance(self.image, RawDisk)
+        assert self.image is not None
         self._lay(borrowed.borrow(self.image, self._loan_path, missing, self._store))
 
     def _lay(self, loan: BorrowedDisk) -> None:
@@ -228,6 +227,12 @@ class ServedDisk:
             )
         if not self.is_waiting and self.ownership is not None and not _exists(self.path):
             raise ConfigError(f"overlay {self.path} of disk '{self.name}' is missing: restore it, and its map with it")
+        if self.ownership is not None and _exists(self.path) and not _exists(self._map_path):
+            # An image without data would be taken for a new overlay, and it may hold blocks of zeros.
+            raise ConfigError(
+                f"the map {self._map_path} of overlay {self.path} of disk '{self.name}' is missing: restore it, or "
+                f"delete the image and {self.epoch_file.path} to begin anew"
+            )
         return OverlayFile(
             self.name,
             self.path,

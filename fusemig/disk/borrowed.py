@@ -9,6 +9,18 @@ the image only if its bit is set, a bit is set only when the block is whole ther
 makes a block whole holds a claim on it, so a fetched block never overwrites a guest's. The map is an `AllocationMap`,
 so neither a kill nor a power loss can make a missing block count as here, or undo a write that was synced.
 
+The image may itself be an overlay over a base that is here (`fusemig.disk.overlay_file`), with a map of its own. "Here"
+then means: in the overlay or, where that holds nothing, in the base. The two maps never contradict each other, because
+of one order at every step, which comes of the image being asked as a whole:
+
+    a write, a fill   the block into the overlay, its bit into the overlay's map, then its bit into this one
+    a flush           the overlay's data and then its map durable, then this map
+    opening           the overlay's map is resumed, then this one
+
+So a block that counts as here is whole in the overlay, or was the base's when the disk came; were it the other way
+round, a crash in between could leave a block that counts as here and reads as the base. This way round it costs a
+fetch: what is in the overlay and not noted here is never read, and is fetched again.
+
 A request that has to wait blocks the thread that makes it; `waits_for_peer` tells beforehand, so that lanes give such
 requests threads of their own.
 """
@@ -35,6 +47,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fusemig.disk.base import Buffer
+    from fusemig.disk.overlay_file import OverlayFile
     from fusemig.succession.fdstore import FdStore
 
 PATIENCE_S: Final = 60.0
@@ -260,7 +273,9 @@ class _Away(Disk):
 # In files
 
 
-def borrow(image: RawDisk, path: Path, missing: Sequence[tuple[int, int]], kept: FdStore | None = None) -> BorrowedDisk:
+def borrow(
+    image: RawDisk | OverlayFile, path: Path, missing: Sequence[tuple[int, int]], kept: FdStore | None = None
+) -> BorrowedDisk:
     """Make the map of an image of which the runs ``missing`` of blocks are elsewhere, durably; may sleep.
 
     ``kept`` keeps the map's lock, and that a sync of it failed (`RawDisk`).
@@ -293,7 +308,7 @@ def new_map(store: Disk, image: Disk, missing: Sequence[tuple[int, int]], boot: 
     return allocation
 
 
-def reopen(image: RawDisk, path: Path, kept: FdStore | None = None) -> BorrowedDisk:
+def reopen(image: RawDisk | OverlayFile, path: Path, kept: FdStore | None = None) -> BorrowedDisk:
     """Open the map of an image that `borrow` was called for before; may sleep.
 
     Raises:

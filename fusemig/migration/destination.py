@@ -178,7 +178,7 @@ class DestinationMigration(IncomingMigration):
                     return
                 self._log = self._log.bind(migration=self.session[:8])
                 self._enter(MigrationPhase.POSTCOPY)
-                self._borrowing = Borrowing(self._link, loans, self._pool, self._offload, lend.hot)
+                self._borrowing = Borrowing(self._link, loans, self._pool, self._offload, lend.hot, lend.max_runs)
                 await self._borrowing.run()
                 self._enter(MigrationPhase.COMPLETED)
         except PeerRefusedError as exc:
@@ -342,11 +342,6 @@ class DestinationMigration(IncomingMigration):
         self._to_fetch = self._to_fetch or [[] for _ in self.disks]
         if not 0 <= missing.disk < len(self.disks) or len(missing.runs) > native.MAX_RUNS:
             raise RemoteProtocolError(f"{self.peer} sent {len(missing.runs)} missing runs of disk {missing.disk}")
-        disk = self.disks[missing.disk].disk
-        if missing.runs and isinstance(disk.image, OverlayDisk):
-            raise MigrationError(
-                f"disk '{disk.name}' is an overlay there, which cannot fetch what is missing: migrate without post-copy"
-            )
         known, end = self._to_fetch[missing.disk], n_blocks(self.disks[missing.disk].disk.size)
         for first, stop in missing.runs:
             if not (known[-1][1] if known else 0) <= first < stop <= end:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import trio
 
-    from fusemig.migration.borrow import Loan
+    from fusemig.migration.fetch_plan import Loan
     from fusemig.migration.joining import Gatherings
     from fusemig.migration.link import Offload
     from fusemig.migration.writer import IncomingDisk

@@ -118,7 +118,7 @@ class Lending:
             link = NativeLink(stream, native.Decoder(native.FROM_DESTINATION, preface=False), self._pool)
             asked = [native.AskedDisk(record.image_id, record.epoch) for record in self._records]
             hot = [struct.pack(f"<{len(disk.hot)}Q", *disk.hot) for disk in self._disks]
-            lend = native.Lend(native.VERSION, self._records[0].session, asked, hot)
+            lend = native.Lend(native.VERSION, self._records[0].session, asked, hot, native.MAX_FETCH_RUNS)
             await link.send([native.PREFACE, native.encode_message(lend)])
             answer = await link.receive(HANDSHAKE_DEADLINE_S)
             if isinstance(answer, native.Refuse):
@@ -165,7 +165,7 @@ class Lending:
         done = 0
         until = time.monotonic() + SLICE_S
         while True:
-            payload = self._unsent[-1].obj if self._unsent else None
+            payload = self._unsent[-1].obj if self._unsent else None  # of a DATA frame, which comes last
             while self._unsent:
                 try:
                     n = link.stream.send_shortly(self._unsent)
@@ -183,36 +183,56 @@ class Lending:
                 return Need.STREAM
             if not isinstance(event, native.Fetch):
                 return event
-            self._sequence += 1
-            self._unsent = self._read(event, self._sequence)
-            n_bytes = (event.stop - event.first) * BLOCK_SIZE
+            n_bytes = self._check(event) * BLOCK_SIZE
+            self._unsent = self._read(event)
             self.sent_bytes += n_bytes
             done += n_bytes
 
-    def _read(self, fetch: native.Fetch, sequence: int) -> list[memoryview]:
-        """Return the frame that answers a FETCH."""
+    def _check(self, fetch: native.Fetch) -> int:
+        """Return how many blocks are asked for."""
         if not 0 <= fetch.disk < len(self._disks):
             raise RemoteProtocolError(f"disk {fetch.disk} was asked for; there are {len(self._disks)}")
+        at = n = 0
+        for first, stop in fetch.runs:
+            if not at <= first < stop <= n_blocks(self._disks[fetch.disk].image.size):
+                raise RemoteProtocolError(f"blocks {first} to {stop} were asked for")
+            at, n = stop, n + stop - first
+        if n > native.MAX_FETCH_BLOCKS:
+            raise RemoteProtocolError(f"{n} blocks were asked for at once; at most {native.MAX_FETCH_BLOCKS}")
+        return n
+
+    def _read(self, fetch: native.Fetch) -> list[memoryview]:
+        """Return the frames that answer a FETCH, that with bytes last."""
         image = self._disks[fetch.disk].image
-        n = fetch.stop - fetch.first
-        if not (fetch.first >= 0 and 0 < n <= native.MAX_FETCH_BLOCKS and fetch.stop <= n_blocks(image.size)):
-            raise RemoteProtocolError(f"blocks {fetch.first} to {fetch.stop} were asked for")
-        offset = fetch.first * BLOCK_SIZE
-        end = min(image.size, fetch.stop * BLOCK_SIZE)
+        buffer = self._pool.take()
+        zeros, extents, filled = list[tuple[int, int]](), list[tuple[int, int]](), 0
         try:
-            hole = _hole_at(image, offset)
-            if hole >= end:
-                return [memoryview(native.encode_zero(fetch.disk, sequence, [(offset, hole - offset)]))]
-            buffer = self._pool.take()
-            view = memoryview(buffer)[: end - offset]
-            image.pread_into(view, offset)
+            for first, stop in fetch.runs:
+                offset, end = first * BLOCK_SIZE, min(image.size, stop * BLOCK_SIZE)
+                hole = _hole_at(image, offset)
+                if hole >= end:
+                    zeros.append((offset, (end if fetch.more else hole) - offset))
+                    continue
+                view = memoryview(buffer)[filled : filled + end - offset]
+                image.pread_into(view, offset)
+                if is_zero(view):
+                    zeros.append((offset, len(view)))
+                else:
+                    extents.append((offset, len(view)))
+                    filled += len(view)
         except DiskError as exc:
             raise MigrationError(f"{exc}; the destination needs it: mend the image, serving it goes on then") from exc
-        if is_zero(view):
+        frames = []
+        if zeros:
+            self._sequence += 1
+            frames.append(memoryview(native.encode_zero(fetch.disk, self._sequence, zeros)))
+        if not extents:
             self._pool.give_back(buffer)
-            return [memoryview(native.encode_zero(fetch.disk, sequence, [(offset, len(view))]))]
-        head = native.encode_data(fetch.disk, sequence, [(offset, len(view))], xxh3_64_intdigest(view), len(view))
-        return [memoryview(head), view]
+            return frames
+        self._sequence += 1
+        view = memoryview(buffer)[:filled]
+        head = native.encode_data(fetch.disk, self._sequence, extents, xxh3_64_intdigest(view), filled)
+        return [*frames, memoryview(head), view]
 
     async def _release(self) -> None:
         for disk, record in zip(self._disks, self._records, strict=True):

@@ -356,3 +356,57 @@ def test_ext4_is_mounted_while_most_is_missing(hosts: Hosts, place: Path) -> Non
         source.wait_phase("completed")
     assert destination.stop() == 0
     check_ext4(destination.images["vda"])
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["a lost link", "both killed"])
+def test_an_overlay_of_a_shared_base(hosts: Hosts, place: Path, is_killed: bool) -> None:
+    """Its file system is used at the destination before what lies above the base has come; nothing else does."""
+    base, there = place / "golden.img", place / "there.img"
+    with base.open("wb") as file:
+        file.truncate(64 * MIB)
+    run("mkfs.ext4", "-q", "-F", base)
+    with loop_device(base) as device, mounted(device, place / "golden") as tree:
+        for number in range(12):
+            (tree / f"old{number}").write_bytes(random.Random(number).randbytes(MIB))
+    run("cp", "--sparse=always", base, there)
+    source = hosts.start("source", {"vda": place / "a.img"}, bases={"vda": base})
+    with loop_device(source.file()) as device, mounted(device, place / "here") as tree:
+        for number in range(8):
+            (tree / f"new{number}").write_bytes(random.Random(50 + number).randbytes(MIB))
+        (tree / "old5").write_bytes(b"rewritten")
+    images = {"vda": place / "b.img"}
+    destination = hosts.start("destination", images, incoming="tcp:127.0.0.1:0", bases={"vda": there})
+    with FaultProxy(destination.uri) as proxy:
+        proxy.arm(FrameType.DATA, Fault.CUT, 5, bars=is_killed)
+        source.start_migrate(proxy.uri, "--mode", "postcopy", "--incremental")
+        assert proxy.struck.wait(20)
+        if is_killed:
+            wait_until(lambda: destination.disk()["state"] == "borrowing", "the hand-off")
+            assert destination.disk()["missing-bytes"] > 4 * MIB
+            uri = destination.uri
+            destination.kill()
+            source.kill()
+            pwrite(there, b"another base")
+            refused = hosts.make("other", images, incoming=uri, bases={"vda": there}).serve()
+            assert refused.exit_code == 2
+            assert "is not the one that" in refused.stderr
+            pwrite(there, bytes(12))
+            destination = hosts.start("destination", images, incoming=uri, bases={"vda": there})
+            source = hosts.start("source", source.images, bases={"vda": base})
+            proxy.is_barred = False
+        with loop_device(destination.file()) as device, mounted(device, place / "moved") as tree:
+            for number in range(0, 12, 5):
+                content = (tree / f"old{number}").read_bytes()
+                assert content == (b"rewritten" if number == 5 else random.Random(number).randbytes(MIB))
+            for number in range(0, 8, 3):
+                assert (tree / f"new{number}").read_bytes() == random.Random(50 + number).randbytes(MIB)
+            (tree / "newer").write_bytes(b"written here")
+        wait_until(lambda: source.disk()["state"] == "released", "the end of the loan")
+    with loop_device(destination.file()) as device, mounted(device, place / "at last") as tree:
+        assert (tree / "newer").read_bytes() == b"written here"
+        for number in range(8):
+            assert (tree / f"new{number}").read_bytes() == random.Random(50 + number).randbytes(MIB)
+    check_ext4(destination.file())
+    assert images["vda"].stat().st_blocks * 512 < 12 * MIB, "the base's data did not travel"
+    assert destination.stop() == 0
+    assert not loan_map(destination).exists()

@@ -17,8 +17,12 @@ from support.overlays import lay_over
 from support.pair import Pair
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
     from typing import Any
+
+    from fusemig.migration.fetch_plan import Loan
+    from fusemig.wire.native import AskedDisk
 
 SIZE = 12 * CHUNK_SIZE + 1536
 BASE_SIZE = 10 * CHUNK_SIZE
@@ -45,7 +49,7 @@ class Over:
         disk.pwrite(b"end", SIZE - 3)
 
     async def succeed(self) -> int:
-        """Migrate; return how many bytes that took."""
+        """Migrate; return how many bytes that took, over the last connection where there were two."""
         pair = self.pair
         await pair.migrate()
         assert pair.outgoing.error is None, pair.outgoing.error
@@ -144,3 +148,61 @@ async def test_everything_on_demand(tmp_path: Path, autojump_clock: trio.testing
     over = Over(tmp_path, incremental=False)
     assert await over.succeed() > BASE_SIZE - CHUNK_SIZE
     assert over.there.allocated_bytes >= SIZE
+
+
+@pytest.mark.parametrize("incremental", [None, False], ids=["thin", "as a whole"])
+async def test_the_rest_is_fetched(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, incremental: bool | None
+) -> None:
+    """Post-copy: what lies above the base and nothing else, whatever the overlay there held before."""
+    over = Over(tmp_path, incremental=incremental, is_postcopy=True)
+    over.there.pwrite(b"old" * 5000, 8 * CHUNK_SIZE)
+    over.there.pwrite(b"older", 2 * CHUNK_SIZE + 6 * BLOCK_SIZE)
+    n_bytes = await over.succeed()
+    if incremental is None:
+        assert 4 * BLOCK_SIZE < n_bytes < 6 * BLOCK_SIZE + 10_000
+        assert list(over.there.allocated(0, SIZE)) == list(over.here.allocated(0, SIZE))
+    else:
+        assert n_bytes > BASE_SIZE - CHUNK_SIZE
+        assert over.there.allocated_bytes >= SIZE
+    assert not over.there.image.pread(8 * BLOCK_SIZE, 6 * CHUNK_SIZE + BLOCK_SIZE).strip(b"\0")
+    assert not over.pair.destination.borrowed
+
+
+async def test_a_guest_is_there_before_the_rest(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Nothing of the base is waited for, nor a write of whole missing blocks; a write that cuts one is."""
+    over = Over(tmp_path, is_postcopy=True)
+    pair = over.pair
+    expected = bytearray(over.here.pread(SIZE, 0))
+    missing = 2 * CHUNK_SIZE + 5 * BLOCK_SIZE
+
+    def write(data: bytes, offset: int) -> None:
+        assert not there.waits_for_peer(offset, len(data), is_write=True)
+        there.pwrite(data, offset)
+        expected[offset : offset + len(data)] = data
+
+    there = pair.destination.disks["a"]
+    was_there = False
+    lend_out = pair.destination.loans
+
+    def loans(session: str, lent: Sequence[AskedDisk], scope: trio.CancelScope) -> list[Loan]:
+        nonlocal was_there
+        was_there = True
+        assert there.gate is Gate.OPEN
+        for offset in (CHUNK_SIZE + 5, 4 * CHUNK_SIZE + BLOCK_SIZE, 10 * CHUNK_SIZE + 8):  # the base's, and nobody's
+            assert not there.waits_for_peer(offset, 10, is_write=False)
+            assert there.pread(10, offset) == expected[offset : offset + 10]
+            write(b"new", offset)
+        assert there.waits_for_peer(missing, 1, is_write=False)
+        assert there.waits_for_peer(missing + 7, 10, is_write=True)
+        write(b"w" * BLOCK_SIZE, missing)
+        write(b"cut", missing + 7)
+        return lend_out(session, lent, scope)
+
+    pair.destination.loans = loans  # type: ignore[method-assign]
+    await pair.migrate()
+    assert pair.outgoing.error is None, pair.outgoing.error
+    assert was_there
+    assert pair.streams[0].sent_bytes < 6 * BLOCK_SIZE + 10_000
+    assert over.there.pread(SIZE, 0) == expected
+    assert pair.ownership() == ({Ownership.RELEASED}, {Ownership.OWNER})

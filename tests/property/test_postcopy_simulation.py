@@ -3,6 +3,8 @@
 A source lends an image that never changes; a destination whose stores can be killed in any call fetches it while a
 guest reads and writes there. The model knows of each sector what it may hold: after an acknowledged write one value,
 after a power loss any that it had since the last flush that was answered. A run ends when the source is told WHOLE.
+
+In every second world the disk is an overlay on both sides, and what is the base's is never missing.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ import trio
 import trio.testing
 
 from fusemig.core.units import BLOCK_SIZE, SECTOR_SIZE, n_blocks
-from fusemig.disk.allocation import AllocationMap, map_size
+from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
+from fusemig.disk.base import Extent
 from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
 from fusemig.disk.memory import MemoryDisk
+from fusemig.disk.overlay import OverlayDisk
 from fusemig.errors import ConnectionLostError, DiskError, FusemigError
-from fusemig.migration.borrow import Borrowing, Loan
+from fusemig.migration.borrow import Borrowing
+from fusemig.migration.fetch_plan import Loan
 from fusemig.migration.lend import Lending, LentDisk
 from fusemig.migration.link import BufferPool, NativeLink
 from fusemig.records.epoch import EpochFile, EpochRecord, Ownership
@@ -27,15 +32,18 @@ from fusemig.wire import native
 from support.crash import CrashDisk, Fate, KilledError
 from support.faults import KINDS, FaultyStream
 from support.pair import inline
-from support.streams import Pipe
+from support.streams import Pipe, carry, memory_connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from fusemig.disk.base import Disk
     from fusemig.migration.link import Offload
+    from support.streams import MemoryStream
 
 SIZE = 150 * BLOCK_SIZE + 1536
+BASE_SIZE = 130 * BLOCK_SIZE + 512
 N_RUNS = 40
 """And fifty times as many with ``--nightly``."""
 N_OPERATIONS = 60
@@ -46,12 +54,9 @@ class World:
 
     def __init__(self, directory: Path, seed: int) -> None:
         self.rng = rng = random.Random(seed)
-        self.origin = MemoryDisk("d", SIZE)
-        content = bytearray(rng.randbytes(SIZE))
-        for _ in range(3):
-            at = rng.randrange(n_blocks(SIZE)) * BLOCK_SIZE
-            content[at : at + 20 * BLOCK_SIZE] = bytes(len(content[at : at + 20 * BLOCK_SIZE]))
-        self.origin.content[:] = content
+        self.base = _random_base(rng) if seed % 2 else None
+        self.origin = _random_origin(rng, self.base)
+        content = self.origin.pread(SIZE, 0)
         self.epoch_file = EpochFile(directory / f"{seed}.fusemig")
         self.epoch_file.write(
             EpochRecord(state=Ownership.LENDING, image_id="i", epoch=0, session="s", peer="x", is_loan=True)
@@ -59,8 +64,11 @@ class World:
         self.fate = Fate()
         self.image = CrashDisk("d", SIZE, self.fate, rng)
         self.store = CrashDisk("d", map_size(SIZE), self.fate, rng)
+        self.overlay_store = CrashDisk("d", map_size(SIZE), self.fate, rng)
         self.boot = 0
-        self.n_deaths = self.n_cuts = 0
+        self.knows_runs = seed % 4 < 3
+        """Whether the destination asks for several runs at once, where the source takes that."""
+        self.n_deaths = self.n_cuts = self.n_power_losses = 0
         self.is_repaid = False
         self.may: list[set[bytes]] = [{bytes(content[at : at + 512])} for at in range(0, SIZE, SECTOR_SIZE)]
         """For each sector the values that it may have after a power loss."""
@@ -71,30 +79,63 @@ class World:
 
     def _take_over(self, content: bytearray) -> BorrowedDisk:
         """Some of it was sent before, and some of that is out of date."""
+        if self.base is not None:
+            write_header(self.overlay_store, SIZE, BaseIdentity(size=BASE_SIZE, digest=""))
+        top = self._open_image()
         missing = []
-        for block in range(n_blocks(SIZE)):
+        for block in self._own_blocks():
             at = block * BLOCK_SIZE
             part = content[at : at + BLOCK_SIZE]
             if self.rng.random() < 0.8:
                 missing.append((block, block + 1))
+                if self.base is not None and self.rng.random() < 0.5:
+                    continue  # nothing of it was ever sent, and there it reads as the base
                 part = bytearray(self.rng.randbytes(len(part)))
-            self.image.pwrite(part, at)
-        self.image.flush()
-        return BorrowedDisk(self.image, new_map(self.store, self.image, missing, "boot 0"), Wants("d"))
+            top.pwrite(part, at)
+        top.flush()
+        return BorrowedDisk(top, new_map(self.store, top, missing, "boot 0"), Wants("d"))
+
+    def _own_blocks(self) -> list[int]:
+        """Return the blocks that are not the base's."""
+        if not isinstance(self.origin, OverlayDisk):
+            return list(range(n_blocks(SIZE)))
+        runs = self.origin.allocated(0, SIZE)
+        return [block for at, n in runs for block in range(at // BLOCK_SIZE, n_blocks(at + n))]
+
+    def _open_image(self) -> Disk:
+        """Open what the loan lies over, as a new process does."""
+        if self.base is None:
+            return self.image
+        allocation = AllocationMap(self.overlay_store, SIZE, f"boot {self.boot}")
+        overlay = OverlayDisk(self.image, self.base, allocation)
+        allocation.begin(self.image.flush, "")
+        return overlay
 
     def die(self) -> None:
-        """The destination's process is no more; perhaps nor are its page caches."""
-        self.n_deaths += 1
-        self.fate.left = None
+        """The destination's process is no more, perhaps nor are its page caches; the next one may die as it opens."""
         if self.connection is not None:
             self.connection.close()
-        if self.rng.random() < 0.5:
-            self.boot += 1
-            for store in (self.image, self.store):
-                store.lose_power()
-            self.now = [next(iter(one)) if len(one) == 1 else None for one in self.may]
-        self.disk = BorrowedDisk(self.image, AllocationMap(self.store, SIZE, f"boot {self.boot}"), Wants("d"))
-        self.disk._allocation.begin(self.image.flush, "")
+        while True:
+            self.n_deaths += 1
+            if self.rng.random() < 0.5:
+                self.n_power_losses += 1
+                self.lose_power()
+            self.fate.left = self.rng.choice((None, None, 0, 1, 2, 3, 5))
+            try:
+                top = self._open_image()
+                disk = BorrowedDisk(top, AllocationMap(self.store, SIZE, f"boot {self.boot}"), Wants("d"))
+                disk._allocation.begin(top.flush, "")
+            except KilledError:
+                continue
+            self.fate.left = None
+            self.disk = disk
+            return
+
+    def lose_power(self) -> None:
+        self.boot += 1
+        for store in (self.image, self.store, self.overlay_store):
+            store.lose_power()
+        self.now = [next(iter(one)) if len(one) == 1 else None for one in self.may]
 
     # The guest
 
@@ -183,8 +224,11 @@ class World:
         pool = BufferPool()
         link = NativeLink(stream, native.Decoder(native.FROM_SOURCE, preface=True), pool)
         try:
-            assert isinstance(await link.receive(), native.Lend)
-            await Borrowing(link, [Loan(None if self.is_repaid else disk, self._repay)], pool, inline).run()
+            lend = await link.receive()
+            assert isinstance(lend, native.Lend)
+            max_runs = lend.max_runs if self.knows_runs else 1
+            loans = [Loan(None if self.is_repaid else disk, self._repay)]
+            await Borrowing(link, loans, pool, inline, max_runs=max_runs).run()
         except KilledError:
             self.die()
         except BaseExceptionGroup as group:
@@ -215,7 +259,36 @@ class World:
         record = EpochFile(self.epoch_file.path).record
         assert record is not None
         assert record.state is Ownership.RELEASED
-        self.check(self.image.content, 0)
+        self.fate.left = None
+        self.check(self._open_image().pread(SIZE, 0), 0)
+        self.lose_power()  # what was repaid needs the map of the loan no more
+        self.check(self._open_image().pread(SIZE, 0), 0)
+
+
+def _random_base(rng: random.Random) -> MemoryDisk:
+    base = MemoryDisk("d", BASE_SIZE)
+    base.content[:] = rng.randbytes(BASE_SIZE)
+    base.content[40 * BLOCK_SIZE : 60 * BLOCK_SIZE] = bytes(20 * BLOCK_SIZE)
+    return base
+
+
+def _random_origin(rng: random.Random, base: MemoryDisk | None) -> Disk:
+    """Return what is lent, with zeros here and there; of an overlay about half of the blocks are its own."""
+    image = MemoryDisk("d", SIZE)
+    origin: Disk = image
+    if base is None:
+        image.content[:] = rng.randbytes(SIZE)
+    else:
+        store = MemoryDisk("d", map_size(SIZE))
+        write_header(store, SIZE, BaseIdentity(size=BASE_SIZE, digest=""))
+        origin = OverlayDisk(image, base, AllocationMap(store, SIZE, "boot"))
+        for _ in range(20):
+            at = rng.randrange(n_blocks(SIZE)) * BLOCK_SIZE
+            origin.pwrite(rng.randbytes(min(SIZE - at, rng.randrange(1, 8) * BLOCK_SIZE)), at)
+    for _ in range(3):
+        at = rng.randrange(n_blocks(SIZE)) * BLOCK_SIZE
+        origin.write_zeroes(at, min(SIZE - at, 20 * BLOCK_SIZE))
+    return origin
 
 
 @pytest.fixture
@@ -236,7 +309,7 @@ def test_everything_comes_whatever_happens(tmp_path: Path, first: int) -> None:
             raise
         n_deaths += world.n_deaths
         n_cuts += world.n_cuts
-        n_power += world.boot
+        n_power += world.n_power_losses
     assert n_deaths > N_RUNS / 10
     assert n_power > N_RUNS / 30
     assert n_cuts > N_RUNS / 2
@@ -270,6 +343,67 @@ async def test_a_source_that_sends_something_else_is_not_believed(what: str, aut
             await Borrowing(link, [Loan(disk, lambda: None)], pool, inline).run()
     assert list(disk.missing(0, n_blocks(SIZE))) == [(8, 20)]
     assert not any(image.content)
+
+
+async def test_what_a_guest_waits_for_is_asked_for_at_once(autojump_clock: object) -> None:
+    """Also while as much is asked for as may be in advance, and nothing of that comes."""
+    image, store = MemoryDisk("d", SIZE), MemoryDisk("d", map_size(SIZE))
+    disk = BorrowedDisk(image, new_map(store, image, [(0, 150)], "boot"), Wants("d"))
+    there, back = Pipe(), Pipe()
+    source = NativeLink(
+        FaultyStream("destination", there, back), native.Decoder(native.FROM_DESTINATION, preface=False), BufferPool()
+    )
+    pool = BufferPool()
+    link = NativeLink(FaultyStream("source", back, there), native.Decoder(native.FROM_SOURCE, preface=False), pool)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Borrowing(link, [Loan(disk)], pool, inline).run)
+        assert isinstance(await source.receive(), native.Welcome)
+        assert await source.receive() == native.Fetch(0, 0, 64)
+        with trio.move_on_after(1) as scope:
+            await source.receive()
+        assert scope.cancelled_caught, "that was all that is asked for in advance"
+        disk.wants._wanted.append((140, 144))
+        assert disk.wants._alarm is not None
+        disk.wants._alarm()
+        assert await source.receive() == native.Fetch(0, 140, 144)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_long_way_is_kept_full(autojump_clock: object, tmp_path: Path) -> None:
+    """How much is asked for in advance grows with the way: half a MiB for each round trip would take 3.2 s here."""
+    n_bytes, bytes_per_s, delay_s = 16 << 20, 25e6, 0.05
+    image, store = MemoryDisk("d", n_bytes), MemoryDisk("d", map_size(n_bytes))
+    n = n_blocks(n_bytes)
+    disk = BorrowedDisk(image, new_map(store, image, [(0, n)], "boot"), Wants("d"))
+    epoch_file = EpochFile(tmp_path / "d.fusemig")
+    epoch_file.write(EpochRecord(state=Ownership.LENDING, image_id="i", epoch=0, session="s", is_loan=True))
+    pool = BufferPool()
+
+    async def dial() -> MemoryStream:
+        await trio.lowlevel.checkpoint()
+        ours, network = memory_connection()
+        far_network, theirs = memory_connection()
+        nursery.start_soon(carry, network, far_network, bytes_per_s, delay_s)
+        nursery.start_soon(carry, far_network, network, bytes_per_s, delay_s)
+        nursery.start_soon(borrow, theirs)
+        return ours
+
+    async def borrow(stream: MemoryStream) -> None:
+        link = NativeLink(stream, native.Decoder(native.FROM_SOURCE, preface=True), pool)
+        assert isinstance(await link.receive(), native.Lend)
+        await Borrowing(link, [Loan(disk)], pool, inline).run()
+        stream.close()
+
+    async with trio.open_nursery() as nursery:
+        lent = MemoryDisk("d", n_bytes)
+        lent.content[:] = b"x" * n_bytes
+        lent.extents = lambda offset, length: iter([Extent(offset, length, is_data=True)])  # type: ignore[method-assign]
+        began_at = trio.current_time()
+        await Lending([LentDisk("d", lent, epoch_file)], dial, inline).run()
+        took_s = trio.current_time() - began_at
+        nursery.cancel_scope.cancel()
+    assert not disk.missing_bytes
+    assert took_s < 2.4, "on the virtual clock; the link alone takes 0.7"
 
 
 async def test_answers_that_come_together_are_taken_in_together(autojump_clock: object) -> None:

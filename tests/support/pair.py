@@ -5,9 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 from xxhash import xxh3_128_hexdigest
 
+from fusemig.core.phase import MigrationPhase
+from fusemig.disk.allocation import map_size
+from fusemig.disk.borrowed import BorrowedDisk, Wants, new_map
 from fusemig.disk.dirty_file import DirtyFile
 from fusemig.disk.dirty_map import MapBase, Since, dirty_file_size
 from fusemig.disk.journal import ReceiptJournal, journal_size
@@ -17,6 +21,7 @@ from fusemig.disk.tracked import Gate, TrackedDisk
 from fusemig.errors import PeerRefusedError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.destination import DestinationMigration
+from fusemig.migration.fetch_plan import Loan
 from fusemig.migration.incoming import AwaitedDisk
 from fusemig.migration.joining import Gatherings
 from fusemig.migration.source import SourceMigration
@@ -31,9 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from fusemig.core.phase import MigrationPhase
     from fusemig.disk.base import Disk
-    from fusemig.migration.borrow import Loan
     from fusemig.migration.resume import ResumePoint
     from fusemig.wire.native import AskedDisk, DiskOffer
     from support.streams import MemoryStream
@@ -79,6 +82,8 @@ class Side:
             name: MemoryDisk(name, dirty_file_size(size)) for name, size in sizes.items()
         }
         self.dirty_files: dict[str, DirtyFile] = {}
+        self.borrowed: dict[str, BorrowedDisk] = {}
+        """What lies over the images of disks that are not all here."""
         self.suffix = ""
         """Changes every image's stamp, as a write of the bytes that are there does."""
 
@@ -141,7 +146,9 @@ class Side:
                     self.epochs[offer.name],
                     nothing,
                     open_journal,
-                    on_taken=on_taken,
+                    partial(self._borrow, offer.name),
+                    partial(self._end_loan, offer.name),
+                    on_taken,
                     is_as_released=is_proved,
                 )
             )
@@ -162,8 +169,31 @@ class Side:
             if record is not None and (record.session == session or record.image_id in image_ids)
         ]
 
+    def _borrow(self, name: str, missing: Sequence[tuple[int, int]]) -> None:
+        image = self.disks[name].image
+        allocation = new_map(MemoryDisk(name, map_size(image.size)), image, missing, "boot")
+        self.borrowed[name] = BorrowedDisk(image, allocation, Wants(name))
+        self.disks[name].replace_image(self.borrowed[name])
+
+    def _end_loan(self, name: str) -> None:
+        loan = self.borrowed.pop(name, None)
+        if loan is not None:
+            self.disks[name].replace_image(loan.image)
+
+    def _repay(self, name: str) -> None:
+        record = self.epochs[name].record
+        assert record is not None
+        assert not self.borrowed[name].missing_bytes
+        self.borrowed[name].flush()
+        self.epochs[name].write(msgspec.structs.replace(record, state=Ownership.OWNER, is_loan=False))
+        self._end_loan(name)
+
     def loans(self, session: str, lent: Sequence[AskedDisk], scope: trio.CancelScope) -> list[Loan]:
-        raise PeerRefusedError("nothing is borrowed here")
+        names = {file.record.image_id: name for name, file in self.epochs.items() if file.record is not None}
+        if any(disk.image_id not in names for disk in lent):
+            raise PeerRefusedError("that migration did not bring these disks here")
+        asked = [names[disk.image_id] for disk in lent]
+        return [Loan(self.borrowed.get(name), partial(self._repay, name)) for name in asked]
 
     def let_go(self, disks: Sequence[RecalledDisk]) -> None:
         self.busy = False
@@ -178,6 +208,7 @@ class Pair:
         self.parameters = MigrationParameters(**parameters)
         self.phases: list[MigrationPhase] = []
         self.streams: tuple[MemoryStream, MemoryStream] = memory_connection()
+        self._nursery: trio.Nursery | None = None
         self.outgoing = self._new_source()
         self.incoming: DestinationMigration | None = None
 
@@ -193,11 +224,15 @@ class Pair:
             for name, disk in self.source.disks.items()
         ]
 
-        async def connect() -> MemoryStream:
-            await trio.lowlevel.checkpoint()
-            return self.streams[0]
+        return SourceMigration(lent, self._connect, self.parameters, inline, self.phases.append, resume=resume)
 
-        return SourceMigration(lent, connect, self.parameters, inline, self.phases.append, resume=resume)
+    async def _connect(self) -> MemoryStream:
+        await trio.lowlevel.checkpoint()
+        if self.outgoing.phase is MigrationPhase.POSTCOPY:  # the connection that the disks are lent over
+            self.streams = memory_connection()
+            assert self._nursery is not None
+            self._nursery.start_soon(self._receive)
+        return self.streams[0]
 
     def renew(self, resume: ResumePoint | None = None) -> None:
         """Make a new connection and a new migration over it, which may go on with another one."""
@@ -214,9 +249,9 @@ class Pair:
 
     async def migrate(self) -> SourceMigration:
         """Run both ends to their end."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._receive)
-            nursery.start_soon(self.outgoing.run)
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._receive)
+            self._nursery.start_soon(self.outgoing.run)
         return self.outgoing
 
     async def _receive(self) -> None:

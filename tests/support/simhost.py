@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fusemig.disk.overlay_file import OverlayFile
     from fusemig.disk.raw import RawDisk
     from fusemig.disk.tracked import TrackedDisk
-    from fusemig.migration.borrow import Loan
+    from fusemig.migration.fetch_plan import Loan
     from fusemig.migration.incoming import AwaitedDisk
     from fusemig.net.transport import ByteStream
     from fusemig.records.epoch import EpochRecord, Ownership

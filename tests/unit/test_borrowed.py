@@ -22,11 +22,12 @@ from fusemig.disk.allocation import AllocationMap, map_size
 from fusemig.disk.base import Disk, Extent
 from fusemig.disk.borrowed import BorrowedDisk, Wants, borrow, new_map, reopen
 from fusemig.disk.memory import MemoryDisk
+from fusemig.disk.overlay_file import OverlayFile
 from fusemig.disk.raw import RawDisk, create_image
 from fusemig.disk.tracked import Gate
-from fusemig.errors import DiskError, RemoteProtocolError
+from fusemig.errors import ConfigError, DiskError, RemoteProtocolError
 from fusemig.fuse.export import Exports
-from fusemig.migration.borrow import PIECE_BLOCKS, FetchPlan, Loan, Request, hot_requests
+from fusemig.migration.fetch_plan import PIECE_BLOCKS, FetchPlan, Loan, Request, hot_requests
 from fusemig.qmp.block import IoStatus
 from fusemig.records.epoch import EpochRecord, Ownership
 from fusemig.wire import native
@@ -163,12 +164,16 @@ def test_what_does_not_come_is_an_error(end: str) -> None:
 # What to ask for
 
 
-@pytest.mark.parametrize("lost", ["image", "map", None])
+@pytest.mark.parametrize("lost", ["image", "map", None, "overlay", "overlay-map", "map over an overlay"])
 def test_a_failed_sync_stays_failed_for_every_successor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str | None
 ) -> None:
-    """Of the image or of its map; what has come and what guests wrote is here all the same, and the rest is fetched."""
-    create_image(tmp_path / "image", SIZE)
+    """Of the image or of a map; what has come and what guests wrote is here all the same, and the rest is fetched."""
+    if lost is not None and "overlay" in lost:
+        create_image(tmp_path / "base", SIZE)
+        lost = lost.split()[0]
+    else:
+        create_image(tmp_path / "image", SIZE)
     stores = [Keeper()]
     disks = [borrow(open_image(tmp_path, stores[0]), tmp_path / "map", [(3, 9)], stores[0])]
     disks[0].pwrite(b"g" * BLOCK_SIZE, 3 * BLOCK_SIZE)
@@ -195,8 +200,11 @@ def test_a_failed_sync_stays_failed_for_every_successor(
         assert store.kept == {}
 
 
-def open_image(directory: Path, store: Keeper) -> RawDisk:
-    """Open the image of a directory."""
+def open_image(directory: Path, store: Keeper) -> RawDisk | OverlayFile:
+    """Open the image of a directory, which is an overlay if there is a base."""
+    if (directory / "base").exists():
+        paths = (directory / name for name in ("overlay", "base", "overlay-map"))
+        return OverlayFile("d", *paths, store=store)
     return RawDisk("d", directory / "image", store=store, role="image")
 
 
@@ -204,9 +212,18 @@ def disks_with(runs: list[tuple[int, int]]) -> list[BorrowedDisk]:
     return [borrowed(runs), borrowed([], size=BLOCK_SIZE), borrowed([(0, 1)], size=BLOCK_SIZE)]
 
 
+def spans(request: Request, disk: BorrowedDisk) -> list[tuple[int, int]]:
+    return [
+        (first * BLOCK_SIZE, min(disk.size, stop * BLOCK_SIZE) - first * BLOCK_SIZE) for first, stop in request.runs
+    ]
+
+
 def zero(request: Request, disk: BorrowedDisk) -> native.ZeroFrame:
-    offset = request.first * BLOCK_SIZE
-    return native.ZeroFrame(request.disk, 1, [(offset, min(disk.size, request.stop * BLOCK_SIZE) - offset)])
+    return native.ZeroFrame(request.disk, 1, spans(request, disk))
+
+
+def data_of(disk: int, extents: list[tuple[int, int]]) -> native.DataFrame:
+    return native.DataFrame(disk, 1, extents, memoryview(bytearray(sum(n for _, n in extents))), b"", 0)
 
 
 @given(st.sets(st.integers(0, BLOCKS - 1)), st.data())
@@ -214,7 +231,8 @@ def test_every_missing_block_is_asked_for_once_and_nothing_else(blocks: set[int]
     """Whatever guests want, write or have fetched meanwhile, and in whatever order answers come in between."""
     disks = disks_with([(block, block + 1) for block in sorted(blocks)])
     hot = data.draw(st.lists(st.integers(0, BLOCKS - 1), max_size=4))
-    plan = FetchPlan(disks, [Request(0, first, min(BLOCKS, first + 9)) for first in hot])
+    max_runs = data.draw(st.sampled_from([1, 3, 64]))
+    plan = FetchPlan(disks, [Request(0, first, min(BLOCKS, first + 9)) for first in hot], max_runs)
     asked = set[tuple[int, int]]()
     while not plan.is_done:
         what = data.draw(st.sampled_from(["ask", "ask", "answer", "want", "write"]))
@@ -224,15 +242,21 @@ def test_every_missing_block_is_asked_for_once_and_nothing_else(blocks: set[int]
         elif what == "write":
             disks[0].pwrite(bytes(BLOCK_SIZE), data.draw(st.integers(0, BLOCKS - 2)) * BLOCK_SIZE)
         elif what == "ask" and (request := plan.next()) is not None:
-            assert 0 < request.stop - request.first <= PIECE_BLOCKS
-            new = {(request.disk, block) for block in range(request.first, request.stop)}
+            assert len(request.runs) <= max_runs
+            new = {(request.disk, block) for first, stop in request.runs for block in range(first, stop)}
+            assert 0 < len(new) <= PIECE_BLOCKS
             assert not new & asked
             asked |= new
         elif plan.asked:
             head = plan.asked[0]
-            frame = zero(head, disks[head.disk])
-            assert plan.expect(frame) == head
-            disks[head.disk].fill(None, *frame.extents[0])
+            zeros = [span for span in spans(head, disks[head.disk]) if data.draw(st.booleans())]
+            rest = [span for span in spans(head, disks[head.disk]) if span not in zeros]
+            if zeros:
+                assert plan.expect(native.ZeroFrame(head.disk, 1, zeros)) == (None if rest else head)
+            if rest:
+                assert plan.expect(data_of(head.disk, rest)) == head
+            for span in (*zeros, *rest):
+                disks[head.disk].fill(None, *span)
             plan.answered()
     assert asked <= {(2, 0), *((0, block) for block in blocks)}
     assert not any(disk.missing_bytes for disk in disks)
@@ -260,6 +284,65 @@ def test_a_piece_of_a_large_disk_is_found_as_fast_as_one_of_a_small_disk() -> No
     assert requests[9:11] == [Request(0, 576, 640), Request(0, blocks - 640, blocks - 576)]
     assert plan.next() is None
     assert counting.n_looks <= 4 * len(requests)
+
+
+@pytest.mark.parametrize(("distance", "n_requests"), [(2, 10), (40_000, 10), (1, 10)])
+def test_scattered_blocks_are_asked_for_together(distance: int, n_requests: int) -> None:
+    """As many as one piece has, however far apart they lie; the source is asked for no more at once than ever."""
+    blocks = 640 * distance
+    image, store = MemoryDisk("d", 0), MemoryDisk("d", map_size(blocks * BLOCK_SIZE))
+    image.size = blocks * BLOCK_SIZE
+    missing = [(at, at + 1) for at in range(0, blocks, distance)]
+    disk = BorrowedDisk(image, new_map(store, image, missing, "boot"), Wants("d"))
+    plan = FetchPlan([disk], max_runs=native.MAX_FETCH_RUNS)
+    requests = []
+    while (request := plan.next()) is not None:
+        assert request.n_bytes == PIECE_BLOCKS * BLOCK_SIZE
+        requests.append(request)
+    assert len(requests) == n_requests
+    found = [block for request in requests for first, stop in request.runs for block in range(first, stop)]
+    assert found == list(range(0, blocks, distance))
+    for max_runs in (1, 0, -5):
+        alone = FetchPlan([disk], max_runs=max_runs)
+        assert alone.next() == Request(0, 0, PIECE_BLOCKS if distance == 1 else 1), "a source that takes one gets one"
+
+
+def test_scattered_blocks_that_a_guest_waits_for_are_asked_for_together() -> None:
+    """What of a wanted range does not fit is asked for next, before the rest; what is on its way is left out."""
+    disk = borrowed([(at, at + 1) for at in range(0, 60, 2)])
+    plan = FetchPlan([disk], max_runs=4)
+    assert plan.next() == Request(0, 0, 1, ((2, 3), (4, 5), (6, 7)))
+    disk.wants._wanted.append((4, 20))
+    assert plan.next() == Request(0, 8, 9, ((10, 11), (12, 13), (14, 15)))
+    assert plan.next() == Request(0, 16, 17, ((18, 19),))
+    assert plan.next() == Request(0, 20, 21, ((22, 23), (24, 25), (26, 27)))
+
+
+def test_an_answer_to_several_runs_is_held_against_all_of_them() -> None:
+    """Zeros, then bytes; together they are what was asked for, and nothing else is."""
+    plan = FetchPlan([borrowed([(4, 6), (8, 9), (BLOCKS - 1, BLOCKS)])], max_runs=8)
+    request = plan.next()
+    assert request == Request(0, 4, 6, ((8, 9), (BLOCKS - 1, BLOCKS)))
+    one, two, three = (4 * BLOCK_SIZE, 2 * BLOCK_SIZE), (8 * BLOCK_SIZE, BLOCK_SIZE), (SIZE - 512, 512)
+    for wrong in (
+        data_of(0, [one, two]),
+        data_of(0, [one, two, (three[0], 4096)]),
+        data_of(1, [one, two, three]),
+        native.ZeroFrame(0, 1, [(4 * BLOCK_SIZE, BLOCK_SIZE)]),
+        native.ZeroFrame(0, 1, [(4 * BLOCK_SIZE, 5 * BLOCK_SIZE)]),
+        native.ZeroFrame(0, 1, [one, (10 * BLOCK_SIZE, BLOCK_SIZE)]),
+        native.ZeroFrame(0, 1, [(8 * BLOCK_SIZE, SIZE - 8 * BLOCK_SIZE)]),
+    ):
+        with pytest.raises(RemoteProtocolError, match="was due"):
+            plan.expect(wrong)
+    assert plan.expect(native.ZeroFrame(0, 1, [two])) is None
+    for wrong in (native.ZeroFrame(0, 2, [two]), data_of(0, [one]), data_of(0, [one, two, three])):
+        with pytest.raises(RemoteProtocolError, match="was due"):
+            plan.expect(wrong)
+    assert plan.expect(data_of(0, [one, three])) == request
+    plan.answered()
+    with pytest.raises(RemoteProtocolError, match="nobody asked"):
+        plan.expect(native.ZeroFrame(0, 3, [one]))
 
 
 def test_what_a_guest_waits_for_goes_first() -> None:
@@ -406,6 +489,69 @@ def test_a_failed_sync_is_shown_wherever_it_failed(
     assert shown == ((False, IoStatus.OK) if lost is None else (True, IoStatus.FAILED))
     assert (lost or "None") in str(served.io_error)
     served.close()
+
+
+@pytest.fixture
+def overlay_spec(tmp_path: Path) -> DiskSpec:
+    """Leave a destination's overlay of which two blocks are missing, and one came; its base is full of 0xBB."""
+    spec = DiskSpec("d", tmp_path / "d.img", base=tmp_path / "golden.img")
+    (tmp_path / "golden.img").write_bytes(b"\xbb" * SIZE)
+    with closing(ServedDisk(spec, Exports(), None, is_incoming=True)) as served:
+        served.receive(native.DiskOffer("d", SIZE, "i", 0), "5e55", "peer").image.write_zeroes(0, BLOCK_SIZE)
+        served.borrow([(3, 5)])
+        record = EpochRecord(state=Ownership.PREPARED, image_id="i", epoch=1, session="5e55", is_loan=True)
+        served.epoch_file.write(record)
+    return spec
+
+
+def test_an_overlay_that_is_not_all_here_is_opened_again(overlay_spec: DiskSpec) -> None:
+    """Prepared, then ours, then repaid; each time as it was left."""
+    for state in (Ownership.PREPARED, Ownership.BORROWING):
+        with closing(ServedDisk(overlay_spec, Exports(), None, is_incoming=True)) as served:
+            assert served.ownership is state
+            assert served.loan is not None
+            assert list(served.loan.missing(0, BLOCKS)) == [(3, 5)]
+            assert served.is_writable is (state is Ownership.BORROWING)
+            record = served.epoch_file.record
+            assert record is not None
+            served.epoch_file.write(record.taken() if state is Ownership.PREPARED else record)
+    with closing(ServedDisk(overlay_spec, Exports(), None, is_incoming=True)) as served:
+        loan = served.loan
+        assert served.disk is not None
+        assert loan is not None
+        served.disk.pwrite(b"w" * BLOCK_SIZE, 4 * BLOCK_SIZE)
+        loan.fill(memoryview(bytearray(b"f" * 2 * BLOCK_SIZE)), 3 * BLOCK_SIZE, 2 * BLOCK_SIZE)
+        served.disk.pwrite(b"cut", 8 * BLOCK_SIZE + 1)
+        served.repay()
+        assert (served.ownership, served.loan) == (Ownership.OWNER, None)
+    assert not overlay_spec.path.with_name("d.img.fusemig-loan").exists()
+    with closing(ServedDisk(overlay_spec, Exports(), None, is_incoming=False)) as served:
+        assert served.disk is not None
+        found = served.disk.pread(SIZE, 0)
+    parts = [b"\0" * BLOCK_SIZE, b"\xbb" * 2 * BLOCK_SIZE, b"f" * BLOCK_SIZE, b"w" * BLOCK_SIZE, b"\xbb" * SIZE]
+    expected = bytearray(b"".join(parts)[:SIZE])
+    expected[8 * BLOCK_SIZE + 1 : 8 * BLOCK_SIZE + 4] = b"cut"
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("gone", "match"),
+    [
+        ("d.img.fusemig-loan", "the map of what is missing, .* is gone"),
+        ("d.img.fusemig-map", "the map .*fusemig-map of overlay .* is missing: restore it"),
+        ("golden.img", "does not exist: name the image that the overlay lies over"),
+        ("", "its contents differ"),
+    ],
+    ids=["the loan's map", "the overlay's map", "the base", "the base's contents"],
+)
+def test_an_overlay_that_lacks_what_it_needs_is_not_served(overlay_spec: DiskSpec, gone: str, match: str) -> None:
+    """Of the image alone, which holds no data yet, nobody could tell which bytes are the disk's."""
+    if gone:
+        overlay_spec.path.with_name(gone).unlink()
+    else:
+        overlay_spec.path.with_name("golden.img").write_bytes(b"\xbc" * SIZE)
+    with pytest.raises(ConfigError, match=match):
+        ServedDisk(overlay_spec, Exports(), None, is_incoming=True)
 
 
 class Vast(Disk):

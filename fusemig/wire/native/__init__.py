@@ -42,6 +42,7 @@ from fusemig.wire.native.messages import HAVE_VALUES as HAVE_VALUES
 from fusemig.wire.native.messages import KEEP_RUNS as KEEP_RUNS
 from fusemig.wire.native.messages import MAX_DISK_RUNS as MAX_DISK_RUNS
 from fusemig.wire.native.messages import MAX_FETCH_BLOCKS as MAX_FETCH_BLOCKS
+from fusemig.wire.native.messages import MAX_FETCH_RUNS as MAX_FETCH_RUNS
 from fusemig.wire.native.messages import MAX_HOT as MAX_HOT
 from fusemig.wire.native.messages import MAX_RUNS as MAX_RUNS
 from fusemig.wire.native.messages import POSTCOPY as POSTCOPY

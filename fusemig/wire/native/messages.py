@@ -22,6 +22,8 @@ MAX_HOT: Final = 8192
 """Most chunks that a LEND names, of all its disks."""
 MAX_FETCH_BLOCKS: Final = CHUNK_SIZE // BLOCK_SIZE
 """Most blocks of a FETCH."""
+MAX_FETCH_RUNS: Final = MAX_FETCH_BLOCKS
+"""Most runs of a FETCH: each is an extent of the frame that answers it."""
 DELTA: Final = "delta"
 """The feature of a destination that can say what it has of a disk that was here before: it knows KEEP to LIKE."""
 THIN: Final = "thin"
@@ -257,17 +259,27 @@ class Lend(msgspec.Struct, frozen=True):
     """Known by their place here from now on."""
     hot: list[bytes] = []
     """Of each disk, if not empty, the chunks that are best fetched first, in order; 64 bits each, little-endian."""
+    max_runs: int = 1
+    """Most runs of a FETCH that this source answers."""
 
 
-class Fetch(msgspec.Struct, frozen=True):
-    """Send the 4 KiB blocks ``first`` to ``stop - 1`` of a disk in one frame, which may tell of more zeros than that.
+class Fetch(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Send the 4 KiB blocks ``first`` to ``stop - 1`` of a disk, and ``more`` runs of it.
 
-    They are answered in the order in which they come.
+    They are answered in the order in which they come. One run is answered in one frame, which may tell of more zeros
+    than that. Of several, those that read as zeros come first, in a ZERO of them, and then the others in a DATA.
     """
 
     disk: int
     first: int
     stop: int
+    more: list[tuple[int, int]] = []
+    """First block and the one after the last of each further run, ascending; only where LEND allows it."""
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """All runs."""
+        return [(self.first, self.stop), *self.more]
 
 
 class Whole(msgspec.Struct, frozen=True):
