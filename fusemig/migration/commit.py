@@ -369,14 +369,18 @@ class OutgoingHandoff:
         reset the connection, and it might never see the reason.
         """
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-            try:
-                await link.send_message(native.Abort(reason))
-            except FusemigError as exc:
-                self._log.info("the destination could not be told", reason=str(exc))
-                return
-            with suppress(FusemigError):
-                while link.aborted is None:
-                    await link.receive()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._hear_abort, link)  # also while the way there is full: that one may be, too
+                try:
+                    await link.send_message(native.Abort(reason))
+                except FusemigError as exc:
+                    self._log.info("the destination could not be told", reason=str(exc))
+                    nursery.cancel_scope.cancel()
+
+    async def _hear_abort(self, link: NativeLink) -> None:
+        with suppress(FusemigError):
+            while link.aborted is None:
+                await link.receive()
 
     def _difference(self, ours: Sequence[native.DiskProof], theirs: Sequence[native.DiskProof]) -> str:
         if len(ours) != len(theirs):

@@ -160,7 +160,7 @@ class NativeLink:
         self._pace = Pace(stream.peer)
         self._n_received = self._n_frames = 0
         self._unsent: list[memoryview] = []
-        """The rest of a frame of `try_send`, which goes before whatever is sent next."""
+        """The rest of a frame of `try_send` or of a block (`end_frame`), which goes before whatever is sent next."""
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         """Send buffers that together are whole frames.
@@ -228,8 +228,9 @@ class NativeLink:
         yield
         self.end_frame()
 
-    def end_frame(self) -> None:
-        """Say that the frames of the present block are whole, although it may not end."""
+    def end_frame(self, rest: Sequence[memoryview] = ()) -> None:
+        """Say that the frames of the present block are whole, but for ``rest``, although the block may not end."""
+        self._unsent += rest
         self._is_broken = False
 
     def _check_whole(self) -> None:

@@ -9,15 +9,14 @@ What is sent and not acknowledged is bounded by a window, a small one while gues
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
 from fusemig.core.convergence import RateLimit
-from fusemig.errors import FusemigError, RemoteProtocolError
+from fusemig.errors import RemoteProtocolError
 from fusemig.migration.link import SLICE_BYTES, Need
 from fusemig.migration.order import HeatOrder, Order
 from fusemig.migration.packing import PackingWatch
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
     from fusemig.migration.meter import Meter
     from fusemig.migration.pacer import Pacer
     from fusemig.migration.stats import MigrationParameters
-
-_LAST_FRAME_S: Final = 0.5
-"""How long a migration that ends may go on sending the frame that it was in."""
 
 
 @dataclass
@@ -146,7 +142,7 @@ class NativePasses:
         self._on_progress()
 
     async def _run_slice(self, run_slice: Callable[[int], Need], limit_bytes: int, watch: PackingWatch) -> Need:
-        """Send a slice, to the end of a frame; also if it is cancelled, as far as that is possible in time."""
+        """Send a slice, to the end of a frame; if it is cancelled, the rest goes before what is sent next."""
         link = self._link
         async with link.sending, link.frame():
             need: Need = await self._offload(run_slice, limit_bytes)
@@ -156,13 +152,8 @@ class NativePasses:
                         await link.stream.wait_writable()
                     need = await self._offload(run_slice, 0)
             except trio.Cancelled:
-                # Behind half a frame the destination could not be told why it ends.
-                deadline = trio.current_time() + _LAST_FRAME_S
-                with trio.CancelScope(shield=True, deadline=deadline), suppress(FusemigError):
-                    while need is Need.STREAM:
-                        await link.stream.wait_writable()
-                        need = await self._offload(run_slice, 0)
-                    link.end_frame()
+                # Behind half a frame the destination could not be told why this ends; nobody waits here for the rest.
+                link.end_frame(self.sender.take_rest())
                 raise
         return need
 

@@ -173,6 +173,11 @@ class PassSender:
             self._pool.give_back(payload)
         return True
 
+    def take_rest(self) -> list[memoryview]:
+        """Return what is left of the batch that was being sent, for somebody else to send; no slice may follow."""
+        rest, self._rest = self._rest, []
+        return rest
+
     @property
     def n_read_done(self) -> int:
         """How many frames are read and not wholly sent."""

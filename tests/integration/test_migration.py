@@ -16,6 +16,7 @@ from fusemig.disk.tracked import Gate
 from fusemig.errors import ConnectionLostError, DiskError, GateClosedError, PeerRefusedError, StateError
 from fusemig.records.epoch import Ownership
 from fusemig.wire import native
+from support import streams
 from support.pair import Pair
 from support.streams import carry, memory_connection
 
@@ -150,11 +151,17 @@ async def test_cancel_before_the_commit(tmp_path: Path, autojump_clock: trio.tes
         pair.outgoing.cancel()
 
 
+@pytest.mark.parametrize("capacity", [streams.CAPACITY, 1], ids=["", "in mid-frame"])
 @pytest.mark.parametrize("n_sent", range(3, 20))
 async def test_the_destination_hears_why_the_source_ends(
-    tmp_path: Path, n_sent: int, autojump_clock: trio.testing.MockClock
+    tmp_path: Path,
+    n_sent: int,
+    capacity: int,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Cancelled at any piece of the bulk phase, with acknowledgements under way: not just a lost connection."""
+    monkeypatch.setattr(streams, "CAPACITY", capacity)
     pair = Pair(tmp_path, TWO_DISKS)
     fill(pair)
     pieces = iter(range(n_sent))
