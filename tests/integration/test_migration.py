@@ -153,7 +153,7 @@ async def test_cancel_before_the_commit(tmp_path: Path, autojump_clock: trio.tes
 async def test_the_destination_hears_why_the_source_ends(
     tmp_path: Path, n_sent: int, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Cancelled at any piece of its bulk phase, with acknowledgements under way: it does not just lose the connection."""
+    """Cancelled at any piece of the bulk phase, with acknowledgements under way: not just a lost connection."""
     pair = Pair(tmp_path, TWO_DISKS)
     fill(pair)
     pieces = iter(range(n_sent))
