@@ -1,7 +1,7 @@
 """The image that `Dockerfile` builds, in containers that the commands of `docs/recipes.md` start.
 
-Needs podman, which stands in for docker, and debootstrap, which makes what the registry calls debian:bookworm-slim.
-Everything lies in the test's directory, and runs in namespaces that end with the shell.
+Needs podman (with crun and catatonit), which stands in for docker, and debootstrap, which makes what the registry calls
+debian:bookworm-slim. Everything lies in the test's directory, and runs in namespaces that end with the shell.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
 """What this machine trusts, where it has it in one file: its network may sign for the package index."""
 
 BASE = "docker.io/library/debian:bookworm-slim"
-NEEDED = ("podman", "crun", "debootstrap")
+NEEDED = ("podman", "crun", "catatonit", "debootstrap")
 
 STAND_IN = f"""
 debootstrap --variant=minbase bookworm base
