@@ -43,8 +43,9 @@ def install_docker(place: Path) -> Path:
     """Put a program ``docker`` into a directory, and return that."""
     volumes = ""
     if AUTHORITIES.exists():
-        (place / "pip.conf").write_text(f"[global]\ncert = {AUTHORITIES}\n")
-        volumes = f"--volume {AUTHORITIES}:{AUTHORITIES}:ro --volume {place}/pip.conf:/etc/pip.conf:ro"
+        # Not by its own name, which the package ca-certificates writes.
+        (place / "pip.conf").write_text("[global]\ncert = /etc/pip.pem\n")
+        volumes = f"--volume {AUTHORITIES}:/etc/pip.pem:ro --volume {place}/pip.conf:/etc/pip.conf:ro"
     directory = place / "bin"
     directory.mkdir()
     (directory / "docker").write_text(DOCKER.format(place=place, volumes=volumes))
