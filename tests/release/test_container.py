@@ -21,6 +21,13 @@ AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
 BASE = "docker.io/library/debian:bookworm-slim"
 NEEDED = ("podman", "crun", "catatonit", "debootstrap")
 
+OWN_STATE = """
+for state in /run/crun /run/libpod /var/lib/containers; do
+    mkdir -p $state && mount -t tmpfs engine $state
+done
+"""
+"""What the engine keeps outside of the directories that it is told."""
+
 STAND_IN = f"""
 debootstrap --variant=minbase bookworm base
 tar --create --directory base . | docker import - {BASE}
@@ -67,6 +74,7 @@ def test_a_disk_moves_from_one_container_to_another(tmp_path: Path) -> None:
     authority = f"mkdir authority && (cd authority\n{script('docs/security.md', 'authority')})"
     steps = [
         docker,
+        OWN_STATE,
         "ip link set lo up",
         "umount /sys/fs/cgroup/unified 2> /dev/null || true",  # crun refuses a hybrid of v1 and v2; no cgroup is used
         "mkdir -p host1/pki host2/pki",
@@ -76,7 +84,7 @@ def test_a_disk_moves_from_one_container_to_another(tmp_path: Path) -> None:
         script("docs/recipes.md", "container"),
     ]
     try:
-        built = run_script(f"{docker}\n{STAND_IN}\n{image}", tmp_path, deadline_s=900)
+        built = run_script(f"{docker}\n{OWN_STATE}\n{STAND_IN}\n{image}", tmp_path, deadline_s=900)
         assert built.returncode == 0, built.stdout
         moved = run_script("\n".join(steps), tmp_path, network=True)
     finally:
