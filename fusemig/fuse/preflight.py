@@ -93,6 +93,10 @@ def is_allow_other_allowed(config: Path = FUSE_CONFIG) -> bool:
 def _check_mountpoint(mountpoint: Path) -> None:
     try:
         mode = mountpoint.stat().st_mode
+        is_mounted = os.path.ismount(mountpoint)
+        if is_mounted and stat.S_ISDIR(mode):
+            with contextlib.suppress(PermissionError):
+                os.scandir(mountpoint).close()  # stat may be answered from the attributes that a dead mount left behind
     except OSError as exc:
         hint = {
             errno.ENOENT: f"create it (mkdir -p {mountpoint})",
@@ -101,7 +105,7 @@ def _check_mountpoint(mountpoint: Path) -> None:
         raise FuseUnavailableError(f"cannot mount at {mountpoint}: {exc.strerror}; {hint}") from exc
     if not stat.S_ISDIR(mode):
         raise FuseUnavailableError(f"cannot mount at {mountpoint}: it is not a directory; name an empty directory")
-    if os.path.ismount(mountpoint):
+    if is_mounted:
         raise FuseUnavailableError(
             f"cannot mount at {mountpoint}: something is mounted there already; unmount it, or name another directory"
         )

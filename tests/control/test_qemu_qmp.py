@@ -136,6 +136,9 @@ BAD_INPUTS = [
     '{"execute":"a","execute":"b"}',
 ]
 
+LATER_TEXTS = {"need either 'uri' or 'channels' argument": "Parameter 'uri' is missing"}
+"""What later versions say in place of 7.2's text: since 8.2 `channels` may take the place of ``uri``."""
+
 
 @pytest.mark.qemu
 async def test_errors_are_qemus(sock: Path) -> None:
@@ -159,6 +162,9 @@ async def test_errors_are_qemus(sock: Path) -> None:
     qemus = [json.loads(line) for line in expected.splitlines()][1 : len(ours) + 1]
     for reply in ours:
         reply.get("error", {}).pop("x-fusemig-kind", None)
+    for reply in qemus:
+        if "error" in reply:
+            reply["error"]["desc"] = LATER_TEXTS.get(reply["error"]["desc"], reply["error"]["desc"])
     assert ours == qemus
     assert len(ours) == len(BAD_INPUTS)
 

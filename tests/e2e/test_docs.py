@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
 import subprocess
-import sys
-from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -17,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from support.hosts import MIB, write_random
-from support.pages import ROOT, blocks, calls, outlines, pages, script, unknown_words
+from support.pages import ROOT, blocks, calls, outlines, pages, run_script, script, unknown_words
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-DEADLINE_S = 80
-ALONE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc") if os.geteuid() == 0 else ()
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces and loop devices need root")
 
@@ -48,36 +42,8 @@ NOT_RUN = {
         "tests/e2e/test_resilience.py"
     ),
     "install -m 644 tools/systemd/fusemig@.service /etc/systemd/system/": "needs systemd; tests/e2e/test_systemd.py",
-    "docker build -t fusemig .": "needs an engine",
 }
 """Blocks of commands that no test runs as they stand, by their first line: why, or which test does the same."""
-
-
-def run_script(text: str, directory: Path, *, network: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run commands as somebody would who types them, up to the first that fails.
-
-    As root in namespaces of their own, so that their mounts and daemons end with the shell.
-    """
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with subprocess.Popen(
-        [*ALONE, *(["--net"] if network else []), "bash", "-c", f"set -euo pipefail\n{text}"],
-        cwd=directory,
-        env=os.environ | {"PATH": path, "XDG_CONFIG_HOME": "/nonexistent"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=DEADLINE_S)
-        except subprocess.TimeoutExpired as exc:
-            pytest.fail(f"it hangs:\n{(exc.output or b'').decode()}")
-        finally:
-            if process.poll() is None or process.returncode:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)  # daemons in the background unmount
-    return subprocess.CompletedProcess([], process.returncode, output, "")
 
 
 @pytest.mark.fuse
@@ -188,7 +154,7 @@ def test_every_command_is_run_or_has_a_reason() -> None:
         "README.md": {"host1", "host2"},
         "docs/doctor.md": {"host1"},
         "docs/security.md": {"authority"},
-        "docs/recipes.md": {"loop", "qcow2", "postgres"},
+        "docs/recipes.md": {"loop", "qcow2", "postgres", "image", "container"},  # these two: tests/release
     }
     left = set(NOT_RUN)
     for page in pages():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import socket
 import subprocess
 from typing import TYPE_CHECKING
@@ -222,6 +224,19 @@ def test_an_image_is_served_once(hosts: Hosts, place: Path) -> None:
     )
     assert hosts.make("second", {"vda": image}).serve() == (2, "", expected)
     assert_unharmed(first)
+
+
+def test_a_mount_that_a_killed_daemon_left_is_told_from_one_that_lives(hosts: Hosts, place: Path) -> None:
+    """Also where the kernel still knows the attributes of its root: what to do about it is another thing."""
+    host = hosts.start("host", {"vda": write_random(place / "a.img", MIB)})
+    host.mount.stat()
+    os.kill(host.pid, signal.SIGKILL)
+    assert host.wait() == -signal.SIGKILL
+    done = host.serve()
+    assert done.exit_code == 3
+    assert done.stderr.endswith(f"a dead mount is left there: unmount it (fusermount3 -u -z {host.mount})\n")
+    host.kill()
+    assert_unharmed(host.start())
 
 
 def test_an_incomplete_image_is_not_served(hosts: Hosts) -> None:

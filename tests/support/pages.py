@@ -8,13 +8,19 @@ block, and `tests/e2e/test_docs.py` has a reason for it. Indented blocks are out
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import pytest
 
 from fusemig.cli.main import cli
 
@@ -24,6 +30,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```sh ?(?P<mark>[a-z0-9-]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+DEADLINE_S = 80
+ALONE = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc") if os.geteuid() == 0 else ()
 
 
 @dataclass(frozen=True)
@@ -91,3 +99,33 @@ def outlines(page: str) -> Iterator[str]:
         words = code.removeprefix("fusemig ").split()
         if words and words[0] in cli.commands:  # else it may be a message, or another program's
             yield " ".join(["fusemig", *words])
+
+
+def run_script(
+    text: str, directory: Path, *, network: bool = False, deadline_s: float = DEADLINE_S
+) -> subprocess.CompletedProcess[str]:
+    """Run commands as somebody would who types them, up to the first that fails.
+
+    As root in namespaces of their own, so that their mounts and daemons end with the shell; one of them may be a
+    ``network`` with nothing in it.
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with subprocess.Popen(
+        [*ALONE, *(["--net"] if network else []), "bash", "-c", f"set -euo pipefail\n{text}"],
+        cwd=directory,
+        env=os.environ | {"PATH": path, "XDG_CONFIG_HOME": "/nonexistent"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=deadline_s)
+        except subprocess.TimeoutExpired as exc:
+            pytest.fail(f"it hangs:\n{(exc.output or b'').decode()}")
+        finally:
+            if process.poll() is None or process.returncode:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)  # daemons in the background unmount
+    return subprocess.CompletedProcess([], process.returncode, output, "")

@@ -25,6 +25,22 @@ MEMBERS = {
 """As in QEMU 7.2.22; its commands may have ``features`` and ``allow-oob`` too, its objects ``tag`` and ``variants``."""
 NOT_IN_QEMU = {"query-events"}
 """Ours, besides x-fusemig-*: removed in QEMU 6.0."""
+LATER = {
+    "migrate.uri: optional on one side",  # 8.2: `channels` may take its place
+    "migrate-incoming.uri: optional on one side",
+    *(
+        f"query-blockstats()[].stats.{member}: missing"  # 8.1
+        for member in (
+            "zone_append_bytes",
+            "zone_append_operations",
+            "zone_append_merged",
+            "zone_append_total_time_ns",
+            "failed_zone_append_operations",
+            "invalid_zone_append_operations",
+        )
+    ),
+}
+"""What QEMU has since 7.2, by what `test_our_types_are_qemus` says of it: Ubuntu 24.04 has 8.2."""
 
 
 @cache
@@ -136,4 +152,5 @@ def test_our_types_are_qemus(qemus: dict[str, dict[str, Any]]) -> None:
         check(info["arg-type"], qemus[name]["arg-type"], name, are_arguments=info["meta-type"] == "command")
         if info["meta-type"] == "command":
             check(info["ret-type"], qemus[name]["ret-type"], f"{name}()", are_arguments=False)
+    wrong = [one for one in wrong if one not in LATER]
     assert not wrong, "\n".join(wrong)
