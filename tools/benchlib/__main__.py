@@ -21,6 +21,7 @@ from benchlib.rows_forecast import row_f1, row_f2
 from benchlib.rows_mount import row_m1, row_m2, row_m3, row_m4
 from benchlib.rows_postcopy import row_p1
 from benchlib.rows_scale import row_s1, row_s2
+from benchlib.rows_streams import row_t4
 from benchlib.rows_succession import row_u1
 from benchlib.rows_thrift import row_t1, row_t2, row_t3
 from benchlib.settings import Settings
@@ -55,6 +56,7 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
     "T1": row_t1,
     "T2": row_t2,
     "T3": row_t3,
+    "T4": row_t4,
 }
 
 
