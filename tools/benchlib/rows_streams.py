@@ -47,9 +47,7 @@ def row_t4(settings: Settings) -> Row:
     why = why_missing(settings)
     contenders = [Contender("1 stream", "peer", partial(once, 1), why)]
     contenders += [Contender(f"{n} streams", "us", partial(once, n), why) for n in settings.pick((4, 16), (4,))]
-    case = run_case(
-        "rate", "MB/s", contenders, settings.pick(settings.rounds, 1), goals=(Goal(settings.pick(3, 2), "1 stream"),)
-    )
+    case = run_case("rate", "MB/s", contenders, settings.rounds(3, 1), goals=(Goal(settings.pick(3, 2), "1 stream"),))
     row.cases.append(case)
     row.cases.append(case.derive("setup", "ms", "setup_ms", higher_is_better=False))
     row.notes.append(
