@@ -143,7 +143,7 @@ def summary(info: dict[str, Any]) -> str:
             parts.append(f"about {own['eta'] / 1000:.0f} s left")
         elif own.get("converges") is False:
             parts.append("does not converge (see `fusemig estimate -h`)")
-    if "expected-downtime" in info:
+    if "expected-downtime" in info and own.get("bandwidth"):  # without, it is only as large as QMP can say
         parts.append(f"expected downtime {info['expected-downtime']} ms")
     if "downtime" in info:
         parts.append(f"downtime {info['downtime']} ms")
