@@ -314,7 +314,8 @@ class TrackingMachine(RuleBasedStateMachine):
         """Mirror, or mirror other chunks than before."""
         assert self.outgoing is not None
         self.outgoing.tracking.pacing.mirror(reach, 0.0, lambda: None)
-        self.outgoing.tracking.pacing.set_window(2 * SIZE, is_blocking=is_blocking)
+        # Wide enough for any write: everything may be dirty, and under way besides.
+        self.outgoing.tracking.pacing.set_window(4 * SIZE, is_blocking=is_blocking)
 
     @precondition(lambda self: self.scan is None and self.read is None and self.disk.write_gate.holds_replies)
     @rule()

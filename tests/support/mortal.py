@@ -134,8 +134,8 @@ class Hosts:
         self.destination = MortalSide(directory / "destination", Gate.READ_ONLY)
         self.acknowledged = {name: bytearray(rng.randbytes(size)) for name, size in SIZES.items()}
         for name, content in self.acknowledged.items():
-            self.source.images[name].content[:] = content
-            self.source.images[name].flush()
+            image = self.source.images[name]
+            image.content[:] = image.durable[:] = content
         self.parameters = MigrationParameters(freeze_deadline_s=3.0, taken_deadline_s=3.0)
         self._rng = random.Random(3)
         self.outgoing: SourceMigration | None = None
