@@ -72,6 +72,9 @@ async def _run(
                     on_failure()
                     main_scope.cancel()
                     end_others()
+                except Exception:
+                    on_failure()  # a bug cancels the others too, and some end only with this
+                    raise
 
             for other in others:
                 nursery.start_soon(run, other)

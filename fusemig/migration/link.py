@@ -1,8 +1,8 @@
 """NativeLink: the native wire on a byte stream, and the pool of chunk buffers.
 
 A link is used by several tasks: each whole send is one unit (a lock), receiving belongs to one task at a time.
-Receiving may be cancelled between frames and inside them, and goes on where it was; a send that is cancelled leaves
-half a frame behind, so the link then refuses to send again.
+Receiving may be cancelled between frames and inside them, and goes on where it was. What a send that was cancelled left
+of a frame goes before the next message, so that the last word can always be said.
 
 What moves in bulk does not pass through the loop chunk by chunk: `fusemig.migration.sender` and
 `fusemig.migration.receiver` run in slices on a worker thread, where a chunk is read, hashed and sent, or received,
@@ -160,13 +160,13 @@ class NativeLink:
         self._pace = Pace(stream.peer)
         self._n_received = self._n_frames = 0
         self._unsent: list[memoryview] = []
-        """The rest of a frame of `try_send` or of a block (`end_frame`), which goes before whatever is sent next."""
+        """The rest of a frame that was sent in part, which goes before whatever is sent next."""
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         """Send buffers that together are whole frames.
 
         Raises:
-            ConnectionLostError: the peer is gone or takes nothing, or an earlier send was cut short.
+            ConnectionLostError: the peer is gone or takes nothing, or an earlier frame was cut short.
         """
         async with self.sending:
             self._check_whole()
@@ -180,10 +180,8 @@ class NativeLink:
                     except trio.WouldBlock:
                         await self.wait_writable()
             finally:
-                if sum(map(len, rest)) == n_bytes:
-                    self._unsent = before  # cancelled before the first byte: nothing is cut
-                elif rest:
-                    self._is_broken = True
+                # Cancelled before the first byte, it was never said; later, the rest goes before what is sent next.
+                self._unsent = before if sum(map(len, rest)) == n_bytes else rest
 
     async def wait_writable(self) -> None:
         """Wait until the stream may take something.
@@ -218,12 +216,14 @@ class NativeLink:
 
     @asynccontextmanager
     async def frame(self) -> AsyncIterator[None]:
-        """Guard whole frames: a block that fails before `end_frame` leaves a link that refuses to send.
+        """Guard whole frames, which the block sends itself; one that fails before `end_frame` leaves the link useless.
 
         Raises:
-            ConnectionLostError: an earlier block did not end.
+            ConnectionLostError: an earlier frame was cut short.
         """
         self._check_whole()
+        if self._unsent:
+            raise self._cut()
         self._is_broken = True
         yield
         self.end_frame()
@@ -235,7 +235,10 @@ class NativeLink:
 
     def _check_whole(self) -> None:
         if self._is_broken:
-            raise ConnectionLostError(f"connection to {self.peer} was cut inside a frame")
+            raise self._cut()
+
+    def _cut(self) -> FusemigError:
+        return ConnectionLostError(f"connection to {self.peer} was cut inside a frame")
 
     def receive_nowait(self) -> native.Event:
         """Return the next event; may be called from any thread.

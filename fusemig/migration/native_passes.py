@@ -145,8 +145,8 @@ class NativePasses:
         """Send a slice, to the end of a frame; if it is cancelled, the rest goes before what is sent next."""
         link = self._link
         async with link.sending, link.frame():
-            need: Need = await self._offload(run_slice, limit_bytes)
             try:
+                need: Need = await self._offload(run_slice, limit_bytes)
                 while need is Need.STREAM:
                     with watch.waiting():
                         await link.stream.wait_writable()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import trio
 
@@ -165,3 +167,20 @@ async def test_a_bug_is_not_hidden() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         await run_beside(diary.fail, bug)
     assert isinstance(caught.value.exceptions[0], KeyError)
+
+
+async def test_a_bug_frees_those_who_are_stuck_in_threads() -> None:
+    """It cancels them, but a thread ends only with what it waits for."""
+    freed = threading.Event()
+
+    async def in_thread() -> None:
+        assert await trio.to_thread.run_sync(freed.wait, 60)
+
+    async def bug() -> None:
+        await trio.lowlevel.checkpoint()
+        raise ZeroDivisionError
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await run_beside(in_thread, bug, on_failure=freed.set)
+    assert raised.group_contains(ZeroDivisionError)
+    assert freed.is_set()
