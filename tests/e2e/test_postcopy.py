@@ -151,6 +151,8 @@ def test_a_lost_link_parks_reads_and_whole_blocks_need_none(hosts: Hosts, place:
         assert reader.result is None
         assert source.phase() == "postcopy"
         assert source.migration()["status"] == "postcopy-active"
+        with pytest.raises(QmpRefusedError, match="post-copy cannot be paused: a lost connection is waited for"):
+            source.qmp.execute("migrate-pause")
         with pytest.raises(QmpRefusedError, match="not all here yet"):
             destination.qmp.execute("migrate", {"uri": "tcp:127.0.0.1:1", "blk": True})
         proxy.is_barred = False
@@ -240,6 +242,8 @@ def test_from_a_running_migration(hosts: Hosts, place: Path) -> None:
     assert done == (0, "", "fusemig: handing over; both hosts are needed until the destination has fetched the rest\n")
     source.set_parameters(max_bandwidth=0)
     source.wait_phase("completed")
+    with pytest.raises(QmpRefusedError, match="migrate-pause is currently only supported during postcopy-active state"):
+        source.qmp.execute("migrate-pause")
     assert source.migration()["disk"]["transferred"] < 70 * MIB
     assert source.images["vda"].read_bytes() == destination.images["vda"].read_bytes()
     refused = source.command("postcopy")
