@@ -259,6 +259,10 @@ class _Commands:
         self._daemon.inheritance.keep()
 
     def migrate_pause(self, _session: Session, _arguments: schema.NoArguments) -> None:
+        if migration_info(self._daemon).status is schema.MigrationStatus.POSTCOPY_ACTIVE:
+            raise CommandError(
+                "post-copy cannot be paused: a lost connection is waited for and made again; leave both daemons running"
+            )
         raise CommandError(
             "migrate-pause is currently only supported during postcopy-active state; to call a migration off, use "
             "migrate_cancel"

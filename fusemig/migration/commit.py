@@ -1,8 +1,8 @@
 """OutgoingHandoff: the source's half of the two-phase commit, with its messages and its epoch files.
 
     prove     FINAL ──> PREPARED, proofs equal          may be called off: `call_off`, `say_abort`
-    pledge    `pledged` durable; then as the group decides (`fusemig.core.group`), for migrations that are one of
-    several commit    `handed-off` durable, COMMIT ──> TAKEN    may not; what fails here is in doubt
+    pledge    `pledged` durable                         as its group decides (`fusemig.core.group`), where there is one
+    commit    `handed-off` durable, COMMIT ──> TAKEN    may not; what fails here is in doubt
     release   `released` durable, RELEASED ──>          whatever fails, the destination owns the disks
 
 If `handed-off` cannot be made durable and cannot be taken back either, it may be durable all the same, and a source

@@ -68,7 +68,7 @@ def test_what_fio_wrote_during_a_migration_verifies_at_the_destination(hosts: Ho
     source = hosts.start("source", {"vda": image}, options=["--lane", lane])
     destination = hosts.destination(options=["--lane", lane])
     source.pause_before_switchover()
-    source.set_parameters(max_bandwidth=2 * MIB)  # the bulk phase outlasts the writes
+    source.set_parameters(max_bandwidth=MIB)  # the bulk phase outlasts the writes
     migrate = source.start_migrate(destination.uri, "--streams", streams)
     source.wait_phase("bulk")
     run(*fio(source.file(), "--do_verify=0"))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from fusemig.qmp import schema
 from support.hosts import MIB, write_random
 from support.pages import ROOT, blocks, calls, outlines, pages, run_script, script, unknown_words
 
@@ -217,6 +218,22 @@ def test_every_error_has_its_entry_in_troubleshooting() -> None:
     lacking = [one for one in phrases if one != "has an I/O error and cannot be trusted"]
     assert any("has an I/O error" in problem for problem in tool.check(messages, kinds, lacking))
     assert any("nothing says" in problem for problem in tool.check(messages, kinds, [*phrases, "nobody says this"]))
+
+
+def first_cells(page: str, heading: str) -> set[str]:
+    """Return what the first column of the first table under a heading has in backticks."""
+    _, found, rest = page.partition(f"\n### {heading}\n")
+    assert found
+    table = re.search(r"(?:^\|.*\n)+", rest, re.M)
+    assert table is not None
+    return {name for row in table[0].splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+
+
+def test_every_command_and_event_of_qmp_is_on_its_page() -> None:
+    """The tables of docs/qemu.md name all that there is, and nothing that is not."""
+    page = (ROOT / "docs" / "qemu.md").read_text()
+    assert first_cells(page, "Commands") == set(schema.COMMANDS)
+    assert first_cells(page, "Events") == set(schema.EVENTS)
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from support.browser import CHROMIUM, browsing
-from support.hosts import MIB, pwrite, write_random
+from support.hosts import MIB, pwrite, reserved_port, write_random
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,14 +99,14 @@ def test_the_page_draws_what_is_so_and_acts_for_who_has_the_token(hosts: Hosts, 
 def test_the_page_waits_for_a_daemon_that_has_gone(hosts: Hosts, place: Path) -> None:
     """It says so, and goes on with the next one at the same address."""
     image = write_random(place / "source.img", 2 * MIB)
-    source = hosts.start("source", {"vda": image}, options=("--web", "tcp:127.0.0.1:0"))
-    port = source.status()["web"].rstrip("/").rpartition(":")[2]
-    with browsing(place / "profile") as page:
+    with reserved_port() as port, browsing(place / "profile") as page:
+        web = ("--web", f"tcp:127.0.0.1:{port}")
+        source = hosts.start("source", {"vda": image}, options=web)
         page.show(f"http://127.0.0.1:{port}/", 900, 700)
         page.wait_for('document.getElementById("link")?.textContent === "live"')
         source.stop()
         page.wait_for('document.getElementById("link")?.textContent.includes("away")')
-        again = hosts.start("again", {"vda": image}, options=("--web", f"tcp:127.0.0.1:{port}"))
+        again = hosts.start("again", {"vda": image}, options=web)
         pwrite(again.file(), b"x" * 4096, 0)
         page.wait_for('document.getElementById("link")?.textContent === "live"')
         page.wait_for(f'document.getElementById("where")?.textContent.includes("pid {again.pid}")')

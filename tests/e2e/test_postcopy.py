@@ -129,7 +129,7 @@ def interrupted(
         options += ["--order", "heat"]
     proxy.arm(FrameType.DATA, Fault.CUT, n_frames, bars=True)
     source.start_migrate(proxy.uri, *options)
-    assert proxy.struck.wait(20)
+    assert proxy.struck.wait(40)
     wait_until(lambda: destination.disk()["state"] == "borrowing", "the hand-off")
     return source
 
@@ -151,6 +151,8 @@ def test_a_lost_link_parks_reads_and_whole_blocks_need_none(hosts: Hosts, place:
         assert reader.result is None
         assert source.phase() == "postcopy"
         assert source.migration()["status"] == "postcopy-active"
+        with pytest.raises(QmpRefusedError, match="post-copy cannot be paused: a lost connection is waited for"):
+            source.qmp.execute("migrate-pause")
         with pytest.raises(QmpRefusedError, match="not all here yet"):
             destination.qmp.execute("migrate", {"uri": "tcp:127.0.0.1:1", "blk": True})
         proxy.is_barred = False
@@ -232,7 +234,7 @@ def test_a_daemon_that_ends_answers_what_waits(hosts: Hosts, place: Path) -> Non
 def test_from_a_running_migration(hosts: Hosts, place: Path) -> None:
     """Half was sent before; a hot block is fetched as it is now and not as it was sent."""
     source, destination = hosts.pair(64 * MIB)
-    source.set_parameters(max_bandwidth=4 * MIB)
+    source.set_parameters(max_bandwidth=2 * MIB)
     source.qmp.execute("migrate", {"uri": destination.uri, "blk": True})
     wait_until(lambda: source.migration().get("disk", {}).get("transferred", 0) > 2 * MIB, "the first chunks")
     pwrite(source.file(), b"newer than what was sent", 0, os.O_DSYNC)
@@ -240,6 +242,8 @@ def test_from_a_running_migration(hosts: Hosts, place: Path) -> None:
     assert done == (0, "", "fusemig: handing over; both hosts are needed until the destination has fetched the rest\n")
     source.set_parameters(max_bandwidth=0)
     source.wait_phase("completed")
+    with pytest.raises(QmpRefusedError, match="migrate-pause is currently only supported during postcopy-active state"):
+        source.qmp.execute("migrate-pause")
     assert source.migration()["disk"]["transferred"] < 70 * MIB
     assert source.images["vda"].read_bytes() == destination.images["vda"].read_bytes()
     refused = source.command("postcopy")
@@ -292,7 +296,7 @@ def test_a_disk_that_has_moved_on_is_whole(hosts: Hosts, place: Path) -> None:
     with FaultProxy(middle.uri) as proxy:
         proxy.arm(FrameType.WHOLE, Fault.LOSE, bars=True)
         source.start_migrate(proxy.uri, "--mode", "postcopy")
-        assert proxy.struck.wait(20)
+        assert proxy.struck.wait(40)
         wait_until(lambda: middle.disk()["state"] == "owner", "the end of the loan")
         wait_until(lambda: middle.migrate(third.uri).exit_code == 0, "a link that is known to be lost")
         lent = record_of(source)
@@ -348,7 +352,7 @@ def test_ext4_is_mounted_while_most_is_missing(hosts: Hosts, place: Path) -> Non
     with FaultProxy(destination.uri) as proxy:
         proxy.arm(FrameType.DATA, Fault.CUT, 8)
         source.start_migrate(proxy.uri, "--mode", "postcopy")
-        assert proxy.struck.wait(20)
+        assert proxy.struck.wait(40)
         with loop_device(destination.file()) as device, mounted(device, place / "here") as tree:
             for number in range(0, 24, 2):
                 assert (tree / f"file{number}").read_bytes() == random.Random(number).randbytes(MIB)
@@ -361,6 +365,12 @@ def test_ext4_is_mounted_while_most_is_missing(hosts: Hosts, place: Path) -> Non
 @pytest.mark.parametrize("is_killed", [False, True], ids=["a lost link", "both killed"])
 def test_an_overlay_of_a_shared_base(hosts: Hosts, place: Path, is_killed: bool) -> None:
     """Its file system is used at the destination before what lies above the base has come; nothing else does."""
+    with reserved_port() as port:
+        lose_an_overlay(hosts, place, f"tcp:127.0.0.1:{port}", is_killed=is_killed)
+
+
+def lose_an_overlay(hosts: Hosts, place: Path, uri: str, *, is_killed: bool) -> None:
+    """Lose the link, or both daemons, of a destination that listens at ``uri``."""
     base, there = place / "golden.img", place / "there.img"
     with base.open("wb") as file:
         file.truncate(64 * MIB)
@@ -375,15 +385,14 @@ def test_an_overlay_of_a_shared_base(hosts: Hosts, place: Path, is_killed: bool)
             (tree / f"new{number}").write_bytes(random.Random(50 + number).randbytes(MIB))
         (tree / "old5").write_bytes(b"rewritten")
     images = {"vda": place / "b.img"}
-    destination = hosts.start("destination", images, incoming="tcp:127.0.0.1:0", bases={"vda": there})
-    with FaultProxy(destination.uri) as proxy:
+    destination = hosts.start("destination", images, incoming=uri, bases={"vda": there})
+    with FaultProxy(uri) as proxy:
         proxy.arm(FrameType.DATA, Fault.CUT, 5, bars=is_killed)
         source.start_migrate(proxy.uri, "--mode", "postcopy", "--incremental")
-        assert proxy.struck.wait(20)
+        assert proxy.struck.wait(40)
         if is_killed:
             wait_until(lambda: destination.disk()["state"] == "borrowing", "the hand-off")
             assert destination.disk()["missing-bytes"] > 4 * MIB
-            uri = destination.uri
             destination.kill()
             source.kill()
             pwrite(there, b"another base")

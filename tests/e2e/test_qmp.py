@@ -225,7 +225,7 @@ def test_stopped_disks_can_be_migrated(hosts: Hosts) -> None:
 def test_stop_forces_a_migration_to_converge(hosts: Hosts) -> None:
     """As in QEMU: what cannot be written cannot get dirty."""
     source, destination = hosts.pair(4 * MIB)
-    source.qmp.execute("migrate-set-parameters", {"max-bandwidth": 2 * MIB})
+    source.qmp.execute("migrate-set-parameters", {"max-bandwidth": MIB // 4})
     source.qmp.execute("migrate", {"uri": destination.uri, "blk": True})
     source.qmp.execute("stop")
     source.qmp.execute("migrate-set-parameters", {"max-bandwidth": 0})

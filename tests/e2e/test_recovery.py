@@ -150,7 +150,7 @@ def test_killed_in_a_phase(migrating: Callable[..., Move], killed: str, phase: s
     """Parameters, capabilities and what it was about go with it; so does a pause at pre-switchover."""
     move = migrating()
     if phase == "bulk":
-        move.begin(max_bandwidth=2 * MIB)
+        move.begin(max_bandwidth=MIB)
     else:
         move.source.pause_before_switchover()
         move.begin()
@@ -161,7 +161,7 @@ def test_killed_in_a_phase(migrating: Callable[..., Move], killed: str, phase: s
     for host in victims:
         host.wait_for_successor()
     if phase == "bulk":
-        assert move.source.qmp.execute("query-migrate-parameters")["max-bandwidth"] == 2 * MIB
+        assert move.source.qmp.execute("query-migrate-parameters")["max-bandwidth"] == MIB
         move.source.set_parameters(max_bandwidth=0)
     else:
         move.source.wait_phase("pre-switchover")
@@ -176,7 +176,7 @@ def test_killed_in_a_phase(migrating: Callable[..., Move], killed: str, phase: s
 def test_the_command_follows_from_daemon_to_daemon(migrating: Callable[..., Move]) -> None:
     """`fusemig migrate` shows the successor's migration, and its exit code is that one's."""
     move = migrating()
-    move.source.set_parameters(max_bandwidth=2 * MIB)
+    move.source.set_parameters(max_bandwidth=MIB)
     command = move.source.start_command("migrate", move.destination.uri, "--progress", "none", "--downtime-limit", "2s")
     move.source.wait_phase("bulk")
     move.source.kill_daemon()

@@ -54,7 +54,7 @@ def assert_moved(source: Host, destination: Host, done: Finished, at_most: int) 
 
 def start_slowly(source: Host, uri: str, *arguments: object) -> None:
     """Start a migration that stays in its bulk phase, and wait until the destination has journaled some of it."""
-    source.start_migrate(uri, "--max-bandwidth", "4M", *arguments)
+    source.start_migrate(uri, "--max-bandwidth", "2M", *arguments)
     source.wait_phase("bulk")
     wait_until(lambda: source.migration()["disk"]["transferred"] > 26 * MIB, "more than half of it")
 
@@ -72,7 +72,7 @@ def test_a_cut_link_is_made_again(hosts: Hosts) -> None:
     with FaultProxy(destination.uri) as proxy:
         proxy.arm(FrameType.DATA, Fault.CUT, nth=20)
         done = source.migrate(proxy.uri, "--reconnect", "30s")
-        assert proxy.struck.is_set()
+        assert proxy.struck.wait(40)
         assert done.exit_code == 0, done.stderr
         info = source.migration()
     assert info["x-fusemig"]["reconnects"] == 1

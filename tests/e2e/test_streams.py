@@ -42,7 +42,7 @@ def test_bulk_dirty_and_mirrored_over_four(hosts: Hosts, place: Path) -> None:
     image = write_random(place / "here.img", SIZE)
     here, there = hosts.start("here", {"vda": image}), hosts.destination()
     here.pause_before_switchover()
-    here.set_parameters(max_bandwidth=2 * MIB)
+    here.set_parameters(max_bandwidth=MIB)
     command = here.start_migrate(there.uri, "--streams", "4", "--compress", "zstd")
     here.wait_phase("bulk")
     wait_until(lambda: 0 < here.migration()["disk"]["remaining"] < SIZE - MIB, "a part of the bulk phase")

@@ -165,7 +165,7 @@ def test_a_migration_goes_on_after_the_upgrade_of_either_side(hosts: Hosts, plac
         hosts.adopt(one)
         one.start()
     guest = BusyGuest(source.file(), SIZE, pause_s=0.001)
-    source.set_parameters(max_bandwidth=MIB, downtime_limit=2000)
+    source.set_parameters(max_bandwidth=MIB // 2, downtime_limit=2000)
     source.qmp.execute("migrate", {"uri": destination.uri, "blk": True, "x-fusemig-reconnect": 30_000})
     source.wait_phase("bulk")
     upgraded = {"source": source, "destination": destination}[side]

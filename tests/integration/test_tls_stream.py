@@ -452,15 +452,15 @@ async def test_the_oldest_stranger_gives_way(monkeypatch: pytest.MonkeyPatch) ->
     """A place per address is bounded; whoever has settled keeps his, however many come after."""
     monkeypatch.setattr(listener_module, "_ACCEPT_PAUSE_S", 0)
     async with listening(ANYWHERE) as listener, crowd_at(listener) as present:
-        first = await connect(listener.uri, 5)
-        with trio.fail_after(5):
+        first = await connect(listener.uri, 30)
+        with trio.fail_after(30):
             while not present:
                 await trio.sleep(0.001)
             settled = present[0]
             settled.settle()
             others = []
             for number in range(12):
-                others.append(await connect(listener.uri, 5))
+                others.append(await connect(listener.uri, 30))
                 while len(present) + listener.n_displaced < number + 2:
                     await trio.sleep(0.001)
             while len(present) > MAX_PENDING_PER_ADDRESS + 1:

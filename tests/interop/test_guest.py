@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 SIZE = 64 << 20
-SLOW = ("--max-bandwidth", "8M")
+SLOW = ("--max-bandwidth", "2M")
 """With this the disk's bulk phase outlasts whatever a test does in it."""
 
 
@@ -329,9 +329,9 @@ def test_interrupt_while_the_memory_is_copied(move: Move) -> None:
 
 def test_whoever_asked_for_the_move_is_killed(move: Move) -> None:
     """The move is the daemon's: it goes on, and the guest never stands still for want of an order."""
-    command = move.start_migrate()
-    move.wait_guest("copying")
+    command = move.start_copying()
     command.process.kill()
+    move.hurry()
     move.source.wait_phase("completed")
     assert move.guest_info()["state"] == "at-destination"
     move.check_moved()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fusemig.core.units import CHUNK_SIZE
+from support.doorkeeper import Sluice
 from support.hosts import pread, pwrite, wait_until
 from support.qemu import DEADLINE_S, Drive, Qemu, is_available
 
@@ -93,14 +94,15 @@ def test_a_shared_base(hosts: Hosts, return_path: bool) -> None:
     other.path.write_bytes(random.Random(2).randbytes(3 * CHUNK_SIZE + 512))
     golden = make_base(hosts.directory / "golden.raw")
     destination = start_destination(hosts, {"vda": golden}, raw=("vdb",), size=3 * CHUNK_SIZE + 512)
-    with Qemu(hosts.directory, drives=[drive, other]) as qemu:
+    with Sluice(destination.uri) as sluice, Qemu(hosts.directory, drives=[drive, other]) as qemu:
         qemu.set_capabilities(return_path=return_path)
-        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=1 << 20)
-        qemu.start_migration(destination.uri, incremental=True)
+        qemu.execute("migrate-set-parameters", **UNHURRIED)
+        sluice.let(CHUNK_SIZE + CHUNK_SIZE // 2)
+        qemu.start_migration(sluice.uri, incremental=True)
         wait_until(lambda: destination.migration().get("disk", {}).get("transferred", 0) >= CHUNK_SIZE, "a chunk")
         qemu.monitor('qemu-io vda "write -P 9 2100k 9k"')  # sent already
         qemu.monitor('qemu-io vda "write -P 9 20M 4k"')  # the base's until now
-        qemu.execute("migrate-set-parameters", **UNHURRIED)
+        sluice.open()
         assert qemu.wait_migration()["status"] == "completed"
         info = wait_over(destination)
         assert info["status"] == "completed", info
@@ -124,11 +126,12 @@ def test_what_a_failed_attempt_left_is_forgotten(hosts: Hosts) -> None:
     first = make_overlay(hosts.directory / "first.qcow2", base, "write -P 7 0 12M")
     second = make_overlay(hosts.directory / "second.qcow2", base, "write -P 8 20M 64k")
     destination = start_destination(hosts, {"vda": make_base(hosts.directory / "golden.raw")})
-    with Qemu(hosts.directory, drives=[first]) as qemu:
-        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=2 << 20)
-        qemu.start_migration(destination.uri, incremental=True)
+    with Sluice(destination.uri) as sluice, Qemu(hosts.directory, drives=[first]) as qemu:
+        sluice.let(2 * CHUNK_SIZE)
+        qemu.start_migration(sluice.uri, incremental=True)
         wait_until(lambda: destination.migration().get("disk", {}).get("transferred", 0) >= CHUNK_SIZE, "a chunk")
         qemu.execute("migrate_cancel")
+        sluice.open()
         assert qemu.wait_migration()["status"] == "cancelled"
         assert wait_over(destination)["status"] == "failed"
     # QEMU reads chunks side by side and sends them as they come, so it need not be the first that has come.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fusemig.core.units import CHUNK_SIZE
+from support.doorkeeper import Sluice
 from support.hosts import pread, pwrite, wait_until
 from support.qemu import Drive, Qemu, disk_bytes, is_available
 
@@ -102,12 +103,13 @@ def test_a_guest_that_writes_meanwhile(hosts: Hosts) -> None:
     content = os.urandom(24 * CHUNK_SIZE)
     drives = make_drives(hosts.directory, {"vda": content})
     destination = make_destination(hosts, {"vda": len(content)})
-    with Qemu(hosts.directory, drives=drives) as qemu:
-        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=4 << 20)
-        qemu.start_migration(destination.uri)
+    with Sluice(destination.uri) as sluice, Qemu(hosts.directory, drives=drives) as qemu:
+        qemu.execute("migrate-set-parameters", **UNHURRIED)
+        sluice.let(2 * CHUNK_SIZE)
+        qemu.start_migration(sluice.uri)
         wait_received(destination, CHUNK_SIZE)
         qemu.monitor('qemu-io vda "write -P 0x5a 512k 1M"')
-        qemu.execute("migrate-set-parameters", **UNHURRIED)
+        sluice.open()
         assert qemu.wait_migration()["status"] == "completed"
         assert wait_over(destination)["status"] == "completed"
     expected = drives[0].path.read_bytes()
@@ -122,11 +124,13 @@ def test_guests_that_write_all_the_time(hosts: Hosts, zero_blocks: bool) -> None
     contents = {"vda": disk_bytes(24 * CHUNK_SIZE + 1536, seed=1), "vdb": os.urandom(8 * CHUNK_SIZE + 512)}
     drives = make_drives(hosts.directory, contents)
     destination = make_destination(hosts, {name: len(content) for name, content in contents.items()})
-    with Qemu(hosts.directory, drives=drives) as qemu:
+    with Sluice(destination.uri) as sluice, Qemu(hosts.directory, drives=drives) as qemu:
         qemu.set_capabilities(zero_blocks=zero_blocks, return_path=True)
-        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=4 << 20)
-        qemu.start_migration(destination.uri)
+        qemu.execute("migrate-set-parameters", **UNHURRIED)
+        sluice.let(CHUNK_SIZE // 2)
+        qemu.start_migration(sluice.uri)
         for n_received in range(1, 9):
+            sluice.let(CHUNK_SIZE)
             wait_received(destination, n_received * CHUNK_SIZE)
             for name, content in contents.items():
                 n_sectors = len(content) // 512
@@ -135,7 +139,7 @@ def test_guests_that_write_all_the_time(hosts: Hosts, zero_blocks: bool) -> None
                     kind = "-z" if rng.random() < 0.2 else f"-P {rng.randrange(1, 256)}"
                     qemu.monitor(f'qemu-io {name} "write {kind} {first * 512} {n * 512}"')
         assert qemu.migration()["status"] == "active"
-        qemu.execute("migrate-set-parameters", **UNHURRIED)
+        sluice.open()
         assert qemu.wait_migration()["status"] == "completed"
         info = wait_over(destination)
     assert info["status"] == "completed", info
@@ -202,11 +206,12 @@ def test_a_source_that_is_cancelled(hosts: Hosts) -> None:
     content = os.urandom(16 * CHUNK_SIZE)
     drives = make_drives(hosts.directory, {"vda": content})
     destination = make_destination(hosts, {"vda": len(content)})
-    with Qemu(hosts.directory, drives=drives) as qemu:
-        qemu.execute("migrate-set-parameters", downtime_limit=1, max_bandwidth=2 << 20)
-        qemu.start_migration(destination.uri)
+    with Sluice(destination.uri) as sluice, Qemu(hosts.directory, drives=drives) as qemu:
+        sluice.let(2 * CHUNK_SIZE)
+        qemu.start_migration(sluice.uri)
         wait_received(destination, CHUNK_SIZE)
         qemu.execute("migrate_cancel")
+        sluice.open()
         assert qemu.wait_migration()["status"] == "cancelled"
         info = wait_over(destination)
     assert info["status"] == "failed"

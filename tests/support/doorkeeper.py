@@ -63,7 +63,41 @@ class Doorkeeper:
     def _move(self, one: socket.socket, other: socket.socket) -> None:
         try:
             while data := one.recv(1 << 16):
+                self._admit(one, len(data))
                 other.sendall(data)
             other.shutdown(socket.SHUT_WR)
         except OSError:
             return
+
+    def _admit(self, one: socket.socket, n_bytes: int) -> None:
+        """Return when so much of what one end has sent may go on."""
+
+
+class Sluice(Doorkeeper):
+    """Lets one connection through, and of what the source sends only as much as it was told to."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri, 1)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)  # hold it back, and not take it in
+        self._way = threading.Condition()
+        self._n_left = 0
+
+    def let(self, n_bytes: int) -> None:
+        """Let so many more bytes through."""
+        with self._way:
+            self._n_left += n_bytes
+            self._way.notify_all()
+
+    def open(self) -> None:
+        """Let everything through."""
+        self.let(1 << 60)
+
+    def __exit__(self, *exc: object) -> None:
+        self.open()
+        super().__exit__(*exc)
+
+    def _admit(self, one: socket.socket, n_bytes: int) -> None:
+        if one is self.ends[0][0]:
+            with self._way:
+                self._way.wait_for(lambda: self._n_left >= n_bytes)
+                self._n_left -= n_bytes

@@ -62,7 +62,7 @@ _ROWS: dict[str, Callable[[Settings], Row]] = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tools/bench", description="Measure fusemig beside its peers.")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, in under 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument(
         "--rounds", type=int, help="rounds of every row (default 5, with --quick 2; of long ones fewer)"
     )
