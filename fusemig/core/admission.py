@@ -104,6 +104,13 @@ class Brake:
         """Writes that were made and are not answered."""
         return len(self._held)
 
+    @property
+    def waits_for_pass(self) -> bool:
+        """Whether something waits that what is sent helps, and not time alone."""
+        if self._held or not self._rate:
+            return bool(self._held or self._waiting)
+        return any(self._needs_room(one.offset, one.length) and not self._has_room(one.length) for one in self._waiting)
+
     # Writes
 
     def admit(self, offset: int, length: int) -> bool:
