@@ -9,8 +9,8 @@ about it is the disks' (`fusemig.disk.pacing`). Here is what needs a clock:
     pause                   wait between passes, no longer than guests' writes do not wait for one (but for their rate)
 
 Deadlines. A write waits for its turn, or its reply for the destination, at most `HOLD_DEADLINE_S`. When something waits
-and the destination acknowledged nothing for `SILENCE_S`, everything goes on at once and is only tracked, as in a plain
-pass (a *fallback*); mirroring begins again with the acknowledgements. `release` ends it all, whatever the state.
+for the destination and that acknowledged nothing for `SILENCE_S`, everything goes on at once and is only tracked, as in
+a plain pass (a *fallback*); mirroring begins again with the acknowledgements. `release` ends it all, in any state.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ class Pacer:
         if self.is_mirroring and not self._is_frozen:
             self._size_window()
         longest_s = max((disk.tracking.pacing.advance(now, HOLD_DEADLINE_S) for disk in self._disks()), default=0.0)
-        if self.is_mirroring and min(longest_s, now - self._acknowledged_at) >= SILENCE_S:
+        if min(longest_s, now - self._acknowledged_at) >= SILENCE_S and self._is_pass_awaited:
             self._fell_back_at = now
             self._n_fallbacks += 1
             log.warning("nothing was acknowledged, guests go on without being mirrored", waited_s=round(longest_s, 3))

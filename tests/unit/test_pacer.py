@@ -191,3 +191,26 @@ async def test_who_waits_for_room_ends_a_pause(autojump_clock: trio.testing.Mock
         assert trio.current_time() < began_at + TICK_S
         nursery.cancel_scope.cancel()
     paced.pacer.release()
+
+
+@pytest.mark.parametrize("waits_for_room", [False, True])
+async def test_silence_ends_mirroring_only_where_somebody_waits_for_it(
+    autojump_clock: trio.testing.MockClock, *, waits_for_room: bool
+) -> None:
+    """Who waits for a low rate has nothing to be acknowledged, and the throttle is not to be lost by that."""
+    paced = await throttled(throttle_max=50)
+    paced.mirror_chunks(8)
+    await trio.sleep(TICK_S)
+    paced.outgoing.tracking.pacing.advance(trio.current_time(), HOLD_DEADLINE_S)
+    paced.disk.pwrite(b"x" * SIZE, 0)  # for which the rate makes the next wait longer than anybody may
+    if not waits_for_room:
+        for chunk in range(8):
+            assert paced.outgoing.tracking.take_next(chunk) is not None
+        paced.outgoing.tracking.acknowledge(range(8))
+    await paced.have_one_wait()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(paced.pacer.run)
+        await trio.sleep(SILENCE_S + TICK_S)
+        nursery.cancel_scope.cancel()
+    assert paced.told[-1] == ((Reach.NONE, 0) if waits_for_room else (Reach.HOT, 20))
+    paced.pacer.release()
