@@ -9,11 +9,12 @@ thread or takes a write back:
                 that began after it had ended: both sides have it.
     rate        every write waits until the disk's share of bytes per second allows it (a token bucket).
 
-With a window and a rate a write waits for both.
+With a window and a rate a write to a mirrored chunk waits for both, and any other for the rate alone.
 
 Who waits is kept in the order of arrival and gets a *turn*: when there is room the write is tried again, and is let
-through because its turn is noted. So later ones cannot overtake it, and a write that is as large as the window comes
-to its turn too. What was refused here has not happened; the lane keeps it as it keeps a write at a closed gate.
+through because its turn is noted. So later ones that wait for the same cannot overtake it, and a write that is as large
+as the window comes to its turn too. Those that need no room pass those that wait for it, though not a write to the same
+place. What was refused here has not happened; the lane keeps it as it keeps a write at a closed gate.
 
 Whoever lays the brake owes every waiting write its turn, and every held reply its answer, before a deadline (`late`),
 and releases it when it ends. Pure, with time as ``now``; guarded by the disk's lock. What is to be called is returned,
@@ -50,6 +51,10 @@ class _Waiting:
     length: int
     since: float
 
+    def overlaps(self, offset: int, length: int) -> bool:
+        """Tell whether it writes to some of a range."""
+        return self.offset < offset + length and offset < self.offset + self.length
+
 
 @dataclass(slots=True, eq=False)
 class _Held:
@@ -75,9 +80,12 @@ class Brake:
         self._rate = 0.0
         self._tokens = 0.0
         self._waiting: deque[_Waiting] = deque()
-        self._turns: dict[tuple[int, int], int] = {}
-        """Turns that were given and not taken, by offset and length of the write."""
+        self._is_mixed = False
+        """Whether there may be some among them that need no room."""
+        self._turns: dict[tuple[int, int], list[int]] = {}
+        """Turns that were given and not taken, by offset and length of the write: the room that each has."""
         self._turn_bytes = 0
+        """The sum of that room."""
         self._turn_given_at = now
         self._before: dict[int, list[_Held]] = {}
         """Made writes by chunk, for which the chunk has to be taken once more."""
@@ -96,14 +104,20 @@ class Brake:
         """Writes that were made and are not answered."""
         return len(self._held)
 
+    @property
+    def waits_for_pass(self) -> bool:
+        """Whether something waits that what is sent helps, and not time alone."""
+        if self._held or not self._rate:
+            return bool(self._held or self._waiting)
+        return any(self._needs_room(one.offset, one.length) and not self._has_room(one.length) for one in self._waiting)
+
     # Writes
 
     def admit(self, offset: int, length: int) -> bool:
         """Tell whether a write may be made now; if so it counts as made."""
         key = offset, length
         if key in self._turns:
-            self._turn_bytes -= length
-            self._turns[key] -= 1
+            self._turn_bytes -= self._turns[key].pop()
             if not self._turns[key]:
                 del self._turns[key]
             return True
@@ -117,6 +131,7 @@ class Brake:
         """Keep a refused write for its turn; False if it may be made now."""
         if self._may_pass(offset, length):
             return False
+        self._is_mixed = bool(self._rate) or (self._is_mixed and bool(self._waiting))
         self._waiting.append(_Waiting(resume, offset, length, self._now))
         return True
 
@@ -152,14 +167,20 @@ class Brake:
         return True
 
     def _may_pass(self, offset: int, length: int) -> bool:
-        if self._rate and (self._waiting or self._tokens <= 0):
+        if self._rate and self._tokens <= 0:
             return False
+        if self._needs_room(offset, length):
+            return not self._waiting and self._has_room(length)
+        return not any(
+            (self._rate and not self._needs_room(one.offset, one.length)) or one.overlaps(offset, length)
+            for one in self._waiting
+        )
+
+    def _needs_room(self, offset: int, length: int) -> bool:
         mirror = self._tracker.mirror
         if self.window_bytes is None or mirror is None:
-            return True
-        if not any(chunk in mirror for chunk in chunks_of(offset, length)):
-            return True
-        return not self._waiting and self._has_room(length)
+            return False
+        return any(chunk in mirror for chunk in chunks_of(offset, length))
 
     def _has_room(self, length: int) -> bool:
         assert self._tracker.mirror is not None
@@ -199,22 +220,31 @@ class Brake:
     def due(self) -> list[Call]:
         """Return what is to be called now: for writes whose turn it is, and for replies that may be given."""
         calls, self._answerable = self._answerable, []
-        while self._waiting:
-            length = self._waiting[0].length
-            if self._rate and self._tokens <= 0:
-                break
-            if self.window_bytes is not None and self._tracker.mirror is not None and not self._has_room(length):
-                break
+        kept: deque[_Waiting] = deque()
+        is_full = False
+        while self._waiting and not (self._rate and self._tokens <= 0):
+            one = self._waiting.popleft()
+            if self._needs_room(one.offset, one.length):
+                is_full = is_full or not self._has_room(one.length)  # then it is for the first that waits for it
+                may_pass = not is_full
+            else:
+                may_pass = not any(other.overlaps(one.offset, one.length) for other in kept)
+            if not may_pass:
+                kept.append(one)
+                if not self._is_mixed:
+                    break
+                continue
             if self._rate:
-                self._tokens -= length
-            calls.append(self._give_turn())
+                self._tokens -= one.length
+            calls.append(self._give_turn(one))
+        self._waiting.extendleft(reversed(kept))
         return calls
 
     def late(self, deadline_s: float) -> list[Call]:
         """Return what has waited ``deadline_s`` seconds, to be called now whether there is room or not."""
         calls = []
         while self._waiting and self._now - self._waiting[0].since >= deadline_s:
-            calls.append(self._give_turn())
+            calls.append(self._give_turn(self._waiting.popleft()))
         while self._held and self._now - (first := next(iter(self._held))).since >= deadline_s:
             del self._held[first]
             calls.append(first.answer)
@@ -245,10 +275,9 @@ class Brake:
         self._under_way.clear()
         return calls
 
-    def _give_turn(self) -> Call:
-        one = self._waiting.popleft()
-        key = one.offset, one.length
-        self._turns[key] = self._turns.get(key, 0) + 1
-        self._turn_bytes += one.length
+    def _give_turn(self, one: _Waiting) -> Call:
+        room = one.length if self._needs_room(one.offset, one.length) else 0
+        self._turns.setdefault((one.offset, one.length), []).append(room)
+        self._turn_bytes += room
         self._turn_given_at = self._now
         return one.resume

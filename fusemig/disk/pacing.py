@@ -142,6 +142,15 @@ class Pacing:
         """Writes that were made and wait for the destination before they are answered."""
         return 0 if self._brake is None else self._brake.n_held
 
+    @property
+    def waits_for_pass(self) -> bool:
+        """Whether a write or a reply waits until what is dirty is sent."""
+        brake = self._brake
+        if brake is None:
+            return False
+        with self._lock:
+            return brake.waits_for_pass
+
 
 def _call(calls: Sequence[Callable[[], None]]) -> None:
     for call in calls:

@@ -130,7 +130,7 @@ class Changes:
         """Have a held change made again; called by whoever changed the gate."""
         if self._answers.is_leaving or self._take(change.unique) is None:
             return  # it is a successor's, or was answered EINTR or EIO: nothing is left to make
-        pool = self._pools[change.export.inode].io
+        pool = self._pools[change.export.inode].of_data(change.offset, change.length, is_write=True)
         again = partial(self._answers.hand_over, pool, change.unique, partial(self.make, change))
         self._answers.guard(change.unique, again)
 

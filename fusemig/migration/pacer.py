@@ -6,11 +6,11 @@ about it is the disks' (`fusemig.disk.pacing`). Here is what needs a clock:
     begin_pass, end_pass    judge a pass, and take the next step if it did not help
     shorten_freeze          mirror what is hot, or everything, for the passes before a switchover that would take long
     run                     follow a change of mode, size the window, refill the throttle's bucket, keep the deadlines
-    pause                   wait between passes, no longer than guests' writes do not wait for one
+    pause                   wait between passes, no longer than guests' writes do not wait for one (but for their rate)
 
 Deadlines. A write waits for its turn, or its reply for the destination, at most `HOLD_DEADLINE_S`. When something waits
-and the destination acknowledged nothing for `SILENCE_S`, everything goes on at once and is only tracked, as in a plain
-pass (a *fallback*); mirroring begins again with the acknowledgements. `release` ends it all, whatever the state.
+for the destination and that acknowledged nothing for `SILENCE_S`, everything goes on at once and is only tracked, as in
+a plain pass (a *fallback*); mirroring begins again with the acknowledgements. `release` ends it all, in any state.
 """
 
 from __future__ import annotations
@@ -144,21 +144,22 @@ class Pacer:
 
     async def pause(self, timeout_s: float, event: trio.Event) -> None:
         """Wait for an event, for ``timeout_s`` seconds, or until a guest's write waits for a pass."""
-        self._work = work = trio.Event()
-        if self.is_mirroring and any(
-            disk.disk.paced_writes or disk.tracking.pacing.held_replies for disk in self._disks()
-        ):
-            await trio.lowlevel.checkpoint()
-            return
 
-        async def wait_for(one: trio.Event) -> None:
-            await one.wait()
+        async def wait_for_event() -> None:
+            await event.wait()
+            nursery.cancel_scope.cancel()
+
+        async def wait_for_work() -> None:
+            self._work = trio.Event()
+            while not self._is_pass_awaited:
+                await self._work.wait()
+                self._work = trio.Event()
             nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
             nursery.cancel_scope.deadline = trio.current_time() + timeout_s
-            nursery.start_soon(wait_for, event)
-            nursery.start_soon(wait_for, work)
+            nursery.start_soon(wait_for_event)
+            nursery.start_soon(wait_for_work)
 
     # What happens beside the passes
 
@@ -206,6 +207,11 @@ class Pacer:
         self._tell()
 
     # Inner
+
+    @property
+    def _is_pass_awaited(self) -> bool:
+        """Whether guests wait until something is sent; for a rate alone only time helps."""
+        return self.is_mirroring and any(disk.tracking.pacing.waits_for_pass for disk in self._disks())
 
     @property
     def _is_mirror_wanted(self) -> bool:
@@ -265,12 +271,14 @@ class Pacer:
         if self.is_mirroring and not self._is_frozen:
             self._size_window()
         longest_s = max((disk.tracking.pacing.advance(now, HOLD_DEADLINE_S) for disk in self._disks()), default=0.0)
-        if self.is_mirroring and min(longest_s, now - self._acknowledged_at) >= SILENCE_S:
+        if min(longest_s, now - self._acknowledged_at) >= SILENCE_S and self._is_pass_awaited:
             self._fell_back_at = now
             self._n_fallbacks += 1
             log.warning("nothing was acknowledged, guests go on without being mirrored", waited_s=round(longest_s, 3))
             self._let_go()
             self._tell()
+        if self._percent:
+            self._work.set()  # who waited for the rate may now wait for a pass
 
     def _count_written(self, now: float) -> None:
         disks = self._disks()

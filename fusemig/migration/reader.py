@@ -227,7 +227,7 @@ class PassReader:
                 self._go_on()
                 continue
             self._chunk = taken[0] + 1
-            self._read_taken(disk, *taken, batch)
+            self._read_taken(disk, *taken, batch, is_in_order=True)
         self._close_frames(batch)
         return batch if batch.frames or batch.cost_bytes else None
 
@@ -265,7 +265,7 @@ class PassReader:
             taken.sort(reverse=True)  # a frame's extents ascend
             while taken:
                 try:
-                    self._read_taken(disk, *taken.pop(), batch)
+                    self._read_taken(disk, *taken.pop(), batch, is_in_order=False)
                 except MigrationError:
                     for chunk, _ in taken:
                         disk.tracking.restore(chunk)
@@ -273,10 +273,10 @@ class PassReader:
             self._close_frames(batch)
         return batch if batch.frames else None
 
-    def _read_taken(self, disk: OutgoingDisk, chunk: int, mask: int, batch: Batch) -> None:
+    def _read_taken(self, disk: OutgoingDisk, chunk: int, mask: int, batch: Batch, *, is_in_order: bool) -> None:
         try:
             if mask == chunk_mask(chunk, disk.disk.size):
-                self._read_chunk(disk, chunk, batch)
+                self._read_chunk(disk, chunk, batch, is_in_order=is_in_order)
             else:
                 self._read_blocks(disk, chunk, mask, batch)
         except DiskError as exc:
@@ -291,7 +291,7 @@ class PassReader:
         for at in range(0, len(holes), native.MAX_EXTENTS):
             self._add_bare(disk, holes[at : at + native.MAX_EXTENTS], [], batch)
 
-    def _read_chunk(self, disk: OutgoingDisk, chunk: int, batch: Batch) -> None:
+    def _read_chunk(self, disk: OutgoingDisk, chunk: int, batch: Batch, *, is_in_order: bool) -> None:
         offset, length = chunk * CHUNK_SIZE, chunk_length(chunk, disk.disk.size)
         if disk.is_patchy(chunk):
             # Asked anew for each chunk, after its bits were taken: an older answer might be from before a write.
@@ -302,7 +302,8 @@ class PassReader:
             self._add_bare(disk, [(offset, length)], [], batch)
             self._read_extents(disk, chunk, _blocks(offset, length), batch)
             return
-        self._read_ahead(disk, chunk)
+        if is_in_order:  # what comes after a mirrored chunk is not what is read next
+            self._read_ahead(disk, chunk)
         buffer = self._pool.take()
         view = memoryview(buffer)[:length]
         disk.disk.image.pread_into(view, offset)

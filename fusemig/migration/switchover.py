@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from fusemig.errors import MigrationError
+from fusemig.migration.pacer import TICK_S
 from fusemig.tasks import run_all
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ class Switchover:
             is_out.set()
 
         async def make_room() -> None:
-            if self._pacer.is_mirroring:
+            while not self._pacer.is_mirroring and not is_out.is_set():
+                await self._pacer.pause(TICK_S, is_out)  # it may come, or come back
+            if not is_out.is_set():
                 await keep_up(is_out)
 
         await run_all(push, make_room, on_failure=self._pacer.release)

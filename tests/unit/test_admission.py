@@ -242,3 +242,103 @@ def test_with_a_window_and_a_rate_a_write_waits_for_both() -> None:
     brake.set_rate(0)
     assert write(tracker, brake, 3)
     assert not write(tracker, brake, 4)  # the window is still there
+
+
+def half_mirrored() -> tuple[ChunkTracker, Brake, list[str]]:
+    """Return a tracker of which the first chunk is mirrored, its throttled brake with a full window, and who resumed.
+
+    A write to that chunk waits for room, and another behind it for its turn.
+    """
+    tracker, brake = mirrored(Reach.HOT)
+    tracker.mark(0, BLOCK_SIZE)
+    send(tracker, brake, 0)
+    brake.set_rate(100 * BLOCK_SIZE)
+    brake.advance(1.0)
+    resumed: list[str] = []
+    assert write(tracker, brake, 0)
+    assert write(tracker, brake, 1)
+    assert brake.wait(partial(resumed.append, "mirrored"), 2 * BLOCK_SIZE, BLOCK_SIZE)
+    assert brake.wait(partial(resumed.append, "behind it"), 3 * BLOCK_SIZE, BLOCK_SIZE)
+    return tracker, brake, resumed
+
+
+def give_turns(brake: Brake) -> None:
+    """Resume those whose turn it is."""
+    for call in brake.due():
+        call()
+
+
+def test_beside_a_rate_too_chunks_that_are_not_mirrored_need_no_room() -> None:
+    """New writes, and those that wait for their rate, pass the ones that wait for the window, and keep their order."""
+    tracker, brake, resumed = half_mirrored()
+    assert brake.wait(partial(resumed.append, "1"), CHUNK_SIZE, 2 * BLOCK_SIZE)
+    assert brake.wait(partial(resumed.append, "2"), 2 * CHUNK_SIZE, 2 * BLOCK_SIZE)
+    brake.advance(1.01)
+    assert not brake.admit(3 * CHUNK_SIZE, BLOCK_SIZE)  # those came before it
+    give_turns(brake)
+    assert resumed == ["1"]
+    brake.advance(1.05)
+    give_turns(brake)
+    assert resumed == ["1", "2"]
+    brake.advance(2.0)
+    give_turns(brake)
+    assert brake.admit(3 * CHUNK_SIZE, BLOCK_SIZE)
+    assert brake.n_waiting == 2
+    assert not write(tracker, brake, 4)  # of the mirrored chunk
+
+
+def test_the_end_of_a_rate_lets_go_what_waited_for_it_alone() -> None:
+    """Whoever waits for room before it."""
+    _, brake, resumed = half_mirrored()
+    assert brake.wait(partial(resumed.append, "cold"), CHUNK_SIZE, BLOCK_SIZE)
+    brake.set_rate(0)
+    give_turns(brake)
+    assert resumed == ["cold"]
+
+
+def test_who_waits_for_room_has_it_first_whoever_passed() -> None:
+    """Turns of writes that need none take none, not even from one that waits until nothing is missing."""
+    tracker, brake, resumed = half_mirrored()
+    brake.release_waiting()
+    assert brake.wait(partial(resumed.append, "large"), BLOCK_SIZE, 3 * BLOCK_SIZE)
+    assert brake.wait(partial(resumed.append, "small"), CHUNK_SIZE, 2 * BLOCK_SIZE)
+    brake.advance(1.1)
+    give_turns(brake)
+    assert resumed == ["small"]  # which does not take its turn
+    assert brake.wait(partial(resumed.append, "another"), 2 * CHUNK_SIZE, 2 * BLOCK_SIZE)
+    send(tracker, brake, 0)
+    brake.advance(1.2)
+    give_turns(brake)
+    assert resumed == ["small", "large"]
+    brake.advance(1.3)
+    give_turns(brake)
+    assert resumed == ["small", "large", "another"]
+
+
+@pytest.mark.parametrize("rate", [0.0, 100.0 * BLOCK_SIZE])
+def test_no_write_passes_another_to_the_same_place(rate: float) -> None:
+    """One that is mirrored in a part only waits with all of it."""
+    tracker, brake, resumed = half_mirrored()
+    brake.release_waiting()
+    brake.set_rate(rate)
+    brake.advance(2.0)
+    assert brake.wait(partial(resumed.append, "over both"), CHUNK_SIZE - BLOCK_SIZE, 2 * BLOCK_SIZE)
+    assert brake.admit(CHUNK_SIZE + BLOCK_SIZE, BLOCK_SIZE)
+    assert not brake.admit(CHUNK_SIZE, BLOCK_SIZE)
+    assert brake.wait(partial(resumed.append, "later"), CHUNK_SIZE, BLOCK_SIZE)
+    give_turns(brake)
+    assert resumed == []
+    send(tracker, brake, 0)
+    for now in (2.1, 2.2):
+        brake.advance(now)
+        give_turns(brake)
+    assert resumed == ["over both", "later"]
+
+
+def test_a_write_whose_chunk_is_mirrored_no_more_waits_for_no_room() -> None:
+    """As a new one would not."""
+    tracker, brake, resumed = half_mirrored()
+    tracker.mark_chunks(0, 1)
+    brake.advance(1.1)
+    give_turns(brake)
+    assert resumed == ["mirrored", "behind it"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import pytest
 import trio
 import trio.testing
 
@@ -11,7 +12,8 @@ from fusemig.core.mirror import Reach
 from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import TrackedDisk
-from fusemig.migration.pacer import TICK_S, Pacer
+from fusemig.errors import GateClosedError
+from fusemig.migration.pacer import HOLD_DEADLINE_S, SILENCE_S, TICK_S, Pacer
 from fusemig.migration.reader import OutgoingDisk
 from fusemig.migration.stats import MigrationParameters
 
@@ -47,6 +49,28 @@ class Paced:
         self.pacer.begin_pass(SIZE)
         await trio.sleep(3.0)
         self.pacer.end_pass(SIZE, is_over_limit=True)
+
+    def mirror_chunks(self, n: int) -> None:
+        """Have the destination hold the first chunks, of which everything written from now on is mirrored."""
+        assert self.pacer.shorten_freeze()
+        self.pacer.begin_pass(CHUNK_SIZE)
+        for chunk in range(n):
+            self.outgoing.tracking.mark(chunk * CHUNK_SIZE, CHUNK_SIZE)
+            assert self.outgoing.tracking.take_next(chunk) is not None
+            self.outgoing.tracking.acknowledge([chunk])
+
+    async def have_one_wait(self) -> None:
+        """Write more than the rate allows for long; the last write waits, and is not made when it is resumed."""
+        await trio.sleep(TICK_S / 2)
+        self.outgoing.tracking.pacing.advance(trio.current_time(), HOLD_DEADLINE_S)
+        try:
+            while True:
+                self.disk.pwrite(b"x" * CHUNK_SIZE, 0)
+                assert self.outgoing.tracking.take_next(0) is not None
+                self.outgoing.tracking.acknowledge([0])
+        except GateClosedError as exc:
+            refused = exc
+        assert self.disk.write_gate.park(lambda: None, refused)
 
     def is_throttled(self) -> bool:
         """Tell whether a write after another has to wait for its turn, whatever the window."""
@@ -131,3 +155,62 @@ async def test_the_users_mirroring_ends_a_throttle_until_it_ends_itself(autojump
         assert paced.told[-1] == (Reach.NONE, 20)
         assert paced.is_throttled()
         nursery.cancel_scope.cancel()
+
+
+async def test_who_waits_for_the_rate_alone_makes_no_pause_shorter(autojump_clock: trio.testing.MockClock) -> None:
+    """No pass helps them: one after another was made, thousands in a second, and none had anything to send."""
+    paced = await throttled(throttle_max=50)
+    paced.mirror_chunks(1)
+    await paced.have_one_wait()
+    began_at = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(paced.have_one_wait)
+        await paced.pacer.pause(TICK_S, trio.Event())
+        assert trio.current_time() == pytest.approx(began_at + TICK_S)
+    assert paced.disk.paced_writes == 2
+    paced.pacer.release()
+
+
+async def test_who_waits_for_room_ends_a_pause(autojump_clock: trio.testing.MockClock) -> None:
+    """At once; and within a tick where it was the rate that it waited for to begin with."""
+    paced = await throttled(throttle_max=50)
+    paced.mirror_chunks(8)
+    await paced.have_one_wait()
+
+    async def fill_the_window() -> None:
+        await trio.sleep(TICK_S / 2)
+        paced.outgoing.tracking.mark(0, SIZE)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(paced.pacer.run)
+        nursery.start_soon(fill_the_window)
+        began_at = trio.current_time()
+        await paced.pacer.pause(SILENCE_S / 2, trio.Event())
+        assert began_at + TICK_S / 2 <= trio.current_time() < began_at + TICK_S
+        await paced.pacer.pause(SILENCE_S / 2, trio.Event())
+        assert trio.current_time() < began_at + TICK_S
+        nursery.cancel_scope.cancel()
+    paced.pacer.release()
+
+
+@pytest.mark.parametrize("waits_for_room", [False, True])
+async def test_silence_ends_mirroring_only_where_somebody_waits_for_it(
+    autojump_clock: trio.testing.MockClock, *, waits_for_room: bool
+) -> None:
+    """Who waits for a low rate has nothing to be acknowledged, and the throttle is not to be lost by that."""
+    paced = await throttled(throttle_max=50)
+    paced.mirror_chunks(8)
+    await trio.sleep(TICK_S)
+    paced.outgoing.tracking.pacing.advance(trio.current_time(), HOLD_DEADLINE_S)
+    paced.disk.pwrite(b"x" * SIZE, 0)  # for which the rate makes the next wait longer than anybody may
+    if not waits_for_room:
+        for chunk in range(8):
+            assert paced.outgoing.tracking.take_next(chunk) is not None
+        paced.outgoing.tracking.acknowledge(range(8))
+    await paced.have_one_wait()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(paced.pacer.run)
+        await trio.sleep(SILENCE_S + TICK_S)
+        nursery.cancel_scope.cancel()
+    assert paced.told[-1] == ((Reach.NONE, 0) if waits_for_room else (Reach.HOT, 20))
+    paced.pacer.release()

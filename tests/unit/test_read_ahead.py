@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusemig.core.mirror import Reach
 from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.memory import MemoryDisk
@@ -72,6 +73,34 @@ def test_a_pass_asks_for_what_it_will_read(steps: list[int]) -> None:
         for chunk in wanted:
             outgoing.tracking.mark_chunks(chunk, chunk + 1)
             store.content[chunk * CHUNK_SIZE] += 1
+
+
+def test_mirrored_chunks_leave_a_pass_its_read_ahead() -> None:
+    """They lie where guests write, not where the pass is: nothing is asked for, and neither disk's place is lost."""
+    stores = [Store(name, 40 * CHUNK_SIZE) for name in "ab"]
+    disks = [TrackedDisk(store) for store in stores]
+    outgoing = [OutgoingDisk(nth, disk, disk.start_tracking()) for nth, disk in enumerate(disks)]
+    for store, one in zip(stores, outgoing, strict=True):
+        store.content[::CHUNK_SIZE] = b"\1" * 40
+        one.tracking.mark_chunks(0, 20)
+        one.tracking.pacing.mirror(Reach.ALL, 0.0, lambda: None)  # those that are clean
+        one.tracking.mark(30 * CHUNK_SIZE, CHUNK_SIZE)
+        one.tracking.mark(39 * CHUNK_SIZE, CHUNK_SIZE)
+    reader = PassReader(outgoing, BufferPool())
+    reader.begin_pass()
+    mirrored = reader.read_mirrored(2 * CHUNK_SIZE)
+    assert mirrored is not None
+    assert [frame.chunks for frame in mirrored.frames] == [[30], [39]]
+    assert not stores[0].asked
+    assert reader.read_batch(1) is not None
+    assert stores[0].asked
+    mirrored = reader.read_mirrored(2 * CHUNK_SIZE)  # of the other disk, amid the pass over the first
+    assert mirrored is not None
+    assert [frame.chunks for frame in mirrored.frames] == [[30], [39]]
+    while reader.read_batch(1) is not None:
+        pass
+    for store in stores:
+        assert [offset // CHUNK_SIZE for offset, _ in store.asked] == list(range(1, 20))
 
 
 def test_an_overlay_asks_where_it_lies() -> None:

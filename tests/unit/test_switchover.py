@@ -36,10 +36,10 @@ class Freeze:
         lent = [SourceDisk(disk, EpochFile(directory / f"{disk.name}.fusemig"), nothing) for disk in self.disks]
         self.parameters = MigrationParameters()
         self.group = DiskGroup(lent, inline)
-        pacer = Pacer(
-            self.parameters, lambda: self.group.tracked, lambda: 0.0, lambda _reach, _percent: None, can_mirror=False
+        self.pacer = Pacer(
+            self.parameters, lambda: self.group.tracked, lambda: 0.0, lambda _reach, _percent: None, can_mirror=True
         )
-        self.switchover = Switchover(self.group, pacer, self.parameters)
+        self.switchover = Switchover(self.group, self.pacer, self.parameters)
         self.n_passes = 0
 
     def gates(self) -> set[Gate]:
@@ -128,3 +128,30 @@ async def test_passes_make_room_only_where_writes_wait_for_them(freeze: Freeze) 
 
     await freeze.switchover.push_out_pages(keep_up)
     assert freeze.gates() == {Gate.OPEN}
+
+
+async def test_passes_make_room_also_where_mirroring_begins_while_pages_are_pushed_out(
+    freeze: Freeze, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had been given up for want of acknowledgements, and came back: nothing else sends what writes wait for."""
+    has_room = trio.Event()
+
+    async def keep_up(until: trio.Event) -> None:
+        assert freeze.pacer.is_mirroring
+        has_room.set()
+        await until.wait()
+
+    async def push_out() -> None:
+        await trio.sleep(1)
+        freeze.parameters.mirrors = True
+        await has_room.wait()
+
+    await freeze.group.start_tracking()
+    monkeypatch.setattr(freeze.group, "push_out_pages", push_out)
+    freeze.pacer.start()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(freeze.pacer.run)
+        with trio.fail_after(10):
+            await freeze.switchover.push_out_pages(keep_up)
+        nursery.cancel_scope.cancel()
+    freeze.pacer.release()
