@@ -1,0 +1,188 @@
+"""Migrations that a former daemon ran, beside those of this one: whose end is whose, and what is shown of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from fusemig.control.server import EventHub
+from fusemig.core.phase import MigrationPhase
+from fusemig.daemon.announcer import Announcer
+from fusemig.daemon.dialer import Dialer
+from fusemig.daemon.disk_spec import DiskSpec
+from fusemig.daemon.migrator import Migrator
+from fusemig.daemon.pause import Pause
+from fusemig.daemon.security import Security
+from fusemig.daemon.served import ServedDisk
+from fusemig.fuse.export import Exports
+from fusemig.handover.state import Request
+from fusemig.migration.link import BufferPool, NativeLink
+from fusemig.migration.source import SourceMigration
+from fusemig.records.epoch import EpochFile, EpochRecord, Ownership
+from fusemig.wire import native
+from support.pair import nothing
+from support.streams import memory_connection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from fusemig.migration.outgoing import OutgoingMigration
+    from fusemig.net.transport import ByteStream
+
+URI = "tcp:127.0.0.1:9"
+FORMER = "f0" * 16
+OTHER = "07" * 16
+
+
+class WholeDialer(Dialer):
+    """Leads to destinations that have everything of the migrations in `whole`, and to none of others."""
+
+    def __init__(self, security: Security) -> None:
+        super().__init__(security)
+        self.whole: dict[str, trio.Event] = {}
+        self.nursery: trio.Nursery | None = None
+
+    async def dial(self, record: EpochRecord) -> ByteStream:
+        if record.session not in self.whole:
+            await trio.sleep_forever()
+        await self.whole[record.session].wait()
+        ours, theirs = memory_connection()
+        assert self.nursery is not None
+        self.nursery.start_soon(self._say_whole, NativeLink(theirs, decoder(), BufferPool()))
+        return ours
+
+    async def _say_whole(self, link: NativeLink) -> None:
+        assert isinstance(await link.receive(), native.Lend)
+        await link.send_message(native.Whole())
+
+
+def decoder() -> native.Decoder:
+    return native.Decoder(native.FROM_SOURCE, preface=True)
+
+
+class LendingHere(SourceMigration):
+    """One that has handed over at once, and lends until it is told that the destination has everything."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.is_whole = trio.Event()
+
+    async def _migrate(self) -> None:
+        for phase in (MigrationPhase.BULK, MigrationPhase.FROZEN, MigrationPhase.COMMITTED, MigrationPhase.POSTCOPY):
+            self._enter(phase)
+        await self.is_whole.wait()
+
+
+class Source:
+    """The part of a daemon that migrates its disks ``a`` and ``b``, with what epoch files say of them."""
+
+    def __init__(self, directory: Path, **states: tuple[Ownership, str]) -> None:
+        self.disks: dict[str, ServedDisk] = {}
+        exports = Exports()
+        for name in ("a", "b"):
+            path = directory / f"{name}.img"
+            path.write_bytes(bytes(1 << 16))
+            if name in states:
+                self.write(EpochFile(directory / f"{name}.img.fusemig"), *states[name])
+            self.disks[name] = ServedDisk(DiskSpec(name, path), exports, None, is_incoming=False)
+        self.security = Security(None, (), is_destination=False)
+        self.dialer = WholeDialer(self.security)
+        pause = Pause(self.disks.values(), lambda _served: nothing())
+        self.migrator = Migrator(
+            self.disks,
+            pause,
+            self.security,
+            self.dialer,
+            Announcer(EventHub(lambda: False), pause),
+            lambda: 0,
+            lambda _migration: None,
+            lambda: None,
+            lambda: None,
+            is_destination=False,
+        )
+
+    @staticmethod
+    def write(file: EpochFile, state: Ownership, session: str) -> None:
+        is_loan = state is Ownership.LENDING
+        file.write(
+            EpochRecord(state=state, image_id=file.path.name, epoch=0, session=session, peer=URI, is_loan=is_loan)
+        )
+
+    def set(self, name: str, state: Ownership, session: str) -> None:
+        """Have an epoch file say something else."""
+        self.write(self.disks[name].epoch_file, state, session)
+
+    def close(self) -> None:
+        for served in self.disks.values():
+            served.close()
+
+
+@pytest.fixture
+def make_source(tmp_path: Path) -> Iterator[Any]:
+    """Return what makes the source, once."""
+    made: list[Source] = []
+
+    def make(**states: tuple[Ownership, str]) -> Source:
+        made.append(Source(tmp_path, **states))
+        return made[0]
+
+    yield make
+    for source in made:
+        source.close()
+
+
+def phase_of(migration: OutgoingMigration) -> MigrationPhase:
+    """Return where it is now (a call, so that no type checker takes it for settled)."""
+    return migration.phase
+
+
+async def until_released(served: ServedDisk) -> None:
+    """Wait until a lender of this disk has ended, and a little longer."""
+    while served.ownership is not Ownership.RELEASED or served.busy:
+        await trio.sleep(0.01)
+    await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_a_lender_of_another_migration_does_not_end_the_one_that_runs(make_source: Any) -> None:
+    """It would be taken for completed with its rest not fetched, and completing again would end the daemon."""
+    source = make_source(a=(Ownership.LENDING, FORMER))
+    migrator, dialer = source.migrator, source.dialer
+    dialer.whole[FORMER] = trio.Event()
+    async with trio.open_nursery() as nursery:
+        dialer.nursery = nursery
+        await nursery.start(migrator.run)
+        errand = migrator.make(LendingHere, Request(uri=URI, disks=("b",)), [source.disks["b"]])
+        migration = errand.migration
+        migrator.start(errand, [source.disks["b"]])
+        while phase_of(migration) is not MigrationPhase.POSTCOPY:
+            await trio.sleep(0.01)
+        dialer.whole[FORMER].set()
+        await until_released(source.disks["a"])
+        assert phase_of(migration) is MigrationPhase.POSTCOPY
+        migration.is_whole.set()
+        await migration.wait_over()
+        assert phase_of(migration) is MigrationPhase.COMPLETED
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("session", [FORMER, OTHER], ids=["its own", "another's"])
+async def test_a_stand_in_ends_with_its_own_lender(make_source: Any, session: str) -> None:
+    """And with no other one's."""
+    source = make_source(a=(Ownership.LENDING, FORMER), b=(Ownership.LENDING, OTHER))
+    migrator, dialer = source.migrator, source.dialer
+    dialer.whole[FORMER] = trio.Event()
+    async with trio.open_nursery() as nursery:
+        dialer.nursery = nursery
+        await nursery.start(migrator.run)
+        name = "a" if session == FORMER else "b"
+        migration = migrator.make(SourceMigration, Request(uri=URI, disks=(name,)), [source.disks[name]]).migration
+        migration.session = session
+        migration.stand_for(MigrationPhase.POSTCOPY, None)
+        dialer.whole[FORMER].set()
+        await until_released(source.disks["a"])
+        is_own = session == FORMER
+        assert migration.phase is (MigrationPhase.COMPLETED if is_own else MigrationPhase.POSTCOPY)
+        nursery.cancel_scope.cancel()
