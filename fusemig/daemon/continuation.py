@@ -16,7 +16,6 @@ import structlog
 
 from fusemig.core.phase import MigrationPhase
 from fusemig.daemon.choice import resume_point
-from fusemig.daemon.doubt import in_doubt
 from fusemig.daemon.errand import route_of
 from fusemig.errors import FusemigError, InDoubtError, MigrationError
 from fusemig.migration.qemu_source import QemuSource
@@ -144,9 +143,13 @@ class Continuation:
         """
         self._migrator.look_again(settled)
         migration = self._migrator.migration
-        if migration is None or migration.phase is not MigrationPhase.IN_DOUBT or in_doubt(self._disks):
+        if migration is None or migration.phase is not MigrationPhase.IN_DOUBT:
             return
-        is_handed_off = not any(served.is_writable for served in settled)
+        records = [served.epoch_file.record for served in self._disks.values()]
+        states = {record.state for record in records if record is not None and record.session == migration.session}
+        if not states or not states.isdisjoint(DOUBTFUL):  # what was settled is another one's, or not all of it is
+            return
+        is_handed_off = Ownership.OWNER not in states
         interrupted, self._interrupted = self._interrupted, None
         if interrupted is None or interrupted[1] is not migration or is_handed_off or is_by_hand:
             migration.settle(is_handed_off=is_handed_off)

@@ -10,12 +10,14 @@ import trio
 from fusemig.control.server import EventHub
 from fusemig.core.phase import MigrationPhase
 from fusemig.daemon.announcer import Announcer
+from fusemig.daemon.continuation import Continuation
 from fusemig.daemon.dialer import Dialer
 from fusemig.daemon.disk_spec import DiskSpec
 from fusemig.daemon.migrator import Migrator
 from fusemig.daemon.pause import Pause
 from fusemig.daemon.security import Security
 from fusemig.daemon.served import ServedDisk
+from fusemig.errors import InDoubtError
 from fusemig.fuse.export import Exports
 from fusemig.handover.state import Request
 from fusemig.migration.link import BufferPool, NativeLink
@@ -185,4 +187,49 @@ async def test_a_stand_in_ends_with_its_own_lender(make_source: Any, session: st
         await until_released(source.disks["a"])
         is_own = session == FORMER
         assert migration.phase is (MigrationPhase.COMPLETED if is_own else MigrationPhase.POSTCOPY)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("is_ours_first", [False, True])
+@pytest.mark.parametrize("is_handed_off", [False, True])
+async def test_a_doubt_is_settled_by_its_own_disks(make_source: Any, is_ours_first: bool, is_handed_off: bool) -> None:
+    """Whatever becomes of a disk that is in doubt since an earlier migration, and whenever."""
+    source = make_source(a=(Ownership.HANDED_OFF, OTHER), b=(Ownership.HANDED_OFF, FORMER))
+    continuation = Continuation(source.migrator, source.disks, source.security, source.dialer)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(source.migrator.run)
+        request = Request(uri=URI, disks=("b",))
+        migration = source.migrator.make(SourceMigration, request, [source.disks["b"]]).migration
+        migration.session = FORMER
+        migration.stand_for(MigrationPhase.IN_DOUBT, InDoubtError("no TAKEN came"))
+
+        def settle(name: str, state: Ownership, session: str) -> None:
+            source.set(name, state, session)
+            continuation.settled([source.disks[name]], is_by_hand=True)
+
+        # The other disk has the other end: neither is taken for this one's.
+        of_another = Ownership.OWNER if is_handed_off else Ownership.RELEASED
+        if not is_ours_first:
+            settle("a", of_another, OTHER)
+            assert phase_of(migration) is MigrationPhase.IN_DOUBT
+        settle("b", Ownership.RELEASED if is_handed_off else Ownership.OWNER, FORMER)
+        assert phase_of(migration) is (MigrationPhase.COMPLETED if is_handed_off else MigrationPhase.FAILED)
+        settle("a", of_another, OTHER)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_doubt_lasts_as_long_as_one_of_its_disks_is_in_doubt(make_source: Any) -> None:
+    """All of them were handed off together."""
+    source = make_source(a=(Ownership.HANDED_OFF, FORMER), b=(Ownership.HANDED_OFF, FORMER))
+    continuation = Continuation(source.migrator, source.disks, source.security, source.dialer)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(source.migrator.run)
+        request = Request(uri=URI, disks=("a", "b"))
+        migration = source.migrator.make(SourceMigration, request, list(source.disks.values())).migration
+        migration.session = FORMER
+        migration.stand_for(MigrationPhase.IN_DOUBT, InDoubtError("no TAKEN came"))
+        for name, phase in (("a", MigrationPhase.IN_DOUBT), ("b", MigrationPhase.COMPLETED)):
+            source.set(name, Ownership.RELEASED, FORMER)
+            continuation.settled([source.disks[name]], is_by_hand=False)
+            assert phase_of(migration) is phase
         nursery.cancel_scope.cancel()
