@@ -17,9 +17,9 @@ from fusemig.daemon.migrator import Migrator
 from fusemig.daemon.pause import Pause
 from fusemig.daemon.security import Security
 from fusemig.daemon.served import ServedDisk
-from fusemig.errors import InDoubtError
+from fusemig.errors import AuthenticationError, ConfigError, InDoubtError
 from fusemig.fuse.export import Exports
-from fusemig.handover.state import Request
+from fusemig.handover.state import Outgoing, Request
 from fusemig.migration.link import BufferPool, NativeLink
 from fusemig.migration.source import SourceMigration
 from fusemig.records.epoch import EpochFile, EpochRecord, Ownership
@@ -232,4 +232,52 @@ async def test_a_doubt_lasts_as_long_as_one_of_its_disks_is_in_doubt(make_source
             source.set(name, Ownership.RELEASED, FORMER)
             continuation.settled([source.disks[name]], is_by_hand=False)
             assert phase_of(migration) is phase
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize(
+    ("state", "phase"),
+    [
+        (Ownership.HANDED_OFF, MigrationPhase.IN_DOUBT),
+        (Ownership.LENDING, MigrationPhase.POSTCOPY),
+        (Ownership.RELEASED, MigrationPhase.COMPLETED),
+        (Ownership.OWNER, MigrationPhase.FAILED),
+    ],
+    ids=lambda word: word.value,
+)
+async def test_only_going_on_needs_credentials(
+    make_source: Any, state: Ownership, phase: MigrationPhase, is_loaded: bool
+) -> None:
+    """A disk that is in doubt, lent or gone is no failed migration, whether or not the file is missing, or all are."""
+    source = make_source(a=(state, FORMER))
+    why = AuthenticationError("there is no client-cert.pem")
+    uri = "tcp:192.0.2.1:9" if is_loaded else URI  # without credentials, a network that plain text may not cross
+    left = Outgoing(request=Request(uri=uri, disks=("a",), tls_directory="/gone"), session=FORMER, began_s=0.0)
+    continuation = Continuation(source.migrator, source.disks, source.security, source.dialer)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(source.migrator.run)
+        continuation.take_up(left, None if is_loaded else why)
+        migration = source.migrator.migration
+        assert migration is not None
+        assert migration.phase is phase
+        if phase is MigrationPhase.FAILED:
+            assert isinstance(migration.error, ConfigError if is_loaded else AuthenticationError)
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_was_in_doubt_cannot_begin_again_without_credentials(make_source: Any) -> None:
+    """The disks are ours again, and it failed for that reason."""
+    source = make_source(a=(Ownership.HANDED_OFF, FORMER))
+    why = AuthenticationError("there is no client-cert.pem")
+    left = Outgoing(request=Request(uri=URI, disks=("a",), tls_directory="/gone"), session=FORMER, began_s=0.0)
+    continuation = Continuation(source.migrator, source.disks, source.security, source.dialer)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(source.migrator.run)
+        continuation.take_up(left, why)
+        source.set("a", Ownership.OWNER, FORMER)
+        continuation.settled([source.disks["a"]], is_by_hand=False)
+        migration = source.migrator.migration
+        assert migration is not None
+        assert (migration.phase, migration.error) == (MigrationPhase.FAILED, why)
         nursery.cancel_scope.cancel()
