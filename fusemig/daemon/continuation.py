@@ -3,7 +3,8 @@
     take_up     go on with it, or find out what has become of it and show that
     settled     it was in doubt, and it is known now who owns its disks: begin again, or end
 
-Which of them, is decided by the epoch files of its disks; what it was asked for is what that daemon left.
+Which of them, is decided by the epoch files of its disks; what it was asked for is what that daemon left. Only going on
+needs its credentials: what has become of it is shown as it is without them, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import structlog
 
 from fusemig.core.phase import MigrationPhase
 from fusemig.daemon.choice import resume_point
-from fusemig.daemon.doubt import in_doubt
 from fusemig.daemon.errand import route_of
 from fusemig.errors import FusemigError, InDoubtError, MigrationError
 from fusemig.migration.qemu_source import QemuSource
@@ -74,35 +74,28 @@ class Continuation:
         self._disks = disks
         self._security = security
         self._dialer = dialer
-        self._interrupted: tuple[Outgoing, OutgoingMigration] | None = None
+        self._interrupted: tuple[Outgoing, Credentials | FusemigError | None, OutgoingMigration] | None = None
         """What was left in doubt, and what stands for it: to be gone on with if its disks turn out to be ours."""
 
-    def take_up(self, left: Outgoing, tls: Credentials | None) -> None:
+    def take_up(self, left: Outgoing, tls: Credentials | FusemigError | None) -> None:
         """Go on with the migration that a former daemon ran, or tell what has become of it; returns at once.
 
         Args:
             left: what that daemon left.
-            tls: the credentials of `Request.tls_directory`.
+            tls: the credentials of `Request.tls_directory`, or why there are none.
         """
-        request = left.request
-        states = {self._disks[name].ownership for name in request.disks}
-        try:
-            uri = parse_uri(request.uri)
-            secure = self._security.outgoing(uri, tls, request.tls_hostname, is_insecure=request.is_insecure)
-            self._dialer.remember(uri, secure)
-            if not states.isdisjoint(DOUBTFUL):
-                stand_in = self.stand_for(left, MigrationPhase.IN_DOUBT, InDoubtError(_KILLED_IN_HANDOFF))
-                self._interrupted = left, stand_in
-            elif Ownership.LENDING in states:
-                self.stand_for(left, MigrationPhase.POSTCOPY)  # `Lenders` go on with it
-            elif states == {Ownership.RELEASED}:
-                self.stand_for(left, MigrationPhase.COMPLETED)
-            else:
-                self._go_on(left, may_be_there=left.has_sent or request.is_resumed)
-        except FusemigError as exc:
-            self.stand_for(left, MigrationPhase.FAILED, exc)
+        states = {self._disks[name].ownership for name in left.request.disks}
+        if not states.isdisjoint(DOUBTFUL):
+            stand_in = self._stand_for(left, MigrationPhase.IN_DOUBT, InDoubtError(_KILLED_IN_HANDOFF))
+            self._interrupted = left, tls, stand_in
+        elif Ownership.LENDING in states:
+            self._stand_for(left, MigrationPhase.POSTCOPY)  # `Lenders` go on with it
+        elif states == {Ownership.RELEASED}:
+            self._stand_for(left, MigrationPhase.COMPLETED)
+        else:
+            self._try_to_go_on(left, tls, may_be_there=left.has_sent or left.request.is_resumed)
 
-    def stand_for(self, left: Outgoing, phase: MigrationPhase, error: FusemigError | None = None) -> OutgoingMigration:
+    def _stand_for(self, left: Outgoing, phase: MigrationPhase, error: FusemigError | None = None) -> OutgoingMigration:
         """Show a former daemon's migration as what it has become; return what stands for it."""
         new = QemuSource if left.request.is_qemu else SourceMigration
         errand = self._migrator.make(new, left.request, [self._disks[name] for name in left.request.disks])
@@ -111,7 +104,13 @@ class Continuation:
         errand.migration.stand_for(phase, error)
         return errand.migration
 
-    def _go_on(self, left: Outgoing, *, may_be_there: bool) -> None:
+    def _try_to_go_on(self, left: Outgoing, tls: Credentials | FusemigError | None, *, may_be_there: bool) -> None:
+        try:
+            self._go_on(left, tls, may_be_there=may_be_there)
+        except FusemigError as exc:
+            self._stand_for(left, MigrationPhase.FAILED, exc)
+
+    def _go_on(self, left: Outgoing, tls: Credentials | FusemigError | None, *, may_be_there: bool) -> None:
         request = left.request
         if request.has_guest:
             raise MigrationError(_RESTARTED_WITH_GUEST)
@@ -119,6 +118,11 @@ class Continuation:
             raise MigrationError(_RESTARTED_ON_QEMU_WIRE)
         if request.group:
             raise MigrationError(_RESTARTED_IN_GROUP)
+        if isinstance(tls, FusemigError):
+            raise tls
+        uri = parse_uri(request.uri)
+        secure = self._security.outgoing(uri, tls, request.tls_hostname, is_insecure=request.is_insecure)
+        self._dialer.remember(uri, secure)
         chosen = self._migrator.choose(request.disks)
         resume = resume_point(self._migrator.migration, chosen) if may_be_there else None
         if not request.reconnect_limit_s:
@@ -144,14 +148,16 @@ class Continuation:
         """
         self._migrator.look_again(settled)
         migration = self._migrator.migration
-        if migration is None or migration.phase is not MigrationPhase.IN_DOUBT or in_doubt(self._disks):
+        if migration is None or migration.phase is not MigrationPhase.IN_DOUBT:
             return
-        is_handed_off = not any(served.is_writable for served in settled)
+        records = [served.epoch_file.record for served in self._disks.values()]
+        states = {record.state for record in records if record is not None and record.session == migration.session}
+        if not states or not states.isdisjoint(DOUBTFUL):  # what was settled is another one's, or not all of it is
+            return
+        is_handed_off = Ownership.OWNER not in states
         interrupted, self._interrupted = self._interrupted, None
-        if interrupted is None or interrupted[1] is not migration or is_handed_off or is_by_hand:
+        if interrupted is None or interrupted[2] is not migration or is_handed_off or is_by_hand:
             migration.settle(is_handed_off=is_handed_off)
             return
-        try:
-            self._go_on(interrupted[0], may_be_there=False)  # nothing, in the epoch that the disks are in now
-        except FusemigError as exc:
-            self.stand_for(interrupted[0], MigrationPhase.FAILED, exc)
+        left, tls, _ = interrupted
+        self._try_to_go_on(left, tls, may_be_there=False)  # nothing is there, in the epoch that the disks are in now

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from fusemig.core.phase import MigrationPhase
 from fusemig.daemon.qmp_objects import load, make_object
 from fusemig.errors import FusemigError, StateError
 from fusemig.fuse.lane_mount import DataLaneMount
@@ -27,6 +26,7 @@ from fusemig.net.credentials import Endpoint
 if TYPE_CHECKING:
     from fusemig.daemon.daemon import Daemon
     from fusemig.handover.state import Outgoing
+    from fusemig.net.credentials import Credentials
 
 log = structlog.get_logger(__name__)
 
@@ -130,13 +130,13 @@ class Inheritance:
         left = self.left_outgoing
         if left is None:
             return
-        continuation, request = self._daemon.continuation, left.request
+        tls: Credentials | FusemigError | None = None
         try:
-            tls = await load(request.tls_directory, Endpoint.CLIENT) if request.tls_directory else None
+            if left.request.tls_directory:
+                tls = await load(left.request.tls_directory, Endpoint.CLIENT)
         except FusemigError as exc:
-            continuation.stand_for(left, MigrationPhase.FAILED, exc)
-            return
-        continuation.take_up(left, tls)
+            tls = exc
+        self._daemon.continuation.take_up(left, tls)
 
     @property
     def left_outgoing(self) -> Outgoing | None:

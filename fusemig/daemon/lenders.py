@@ -28,7 +28,7 @@ class Lenders:
         self,
         disks: Mapping[str, ServedDisk],
         dial: Callable[[EpochRecord], Awaitable[ByteStream]],
-        on_over: Callable[[], None],
+        on_over: Callable[[str], None],
         *,
         is_destination: bool,
     ) -> None:
@@ -37,7 +37,7 @@ class Lenders:
         Args:
             disks: all disks of the daemon.
             dial: connects to the destination that a record names.
-            on_over: called when the destination of some of them has everything.
+            on_over: called with the session of a migration when its destination has everything.
             is_destination: disks may come back into the images that they left.
         """
         self._disks = disks
@@ -67,4 +67,4 @@ class Lenders:
             for served in lent:
                 served.busy = ""
                 served.look_again(is_destination=self._is_destination)
-        self._on_over()
+        self._on_over(record.session)

@@ -303,9 +303,12 @@ class Migrator:
         assert self._nursery is not None
         self._lenders.go_on(self._nursery)
 
-    def _note_lent(self) -> None:
-        if self.migration is not None and self.migration.phase is MigrationPhase.POSTCOPY:  # a former daemon's
-            self.migration.settle(is_handed_off=True)
+    def _note_lent(self, session: str) -> None:
+        migration = self.migration
+        if migration is None or migration.session != session or not migration.is_stand_in:
+            return  # another one's disks: what runs here lends its own, and ends by itself
+        if migration.phase is MigrationPhase.POSTCOPY:
+            migration.settle(is_handed_off=True)
 
     def look_again(self, settled: Sequence[ServedDisk]) -> None:
         """Follow disks whose records were changed by others than their migration."""

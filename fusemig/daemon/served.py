@@ -136,6 +136,10 @@ class ServedDisk:
         """The sync that failed for good, of the image, of an overlay's map or of that of what is still missing."""
         return None if self.disk is None else self.disk.io_error
 
+    @property
+    def _is_base_proved(self) -> bool:
+        return not isinstance(self.image, OverlayFile) or self.image.is_base_proved
+
     def _open(self, gate: Gate) -> None:
         self.image = self._open_image()
         self.disk = TrackedDisk(self.image, gate=gate, detect_zeroes=self._detect_zeroes)
@@ -248,6 +252,15 @@ class ServedDisk:
         if self.busy:
             raise PeerBusyError(f"disk '{self.name}' is busy: {self.busy}")
         image = self.image
+        if offer.base is not None and not self._is_base_proved:
+            if self.io_error is not None:
+                raise PeerRefusedError(
+                    f"disk '{self.name}' has an I/O error there and cannot be trusted: {self.io_error}"
+                )
+            raise PeerBusyError(
+                f"the base of disk '{self.name}' was written there while it was served, and is being read: migrate "
+                "again later"
+            )
         check_offer(
             offer,
             record=self.epoch_file.record,
@@ -264,7 +277,7 @@ class ServedDisk:
 
     def is_as_released(self, offer: DiskOffer) -> bool:
         """Tell whether the image is, provably, what was released to the source; before it is marked. May sleep."""
-        if self.image is None or self.io_error is not None:
+        if self.image is None or self.io_error is not None or not self._is_base_proved:
             return False
         return is_as_released(
             self.epoch_file.record,

@@ -42,6 +42,9 @@ ZERO_STEP: Final = 1 << 30
 class OverlayDisk(Disk):
     """A disk whose image holds only what differs from a base."""
 
+    is_base_proved: bool = True
+    """Whether nobody has written the base, as far as can be told, since it was found to be `shared_base`."""
+
     def __init__(self, image: Disk, base: Disk, allocation: AllocationMap) -> None:
         """Lay ``image`` over ``base``; ``allocation`` says what it holds. `close` closes all three.
 

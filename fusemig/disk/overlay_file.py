@@ -95,7 +95,6 @@ class OverlayFile(OverlayDisk):
             is_adopted = store is not None and store.has_mount and base.is_inherited
             self._base_path = base_path
             self.is_base_proved = not is_adopted or served == allocation.served
-            """Whether nobody has written the base, as far as can be told, since it was found to be the right one."""
             if is_adopted:
                 _check_size(base, base_path, path, allocation)
                 stamp, served = allocation.stamp, allocation.served
@@ -115,10 +114,15 @@ class OverlayFile(OverlayDisk):
             between: called between chunks; what it raises ends the reading, and nothing is found.
 
         Raises:
-            DiskError: a store failed.
+            DiskError: it cannot be read, which is that `io_error` too.
         """
         base, allocation = self._base_file, self._allocation
-        if content_digest(base, between) != allocation.base.digest:
+        try:
+            digest = content_digest(base, between)
+        except DiskError as exc:
+            self.distrust(exc)
+            raise
+        if digest != allocation.base.digest:
             self.distrust(
                 DiskError(errno.EIO, _another(base, self._base_path, self.path, allocation, _CONTENTS), 0, base.size)
             )

@@ -6,10 +6,11 @@ Its fields are written by the migration's own task; anybody may ask what is left
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
+from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.tracked import Gate
 from fusemig.errors import DiskError, MigrationError
 from fusemig.migration.reader import OutgoingDisk
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from fusemig.disk.tracking import Tracking
     from fusemig.migration.commit import SourceDisk
     from fusemig.migration.link import Offload
+
+PROOF_POLL_S: Final = 0.1
+"""Between two looks whether a base is read."""
 
 
 class DiskGroup:
@@ -53,6 +57,25 @@ class DiskGroup:
             except DiskError as exc:
                 raise MigrationError(f"{exc}; the disk stays here: mend its image, then migrate again") from exc
         self.found_at = trio.current_time()
+
+    async def wait_for_bases(self, on_unproved: Callable[[str], None]) -> None:
+        """Wait until the bases of overlays are known to be those whose digests are told (`OverlayDisk.is_base_proved`).
+
+        Args:
+            on_unproved: told why it waits, if it does.
+
+        Raises:
+            MigrationError: one is another, or cannot be read; the disk stays here.
+        """
+        for lent in self.lent:
+            image = lent.disk.image
+            if not isinstance(image, OverlayDisk) or image.is_base_proved:
+                continue
+            on_unproved(f"the base of disk '{image.name}' was written while it was served, and is being read")
+            while not image.is_base_proved:
+                if image.io_error is not None:
+                    raise _untrusted_error(image.io_error)
+                await trio.sleep(PROOF_POLL_S)
 
     def stop_tracking(self) -> None:
         """Nobody wants to know any more what guests write; what was sent can still be told."""

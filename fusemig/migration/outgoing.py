@@ -103,6 +103,8 @@ class OutgoingMigration(ABC):
         """The guest that moves with the disks; set before `run`."""
         self.group = ""
         """What decides of these disks together with those of other daemons (`records.decision`); "": nothing does."""
+        self.is_stand_in = False
+        """Whether it does not run here: another daemon ran it, and what has become of it is shown."""
         self.elapsed_before_s = 0.0
         """How long the daemons before this one ran it; set before `run`."""
         self._handoff: Handoff
@@ -216,6 +218,7 @@ class OutgoingMigration(ABC):
     def stand_for(self, phase: MigrationPhase, error: FusemigError | None) -> None:
         """Be what has become of a migration that another daemon ran and that does not go on here; instead of `run`."""
         self.started_at = trio.current_time() - self.elapsed_before_s
+        self.is_stand_in = True
         self.error = error
         self._enter(phase)
         if self.is_over:

@@ -103,6 +103,8 @@ class SourceMigration(OutgoingMigration):
         self._handoff: OutgoingHandoff = self._new_handoff()
         self._setup = SourceSetup(self.session, self._disks, parameters, offload, resume)
         self._reconnection = Reconnection(parameters, n_reconnects=n_reconnects, waiting=waiting)
+        self._unproved = ""
+        """Which base may not be told of yet; "": none, or none is to be."""
         self._postcopy = SourcePostcopy(self._disks, parameters, offload)
         self._pool = BufferPool()
         self._packer = None if parameters.compression_level is None else Packer(parameters.compression_level)
@@ -130,6 +132,11 @@ class SourceMigration(OutgoingMigration):
 
     async def _move(self) -> None:
         """Make connections until everything is sent and handed off over one of them."""
+        if self._parameters.incremental is not False:
+            try:
+                await self._disks.wait_for_bases(self._note_unproved)
+            finally:
+                self._unproved = ""
         records = await self._handoff.own_records()
         while True:
             try:
@@ -150,6 +157,10 @@ class SourceMigration(OutgoingMigration):
             self._thaw()
             self._enter(MigrationPhase.POSTCOPY)
             await self._postcopy.run(self._connect)
+
+    def _note_unproved(self, reason: str) -> None:
+        self._log.warning("not connecting yet", reason=reason)
+        self._unproved = reason
 
     async def _migrate_once(self, records: Sequence[EpochRecord]) -> None:
         """Make one connection, send over it what is not there, and hand off."""
@@ -364,7 +375,7 @@ class SourceMigration(OutgoingMigration):
             packed_in_bytes=0 if packer is None else packer.bytes_in,
             packed_out_bytes=0 if packer is None else packer.bytes_out,
             is_packing=packer is not None and packer.rule.is_on,
-            waiting=self._reconnection.waiting,
+            waiting=self._unproved or self._reconnection.waiting,
         )
 
     def _sent_in_all(self) -> Sent:

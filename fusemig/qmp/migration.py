@@ -155,7 +155,7 @@ class FusemigMigration(Result, frozen=True, kw_only=True):
     compression: CompressionInfo | UnsetType = UNSET
     """Present where compression was asked for."""
     waiting: str | UnsetType = UNSET
-    """Why there is no connection at the moment; another one is being tried."""
+    """Why there is no connection at the moment, and one is going to be tried."""
     error_kind: str | UnsetType = UNSET
     """`FusemigError.kind` of what ended a failed migration."""
     group: str | UnsetType = UNSET

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
+from fusemig.core.phase import MigrationPhase
 from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.errors import ConnectionLostError, PeerRefusedError
+from fusemig.errors import ConnectionLostError, DiskError, MigrationError, PeerRefusedError
 from fusemig.records.epoch import Ownership
 from support.overlays import lay_over
 from support.pair import Pair
@@ -206,3 +208,56 @@ async def test_a_guest_is_there_before_the_rest(tmp_path: Path, autojump_clock: 
     assert pair.streams[0].sent_bytes < 6 * BLOCK_SIZE + 10_000
     assert over.there.pread(SIZE, 0) == expected
     assert pair.ownership() == ({Ownership.RELEASED}, {Ownership.OWNER})
+
+
+@pytest.mark.parametrize("is_postcopy", [False, True])
+@pytest.mark.parametrize("is_right", [False, True])
+async def test_a_base_is_not_offered_before_it_is_read(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, is_right: bool, is_postcopy: bool
+) -> None:
+    """Guests read one that was written under a predecessor; the destination's may be another, and no digest tells."""
+    over = Over(tmp_path, is_postcopy=is_postcopy)
+    outgoing, here = over.pair.outgoing, over.here
+    here.is_base_proved = False
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(over.pair.migrate)
+        await trio.sleep(1)
+        assert outgoing.phase is MigrationPhase.SETUP
+        assert "base of disk 'a'" in outgoing.statistics().waiting
+        assert not over.pair.streams[0].sent_bytes
+        if is_right:
+            here.is_base_proved = True
+        else:
+            here.distrust(DiskError(errno.EIO, "its contents differ", 0, 1))
+    assert not outgoing.statistics().waiting
+    if is_right:
+        assert outgoing.error is None
+        assert over.pair.ownership() == ({Ownership.RELEASED}, {Ownership.OWNER})
+    else:
+        assert isinstance(outgoing.error, MigrationError)
+        assert "its contents differ" in str(outgoing.error)
+        assert over.pair.gates() == ({Gate.OPEN}, {Gate.READ_ONLY})
+
+
+async def test_a_base_that_is_not_offered_is_not_waited_for(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """With ``--no-incremental`` what guests read is sent, whatever it is."""
+    over = Over(tmp_path, incremental=False)
+    over.here.is_base_proved = False
+    assert await over.succeed() > BASE_SIZE - CHUNK_SIZE
+
+
+async def test_a_migration_that_waits_for_a_base_can_be_cancelled(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Before it has connected to anybody."""
+    over = Over(tmp_path)
+    over.here.is_base_proved = False
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(over.pair.outgoing.run)
+        await trio.sleep(1)
+        over.pair.outgoing.cancel()
+        await over.pair.outgoing.wait_over()
+    assert over.pair.outgoing.phase is MigrationPhase.CANCELLED
+    assert over.pair.gates() == ({Gate.OPEN}, {Gate.READ_ONLY})

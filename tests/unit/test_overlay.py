@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fusemig.core.units import BLOCK_SIZE, CHUNK_SIZE
+from fusemig.daemon.disk_spec import DiskSpec
+from fusemig.daemon.served import ServedDisk
 from fusemig.disk import overlay_file
 from fusemig.disk.allocation import AllocationMap, BaseIdentity, map_size, write_header
 from fusemig.disk.base import Extent
@@ -26,7 +29,11 @@ from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.overlay import OverlayDisk
 from fusemig.disk.overlay_file import OverlayFile, content_digest
 from fusemig.disk.raw import RawDisk, create_image
-from fusemig.errors import ConfigError, DiskError
+from fusemig.disk.stamp import stamp_of
+from fusemig.errors import ConfigError, DiskError, PeerBusyError, PeerRefusedError
+from fusemig.fuse.export import Exports
+from fusemig.records.epoch import EpochRecord, Ownership
+from fusemig.wire import native
 from support.crash import CrashDisk, Fate
 from support.keeper import Keeper
 from support.lost_pages import lost_pages
@@ -623,6 +630,64 @@ def test_a_base_that_was_written_is_an_error_once_a_successor_has_read_it(tmp_pa
         file.truncate(base.stat().st_size - 512)
     with pytest.raises(ConfigError, match="it has"):
         open_file(tmp_path, store=heirs[-1].successor())
+
+
+def test_a_base_that_cannot_be_read_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its guests read of it is not known to be right, and never will be by this daemon."""
+    base, store = make_base(tmp_path), Keeper()
+    with open_file(tmp_path, store=store):
+        os.utime(base, ns=(0, 0))
+        heir = store.successor()
+        with open_file(tmp_path, store=heir) as disk:
+
+            def fail(*_: object) -> str:
+                raise DiskError(5, "a bad sector", 0, 512)
+
+            monkeypatch.setattr(overlay_file, "content_digest", fail)
+            with pytest.raises(DiskError, match="a bad sector"):
+                disk.prove_base()
+            assert not disk.is_base_proved
+            assert "a bad sector" in str(disk.io_error)
+            with pytest.raises(DiskError, match="a bad sector"):
+                disk.flush()
+        heir.ending()
+    store.ending()
+
+
+def test_nothing_comes_onto_a_base_that_is_not_read_yet(tmp_path: Path) -> None:
+    """A destination's successor does not take its base for the source's, nor the image for what it once released."""
+    base, store = make_base(tmp_path), Keeper()
+    spec = DiskSpec("vda", tmp_path / "overlay.img", base=base)
+    offer = native.DiskOffer("vda", base.stat().st_size, "image", 3, since="5e55")
+    with closing(ServedDisk(spec, Exports(), None, is_incoming=True, store=store)) as served:
+        stamp = stamp_of(spec.path.stat())
+        released = EpochRecord(
+            state=Ownership.RELEASED, image_id="image", epoch=2, session="5e55", peer="peer", stamp=stamp
+        )
+        served.epoch_file.write(released)
+        assert served.is_as_released(offer)
+        os.utime(base, ns=(0, 0))
+        heir = store.successor()
+        with closing(ServedDisk(spec, Exports(), None, is_incoming=True, store=heir)) as served:
+            image = served.image
+            assert isinstance(image, OverlayFile)
+            thin = msgspec.structs.replace(
+                offer, base=native.SharedBase(image.shared_base.size, image.shared_base.digest)
+            )
+            served.epoch_file.write(msgspec.structs.replace(released, stamp=stamp_of(spec.path.stat())))
+            served.check_offer(offer)
+            with pytest.raises(PeerBusyError, match="is being read"):
+                served.check_offer(thin)
+            assert not served.is_as_released(offer)
+            image.prove_base()
+            served.check_offer(thin)
+            assert served.is_as_released(offer)
+            image.is_base_proved = False
+            image.distrust(DiskError(5, "its contents differ", 0, 512))
+            with pytest.raises(PeerRefusedError, match="its contents differ"):
+                served.check_offer(thin)
+        heir.ending()
+    store.ending()
 
 
 class _EndedError(Exception):
