@@ -377,5 +377,6 @@ class AllocationMap:
             self._store.flush()
 
     def close(self) -> None:
-        """Close the store; idempotent."""
-        self._store.close()
+        """Close the store, when `persist` has ended in whatever thread; idempotent."""
+        with self._persisting:
+            self._store.close()

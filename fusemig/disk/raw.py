@@ -94,7 +94,6 @@ class RawDisk(Disk):
         self._sync_fd = self._fd
         """What is synced next: the image, by this or an open file of our own."""
         self._own_fd: int | None = None
-        self._close_lock = threading.Lock()
         try:
             self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
             is_cut = inherited is not None and self.is_regular and os.fstat(self._fd).st_size < known_size
@@ -231,6 +230,8 @@ class RawDisk(Disk):
                 raise self._flush_error
             if self._n_synced >= wanted:
                 return
+            if self._fd < 0:
+                raise self._error(errno.EBADF, "fdatasync after it was closed", 0, self.size)
             self._check_whole()
             self._n_begun += 1
             self._is_syncing = True
@@ -325,8 +326,12 @@ class RawDisk(Disk):
         return os.fstatvfs(self._fd)
 
     def close(self) -> None:
-        """Close the image, which unlocks it; idempotent."""
-        with self._close_lock:
+        """Close the image, which unlocks it, when a sync that is under way has ended; idempotent.
+
+        Whoever asked for that sync may not wait for it any more, and what it finds still has to be kept.
+        """
+        with self._syncing:
+            self._syncing.wait_for(lambda: not self._is_syncing)
             if self._fd >= 0:
                 if self._store is not None:
                     is_over = self._store.release(self._kept_as)

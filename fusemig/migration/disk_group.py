@@ -162,12 +162,16 @@ class DiskGroup:
             await self._flush(disk)
 
     def flushes(self) -> list[Callable[[], Awaitable[None]]]:
-        """Return what makes the disks durable at the same time; each raises as `flush` does."""
-        return [partial(self._flush, disk) for disk in self.tracked]
+        """Return what makes the disks durable at the same time; each raises as `flush` does.
 
-    async def _flush(self, disk: OutgoingDisk) -> None:
+        Cancellation: at once, because guests wait meanwhile. The sync goes on in its thread: a later one waits for it,
+        and so does closing the disk; that it failed is known to the disk, as after a guest's own.
+        """
+        return [partial(self._flush, disk, may_abandon=True) for disk in self.tracked]
+
+    async def _flush(self, disk: OutgoingDisk, *, may_abandon: bool = False) -> None:
         try:
-            await self._offload(disk.disk.flush)
+            await self._offload(disk.disk.flush, abandon_on_cancel=may_abandon)
         except DiskError as exc:
             raise _untrusted_error(exc) from exc
 

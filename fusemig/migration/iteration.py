@@ -43,7 +43,7 @@ class Iteration:
         self._pacer = pacer
         self._parameters = parameters
         self._is_grouped = is_grouped
-        self._is_synced = self._is_mirrored_anew = False
+        self._is_synced = self._has_waited = self._is_mirrored_anew = False
 
     def after_pass(self, sent_bytes: int, took_s: float, forecast: Forecast, *, may_switch_over: bool) -> NextStep:
         """Decide.
@@ -62,15 +62,19 @@ class Iteration:
         is_urgent = self._is_grouped and may_switch_over
         if decision is Decision.CONTINUE and (is_over_limit or not is_urgent):
             return NextStep.AGAIN
-        if not self._is_synced:
-            self._is_synced = True
+        is_waiting = self._parameters.pause_before_switchover and not may_switch_over
+        # It may have waited for hours, and what was written meanwhile would be synced in the freeze. Once more will do:
+        # a store that takes long would otherwise keep us here. Not where other guests are frozen until we are done.
+        is_outdated = self._has_waited and not is_waiting and not self._is_grouped
+        if not self._is_synced or is_outdated:
+            self._is_synced, self._has_waited = True, False
             return NextStep.SYNC
         if self._is_mirrored_anew:  # the destination has the chunks now; in the next pass guests wait for them
             self._is_mirrored_anew = False
             return NextStep.AGAIN
-        is_waiting = self._parameters.pause_before_switchover and not may_switch_over
         if forecast.expected_downtime_s > LONG_FREEZE_S and not is_waiting and not self._is_grouped:
             self._is_mirrored_anew = self._pacer.shorten_freeze()
             if self._is_mirrored_anew:
                 return NextStep.AGAIN
+        self._has_waited |= is_waiting
         return NextStep.WAIT if is_waiting else NextStep.SWITCH_OVER

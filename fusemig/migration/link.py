@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fusemig.net.transport import ByteStream
 
     Offload = Callable[..., Awaitable[Any]]
-    """Runs a call that may sleep: a worker thread, or inline in the simulation."""
+    """Runs a call that may sleep, as `trio.to_thread.run_sync` does: a worker thread, or inline in the simulation."""
 
 M = TypeVar("M", bound=native.Message)
 

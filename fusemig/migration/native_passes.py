@@ -103,7 +103,7 @@ class NativePasses:
         """Knows which frames may be lost with the connection."""
         self.sender.is_journaled = is_journaled
         self._reader = PassReader(disks.tracked, pool, packer)
-        # Set by `receive`:
+        # Set by `receive`, and made anew by whoever waits:
         self._arrived = trio.Event()
         self._synced = trio.Event()
 
@@ -167,6 +167,7 @@ class NativePasses:
 
     async def sync(self) -> None:
         """Make both ends' stores durable."""
+        self._synced = trio.Event()
         await self._link.send_message(native.Sync())
         await self._disks.flush()
         await self._synced.wait()

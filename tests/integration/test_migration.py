@@ -17,7 +17,8 @@ from fusemig.errors import ConnectionLostError, DiskError, GateClosedError, Peer
 from fusemig.records.epoch import Ownership
 from fusemig.wire import native
 from support import streams
-from support.pair import Pair
+from support.pair import Pair, inline
+from support.slow_sync import SlowSync
 from support.streams import carry, memory_connection
 
 if TYPE_CHECKING:
@@ -114,6 +115,36 @@ async def test_a_lost_connection_leaves_the_source_serving(
     pair.renew()
     assert (await pair.migrate()).error is None
     assert pair.is_equal()
+
+
+async def test_a_store_that_syncs_for_ever_parks_no_guest(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """They go on at the freeze deadline with nothing lost; once the store answers, the next migration completes."""
+    pair = Pair(tmp_path, TWO_DISKS)
+    fill(pair)
+    slow = SlowSync(pair.source.disks["b"])
+    slow.is_slow, pair.offload = True, slow.offload
+    pair.renew()
+    try:
+        outgoing = await pair.migrate()
+        assert outgoing.phase is Phase.FAILED
+        assert "longer than the freeze deadline of 5 s" in str(outgoing.error)
+        assert outgoing.statistics().frozen_s == pytest.approx(5.0)
+        assert Phase.FROZEN in pair.phases
+        assert pair.gates() == ({Gate.OPEN}, {Gate.READ_ONLY})
+        assert pair.ownership()[0] == {Ownership.OWNER}
+        assert not slow.has_ended.is_set()
+        pair.source.disks["b"].pwrite(b"beside it", 4711)
+        pair.source.disks["b"].flush()
+    finally:
+        slow.may_end.set()
+    assert slow.has_ended.wait(60)
+    pair.offload = inline
+    pair.renew()
+    assert (await pair.migrate()).error is None
+    assert pair.is_equal()
+    assert pair.destination.images["b"].content[4711:4720] == b"beside it"
 
 
 async def test_a_refused_disk_is_reported_with_both_sizes(

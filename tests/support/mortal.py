@@ -188,7 +188,7 @@ class Hosts:
 
         life = self.source.life
 
-        async def offload(function: Any, *args: Any) -> Any:
+        async def offload(function: Any, *args: Any, abandon_on_cancel: bool = False) -> Any:
             is_step = isinstance(getattr(function, "__self__", None), DecisionFile) and function.__name__ != "read"
             if is_step:  # reads are as many as there is time for, and change nothing
                 life.step(f"before {function.__name__}")

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from fusemig.disk.base import Disk
+    from fusemig.migration.link import Offload
     from fusemig.migration.resume import ResumePoint
     from fusemig.wire.native import AskedDisk, DiskOffer
     from support.streams import MemoryStream
 
 
-async def inline(function: Any, *args: Any) -> Any:
+async def inline(function: Any, *args: Any, abandon_on_cancel: bool = False) -> Any:
     """Run a call that may sleep in the loop: nothing sleeps here, and every run is the same."""
     await trio.lowlevel.checkpoint()
     return function(*args)
@@ -209,6 +210,8 @@ class Pair:
         self.phases: list[MigrationPhase] = []
         self.streams: tuple[MemoryStream, MemoryStream] = memory_connection()
         self._nursery: trio.Nursery | None = None
+        self.offload: Offload = inline
+        """Runs the source's calls; of a migration that is made from now on."""
         self.outgoing = self._new_source()
         self.incoming: DestinationMigration | None = None
 
@@ -224,7 +227,7 @@ class Pair:
             for name, disk in self.source.disks.items()
         ]
 
-        return SourceMigration(lent, self._connect, self.parameters, inline, self.phases.append, resume=resume)
+        return SourceMigration(lent, self._connect, self.parameters, self.offload, self.phases.append, resume=resume)
 
     async def _connect(self) -> MemoryStream:
         await trio.lowlevel.checkpoint()

@@ -47,6 +47,23 @@ async def test_it_waits_until_it_is_allowed() -> None:
     passes = Passes(pause=True)
     assert [passes.end(LITTLE) for _ in range(3)] == [NextStep.SYNC, NextStep.WAIT, NextStep.WAIT]
     assert passes.end(MUCH) is NextStep.AGAIN, "it does not converge any more"
+    assert passes.end(LITTLE) is NextStep.WAIT
+
+
+async def test_what_was_written_while_it_waited_is_synced_before_the_switchover_too() -> None:
+    """Once, when it is allowed; and not where it did not wait."""
+    passes = Passes(pause=True)
+    assert [passes.end(LITTLE) for _ in range(4)] == [NextStep.SYNC] + [NextStep.WAIT] * 3
+    assert passes.end(MUCH, is_allowed=True) is NextStep.AGAIN
+    assert [passes.end(LITTLE, is_allowed=True) for _ in range(2)] == [NextStep.SYNC, NextStep.SWITCH_OVER]
+    passes = Passes(pause=True)
+    assert [passes.end(LITTLE, is_allowed=True) for _ in range(2)] == [NextStep.SYNC, NextStep.SWITCH_OVER]
+
+
+async def test_a_group_that_is_allowed_to_switch_over_syncs_in_the_freeze() -> None:
+    """The guests of its other daemons may be frozen by now, and wait no longer than their deadline."""
+    passes = Passes(is_grouped=True, pause=True)
+    assert [passes.end(LITTLE) for _ in range(2)] == [NextStep.SYNC, NextStep.WAIT]
     assert passes.end(LITTLE, is_allowed=True) is NextStep.SWITCH_OVER
 
 

@@ -370,6 +370,28 @@ def test_flushes_that_wait_are_answered_by_one_sync_that_began_later(path: Path,
         assert later == ["durable"] * 5
 
 
+def test_it_is_not_closed_under_a_sync_that_nobody_waits_for(path: Path, kernel: _Kernel) -> None:
+    """What that finds is kept, and the image locked, until it has ended; to flush a closed one is an error only."""
+    kernel.has_lost_pages = True
+    disk = RawDisk("a", path)
+    with flushing(disk, 1) as answers:
+        assert kernel.is_called.acquire(timeout=60)
+        closing = threading.Thread(target=disk.close)
+        closing.start()
+        closing.join(0.1)
+        with pytest.raises(ConfigError, match="in use by another process"):
+            RawDisk("a", path)
+        kernel.may_end.release()
+    closing.join(60)
+    assert ["fdatasync at 0+" in answer for answer in answers] == [True]
+    assert disk.io_error is not None
+    disk = RawDisk("b", path)
+    disk.close()
+    with pytest.raises(DiskError, match="after it was closed"):
+        disk.flush()
+    assert disk.io_error is None
+
+
 def test_a_sync_that_was_interrupted_proves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither failed nor durable: the next flush makes one of its own."""
     calls: list[int] = []

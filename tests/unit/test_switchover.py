@@ -13,14 +13,15 @@ from fusemig.core.units import CHUNK_SIZE
 from fusemig.disk.fault import Fault, FaultDisk, Operation
 from fusemig.disk.memory import MemoryDisk
 from fusemig.disk.tracked import Gate, TrackedDisk
-from fusemig.errors import ConnectionLostError, GateClosedError, MigrationError
+from fusemig.errors import ConnectionLostError, DiskError, GateClosedError, MigrationError
 from fusemig.migration.commit import SourceDisk
 from fusemig.migration.disk_group import DiskGroup
 from fusemig.migration.pacer import Pacer
 from fusemig.migration.stats import MigrationParameters
 from fusemig.migration.switchover import Switchover
 from fusemig.records.epoch import EpochFile
-from support.pair import inline, nothing
+from support.pair import nothing
+from support.slow_sync import SlowSync
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +36,8 @@ class Freeze:
         self.disks = [TrackedDisk(layer, gate=Gate.OPEN) for layer in self.faults]
         lent = [SourceDisk(disk, EpochFile(directory / f"{disk.name}.fusemig"), nothing) for disk in self.disks]
         self.parameters = MigrationParameters()
-        self.group = DiskGroup(lent, inline)
+        self.slow = SlowSync(self.disks[1])
+        self.group = DiskGroup(lent, self.slow.offload)
         self.pacer = Pacer(
             self.parameters, lambda: self.group.tracked, lambda: 0.0, lambda _reach, _percent: None, can_mirror=True
         )
@@ -92,6 +94,58 @@ async def test_a_freeze_that_takes_too_long_ends_at_its_deadline(
     freeze.switchover.undo()
     assert freeze.gates() == {Gate.OPEN}
     assert freeze.switchover.frozen_s(trio.current_time()) == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_sync_that_takes_too_long_is_not_waited_for(
+    freeze: Freeze, autojump_clock: trio.testing.MockClock, fails: bool
+) -> None:
+    """Guests go on at the deadline; that it fails afterwards is known to the disk all the same."""
+    freeze.slow.is_slow = True
+    if fails:
+        freeze.faults[1].add(Fault(frozenset({Operation.FLUSH}), errno=errno.EIO))
+    await freeze.group.start_tracking()
+    freeze.switchover.begin()
+    began_at = trio.current_time()
+    try:
+        with pytest.raises(MigrationError, match="longer than the freeze deadline of 5 s"):
+            await freeze.switchover.finish_sending(freeze.last_pass)
+        assert trio.current_time() - began_at == pytest.approx(5.0)
+        freeze.group.thaw()
+        assert freeze.gates() == {Gate.OPEN}
+        freeze.disks[1].pwrite(b"x", 0)
+        assert not freeze.slow.has_ended.is_set()
+        freeze.group.check_stores()
+    finally:
+        freeze.slow.may_end.set()
+    assert freeze.slow.has_ended.wait(60)
+    if fails:
+        with pytest.raises(MigrationError, match="so the disk is not moved"):
+            freeze.group.check_stores()
+        with pytest.raises(DiskError):
+            freeze.disks[1].flush()
+    else:
+        freeze.disks[1].flush()
+        freeze.group.check_stores()
+
+
+async def test_a_sync_that_ends_in_time_is_waited_for(freeze: Freeze) -> None:
+    """Also where the last pass ends first."""
+    freeze.slow.is_slow = True
+    freeze.parameters.freeze_deadline_s = 600.0
+
+    async def last_pass() -> None:
+        await trio.lowlevel.checkpoint()
+        trio.lowlevel.spawn_system_task(end)
+
+    async def end() -> None:
+        freeze.slow.may_end.set()
+
+    await freeze.group.start_tracking()
+    freeze.switchover.begin()
+    await freeze.switchover.finish_sending(last_pass)
+    assert freeze.slow.has_ended.is_set()
+    assert [image.n_flushes for image in freeze.images] == [1, 1]
 
 
 async def test_the_first_failure_ends_the_freeze(freeze: Freeze, autojump_clock: trio.testing.MockClock) -> None:
