@@ -330,8 +330,7 @@ class OutgoingHandoff:
         with trio.move_on_after(_FORGET_DEADLINE_S):
             try:
                 await link.send_message(native.Abort(reason))
-                while not isinstance(await link.receive(_FORGET_DEADLINE_S), native.Abort):
-                    pass  # acknowledgements may come before it
+                await link.hear_abort()
             except FusemigError as exc:
                 self._log.info("the destination could not be told", reason=str(exc))
             else:
@@ -379,8 +378,8 @@ class OutgoingHandoff:
 
     async def _hear_abort(self, link: NativeLink) -> None:
         with suppress(FusemigError):
-            while link.aborted is None:
-                await link.receive()
+            if link.aborted is None:
+                await link.hear_abort()
 
     def _difference(self, ours: Sequence[native.DiskProof], theirs: Sequence[native.DiskProof]) -> str:
         if len(ours) != len(theirs):

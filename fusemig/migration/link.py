@@ -296,6 +296,11 @@ class NativeLink:
             except trio.WouldBlock:
                 await self.wait_readable(deadline_s)
 
+    async def hear_abort(self) -> None:
+        """Receive until the peer says that it is over; acknowledgements may come before it. Raises as `receive`."""
+        while not isinstance(await self.receive(), native.Abort):
+            pass
+
     def last_word(self) -> native.Abort | None:
         """Return the ABORT that the peer sent before it was gone, if it did; while nobody else receives.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -9,7 +10,6 @@ import trio
 from fusemig.core.group import Conduct, Word, conduct
 from fusemig.errors import FusemigError, MigrationError, StateError
 from fusemig.records.decision import COORDINATOR, DecisionFile
-from fusemig.wire import native
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,11 +62,8 @@ class Pledge:
         decided: list[Word] = []
 
         async def hear(scope: trio.CancelScope) -> None:
-            try:
-                while not isinstance(await link.receive(), native.Abort):
-                    pass  # acknowledgements may still come
-            except FusemigError:
-                pass
+            with suppress(FusemigError):
+                await link.hear_abort()
             scope.cancel()
 
         async def look(scope: trio.CancelScope) -> None:
